@@ -1,0 +1,1 @@
+"""Ray actors and their handles: lifecycle, placement, deadlines. Decisions live in `esper/`."""

@@ -1,0 +1,3 @@
+"""Esper trains PyTorch networks that grow while they train."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,393 @@
+"""The configuration of a run: frozen pydantic models, read from YAML, then dotted overrides (`tolaria.epochs=2`).
+
+Parsing needs neither torch nor ray, so that `--help`, `--dry-run` errors and completion answer at once. What a key
+means is said where it stands; defaults suit a laptop.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from esper.leyline.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+# ---------------------------------------------------------------- data
+
+
+class DigitsData(Section):
+    """The digits set inside scikit-learn: 1,797 real 8x8 images, ten classes."""
+
+    type: Literal["digits"] = "digits"
+    layout: Literal["flat", "image"] = "image"
+    """`flat` gives (B, 64), `image` gives (B, 1, 8, 8)."""
+    val_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    test_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
+
+
+class ParquetImageData(Section):
+    """Encoded images in parquet files of the Hugging Face schema: `<path>/train.parquet`, `<path>/test.parquet`."""
+
+    type: Literal["parquet_images"] = "parquet_images"
+    path: str
+    """Folder or any fsspec address. A relative path is also looked up below `ESPER_DATA`."""
+    image_column: str = "image"
+    label_column: str = "label"
+    train_limit: PositiveInt | None = None
+    """Use the first so many training rows (before the validation split)."""
+    test_limit: PositiveInt | None = None
+    val_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+
+
+class TextData(Section):
+    """A text file for a character model: the first 90% train, then validation and test halves."""
+
+    type: Literal["text"] = "text"
+    path: str
+    """A file or any fsspec address. A relative path is also looked up below `ESPER_DATA`."""
+    context: PositiveInt = 64
+    """Characters a sample."""
+    train_samples: PositiveInt = 8192
+    """Samples an epoch, drawn at random places."""
+    val_samples: PositiveInt = 512
+
+
+Data = Annotated[DigitsData | ParquetImageData | TextData, Field(discriminator="type")]
+
+# ---------------------------------------------------------------- hosts
+
+
+class MlpHost(Section):
+    """Linear layers with ReLU: inputs -> hidden... -> classes."""
+
+    type: Literal["mlp"] = "mlp"
+    hidden: tuple[PositiveInt, ...] = (8, 10)
+
+
+class CnnHost(Section):
+    """Stages of 3x3 convolution, batch norm and ReLU, each after the first halving the resolution; then a linear head."""
+
+    type: Literal["cnn"] = "cnn"
+    channels: tuple[PositiveInt, ...] = (4, 8)
+    blocks_per_stage: PositiveInt = 1
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class GptHost(Section):
+    """A decoder-only transformer, pre-norm, learned positions, tied or untied head."""
+
+    type: Literal["gpt"] = "gpt"
+    width: PositiveInt = 64
+    depth: PositiveInt = 2
+    heads: PositiveInt = 4
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    tied: bool = False
+
+
+class ImportedHost(Section):
+    """Your own model: `target: package.module:function`, called with `args`; must return an `nn.Module`."""
+
+    type: Literal["import"] = "import"
+    target: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+Host = Annotated[MlpHost | CnnHost | GptHost | ImportedHost, Field(discriminator="type")]
+
+# ---------------------------------------------------------------- the systems
+
+
+class OptimizerConfig(Section):
+    """The host's optimizer; grafted kernels join it."""
+
+    type: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD only."""
+
+
+class SchedulerConfig(Section):
+    """Learning rate over steps."""
+
+    type: Literal["constant", "cosine", "wsd"] = "constant"
+    """`wsd`: warm up, stay, decay."""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """WSD only."""
+
+
+class TolariaConfig(Section):
+    """The trainer."""
+
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = 64
+    """Samples a step over all workers together."""
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    """0 trains in the driver's own process (laptops); 1..N starts Ray Train workers."""
+    cpus_per_worker: PositiveFloat = 0.5
+    use_gpu: bool = False
+    num_threads: PositiveInt = 1
+    """Threads of torch in each trainer."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    clip_norm: PositiveFloat | None = 1.0
+    """Gradient norm limit, host and seeds counted apart; null is no clipping."""
+    patience: PositiveInt | None = None
+    """Stop after so many epochs without a better `best_metric`, once no adaptation is under way; null never stops."""
+    best_metric: Literal["val_loss", "val_metric"] = "val_loss"
+    checkpoint_every: PositiveInt = 1
+    """Epochs between checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """How often Ray Train restarts workers that died."""
+
+
+class KasminaConfig(Section):
+    """Sites and seeds."""
+
+    sites: Literal["auto"] | tuple[str, ...] = "auto"
+    """`auto` takes block outputs; else module paths or globs (`blocks.*`)."""
+    telemetry_every: PositiveInt = 10
+    """Steps between samples of health."""
+    shadow_every: PositiveInt = 1
+    """Steps between shadow updates of seeds in TRAINING."""
+    shadow_lr: PositiveFloat = 3e-3
+    """Learning rate of a kernel in TRAINING (AdamW)."""
+    min_training_epochs: PositiveInt = 2
+    max_training_epochs: PositiveInt = 6
+    """A seed that shows no gain within so many epochs asks to be culled."""
+    ramp_epochs: PositiveFloat = 1.0
+    """How long alpha takes from 0 to 1."""
+    ramp: Literal["linear", "cosine", "sigmoid"] = "cosine"
+    stabilize_epochs: PositiveInt = 1
+    fine_tune_epochs: PositiveInt = 1
+    evidence_z: Annotated[float, Field(ge=0)] = 2.0
+    """The paired gain must exceed so many standard errors before a graft."""
+    harm_tolerance: Annotated[float, Field(ge=0)] = 0.25
+    """After a graft, validation loss may exceed its pre-graft level by this share before the gate asks for removal."""
+    embargo_epochs: Annotated[int, Field(ge=0)] = 5
+    """A culled site waits so long before it is DORMANT again."""
+    cache_mb: PositiveInt = 256
+
+
+class TamiyoConfig(Section):
+    """The controller."""
+
+    policy: Literal["heuristic", "none", "random", "schedule"] = "heuristic"
+    warmup_epochs: Annotated[int, Field(ge=0)] = 3
+    """No growth before."""
+    plateau_window: PositiveInt = 3
+    """Epochs the heuristic looks back."""
+    plateau_threshold: Annotated[float, Field(ge=0)] = 0.05
+    """Relative improvement of the validation loss over the window below which the host has stopped learning."""
+    max_concurrent: PositiveInt = 1
+    """Adaptations under way at once."""
+    max_adaptations: Annotated[int, Field(ge=0)] = 4
+    """Grafts in one run, failed ones counted."""
+    last_epoch_fraction: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """No new seed germinates after this share of the epochs: it could not be proven any more."""
+    strategy: Literal["ramp", "direct"] = "ramp"
+    schedule: tuple[ScheduledGraft, ...] = ()
+    """For the `schedule` policy."""
+    deadline_s: PositiveFloat = 5.0
+    """Outside deterministic mode training goes on without an answer after so long."""
+
+
+class ScheduledGraft(Section):
+    """One entry of the `schedule` policy."""
+
+    epoch: Annotated[int, Field(ge=0)]
+    site: str
+    blueprint: str
+    strategy: Literal["ramp", "direct"] = "ramp"
+
+
+TamiyoConfig.model_rebuild()
+
+
+class TezzeretConfig(Section):
+    """The compile pool."""
+
+    num_workers: PositiveInt = 1
+    cpus_per_worker: PositiveFloat = 0.2
+    lease_s: PositiveFloat = 60.0
+    blueprints: Literal["library"] | tuple[str, ...] = "library"
+    """Names from the library that are compiled for the run's sites, or all that fit."""
+
+
+class OonaConfig(Section):
+    """The bus."""
+
+    num_shards: PositiveInt = 1
+    linger_ms: Annotated[float, Field(ge=0)] = 5.0
+    batch: PositiveInt = 256
+    backlog: PositiveInt = 100_000
+    """Messages a topic may hold unacknowledged before `publish` waits."""
+    lease_s: PositiveFloat = 30.0
+    fsync_ms: Annotated[float, Field(ge=0)] = 200.0
+
+
+class NissaConfig(Section):
+    """What people see."""
+
+    view: Literal["auto", "live", "plain", "quiet"] = "auto"
+    """`auto`: live in a terminal, plain lines elsewhere."""
+    dashboard: bool = True
+    """Start Ray's dashboard (on loopback) when the run starts Ray itself."""
+
+
+class Budget(Section):
+    """Limits of growth, as factors of the host at the start; null is no limit."""
+
+    params: PositiveFloat | None = 2.0
+    flops: PositiveFloat | None = 2.0
+    """Forward FLOPs of one sample."""
+
+
+class RunConfig(Section):
+    """Everything a run is determined by; the resolved form is saved with the run."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_\-]{0,40}$")] = "run"
+    """First part of the run id."""
+    task: Literal["classification", "regression", "language_model"] = "classification"
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    deterministic: bool = False
+    """Fixed threads and algorithms; the trainer waits for Tamiyo, kernels and storage; a resumed run is bit-equal."""
+    storage: str = "~/.esper"
+    """Directory, `file://` or `s3://` address of everything that must last."""
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the storage driver, such as `endpoint_url` for S3."""
+    data: Data = DigitsData()
+    host: Host = CnnHost()
+    budget: Budget = Budget()
+    tolaria: TolariaConfig = TolariaConfig()
+    kasmina: KasminaConfig = KasminaConfig()
+    tamiyo: TamiyoConfig = TamiyoConfig()
+    tezzeret: TezzeretConfig = TezzeretConfig()
+    oona: OonaConfig = OonaConfig()
+    nissa: NissaConfig = NissaConfig()
+
+    @model_validator(mode="after")
+    def _task_fits_data(self) -> RunConfig:
+        is_text = isinstance(self.data, TextData)
+        if is_text != (self.task == "language_model"):
+            raise ValueError(f"task {self.task} does not go with data of type {self.data.type}")
+        return self
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies dotted overrides.
+
+    Args:
+        path: the file.
+        overrides: such as `tolaria.epochs=2`; the value is parsed as YAML.
+
+    Raises:
+        ConfigError: if the file is missing or not YAML, or a key or value is wrong; names the key and the remedy.
+    """
+    try:
+        text = Path(path).expanduser().read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", remedy="give a YAML file, see configs/") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, not a mapping of keys")
+    return parse_config(tree, overrides)
+
+
+def parse_config(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """Validates a tree of plain values; see `load_config`."""
+    merged = _copy(tree)
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise _explain(error) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """Returns the YAML that `load_config` reads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _copy(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _copy(value) for key, value in tree.items()}
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} has no value", remedy="write KEY=VALUE, such as tolaria.epochs=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value {text!r} is not YAML", field=key) from error
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{parent} is a value, not a section", field=key)
+        node = child
+    node[leaf] = value
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    """Turns pydantic's first complaint into one line that names the key and the remedy."""
+    first = error.errors(include_url=False)[0]
+    # a discriminated union puts the chosen type into the location; it is no key of the file
+    location = [str(part) for part in first["loc"] if part not in _UNION_TAGS]
+    field = ".".join(location)
+    rest = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(location[-1], _known_keys(RunConfig, location[:-1]), n=1)
+        known = ", ".join(sorted(_known_keys(RunConfig, location[:-1])))
+        remedy = f"did you mean {close[0]}?" if close else f"known keys here: {known}"
+        return ConfigError(f"no such key{rest}", field=field, remedy=remedy)
+    if first["type"] in {"union_tag_invalid", "union_tag_not_found"}:
+        tags = str(first.get("ctx", {}).get("expected_tags", "see the README"))
+        return ConfigError(f"unknown or missing type{rest}", field=f"{field}.type", remedy=f"one of {tags}")
+    message = first["msg"].removeprefix("Value error, ")
+    got = f", got {first['input']!r}" if not isinstance(first["input"], dict) else ""
+    return ConfigError(f"{message}{got}{rest}", field=field or None, remedy="see the comments in configs/digits.yaml")
+
+
+_UNION_TAGS = frozenset({"digits", "parquet_images", "text", "mlp", "cnn", "gpt", "import"})
+
+
+def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
+    sections = [model]
+    for part in location:
+        found: list[type[BaseModel]] = []
+        for section in sections:
+            field = section.model_fields.get(part)
+            found.extend(_sections_of(field.annotation) if field else ())
+        sections = found
+    return sorted({key for section in sections for key in section.model_fields})
+
+
+def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in getattr(annotation, "__args__", ()) for section in _sections_of(part)]

@@ -1,0 +1,171 @@
+"""The seam between the trainer (Tolaria) and the layers that grow (Kasmina).
+
+Tolaria owns the loop, the optimizer and time; Kasmina owns the sites, the seeds and their kernels. Tolaria calls, in
+this order: `prepare` before each forward; the host's own forward, backward and optimizer step, untouched;
+`train_shadows` after it; and at the end of an epoch `evidence` for every seed that wants some, `close_epoch` for
+health and gates, and `apply` for each command. torch appears in annotations only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from esper.leyline.kernels import SiteSignature
+from esper.leyline.seeds import SeedStage
+from esper.leyline.signals import (
+    BlendStrategy,
+    Evidence,
+    KasminaControlCommand,
+    LayerHealthReport,
+    LifecycleEvent,
+    StageSpan,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+PREFIX = "_esper"
+"""First part of the state-dict key of every tensor that belongs to a seed: `_esper.<site>.<seed>.<tensor>`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeedView:
+    """One seed as others see it. Costs are those of its kernel, 0 without one."""
+
+    seed_id: str
+    site: str
+    signature: SiteSignature
+    stage: SeedStage
+    alpha: float = 0.0
+    strategy: BlendStrategy = BlendStrategy.RAMP
+    blueprint: str | None = None
+    blueprint_id: str | None = None
+    kernel_id: str | None = None
+    num_parameters: int = 0
+    flops_per_sample: int = 0
+    epochs_in_stage: int = 0
+    spans: tuple[StageSpan, ...] = ()
+    evidence: Evidence | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a call did to the seeds.
+
+    Attributes:
+        events: the transitions, in order; a refused command gives one event with `refused=True`.
+        joined: (seed_id, parameters) that entered the live path and must enter the optimizer (and DDP).
+        left: parameters that left the live path and must leave the optimizer.
+        path_changed: whether the live path computes something else from now on (a graft or a removal).
+    """
+
+    events: tuple[LifecycleEvent, ...] = ()
+    joined: tuple[tuple[str, tuple[nn.Parameter, ...]], ...] = ()
+    left: tuple[nn.Parameter, ...] = ()
+    path_changed: bool = False
+
+    def __add__(self, other: Change) -> Change:
+        return Change(
+            self.events + other.events,
+            self.joined + other.joined,
+            self.left + other.left,
+            self.path_changed or other.path_changed,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowStep:
+    """What one call of `train_shadows` did: the loss of each seed in TRAINING at this batch."""
+
+    losses: Mapping[str, float] = field(default_factory=dict)
+
+
+class Growable(Protocol):
+    """A host with sites. `module` is the user's own model with one child, `_esper`, that holds the kernels."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def sites(self) -> Mapping[str, SiteSignature]:
+        """Site name (module path) to signature, in forward order."""
+        ...
+
+    @property
+    def topology_version(self) -> int:
+        """Grows whenever the live path or the set of shadows changes: what was counted per topology is stale."""
+        ...
+
+    def seeds(self) -> list[SeedView]: ...
+
+    def live_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters on the live path: the host's own first, then those of blended seeds, oldest first."""
+        ...
+
+    # ---- at a step
+
+    def prepare(self, step: int, *, epoch: int, steps_per_epoch: int, observe: bool) -> Change:
+        """Readies the forward of `step`: takes in kernels the loader has finished, sets alpha, and arms the taking
+        of health on this step if `observe`. Never blocks, never compiles.
+        """
+        ...
+
+    def train_shadows(
+        self,
+        args: tuple[Any, ...],
+        loss_of: Callable[[Any], torch.Tensor],
+        *,
+        all_reduce: Callable[[Sequence[torch.Tensor]], None] | None = None,
+    ) -> ShadowStep:
+        """Trains every seed in TRAINING on one batch, behind the host: afterwards the host's weights, buffers,
+        gradients, optimizer state and RNG are bit-identical to what they were.
+
+        Args:
+            args: positional inputs of the host.
+            loss_of: outputs of the host to a scalar loss.
+            all_reduce: averages kernel gradients over ranks in place, under DDP.
+        """
+        ...
+
+    # ---- at an epoch
+
+    def shadowed(self, seed_id: str) -> AbstractContextManager[None]:
+        """Within it, a forward runs with this TRAINING seed fully blended in: for paired validation."""
+        ...
+
+    def record_evidence(self, seed_id: str, evidence: Evidence) -> None: ...
+
+    def close_epoch(self, *, run_id: str, epoch: int, step: int, val_loss: float | None) -> list[LayerHealthReport]:
+        """Ends the interval: health of each site from the sampled steps, evidence of harm for blended seeds from
+        `val_loss`, and each seed's gate.
+        """
+        ...
+
+    def check(self, command: KasminaControlCommand) -> str | None:
+        """Why this command cannot be applied now; None if it can. Under DDP all ranks must agree before `apply`."""
+        ...
+
+    def apply(self, command: KasminaControlCommand, *, run_id: str, epoch: int, step: int) -> Change:
+        """Carries out one command. A shut gate, or a kernel that is refused, gives an event with the reason.
+
+        Raises:
+            IllegalTransitionError: if the command asks for a step the table does not hold.
+        """
+        ...
+
+    # ---- for checkpoints and rollback
+
+    def growth_state(self) -> dict[str, Any]:
+        """Everything but the weights: stages, evidence, kernels' IR, seeds' optimizers. JSON values and tensors."""
+        ...
+
+    def load_growth_state(self, state: Mapping[str, Any]) -> None:
+        """Rebuilds the topology of `state`; `module.load_state_dict(..., strict=True)` fits afterwards. All
+        parameters of seeds are new objects: the caller rebuilds its optimizer.
+        """
+        ...

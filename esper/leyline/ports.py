@@ -1,0 +1,183 @@
+"""The seams between systems. A port says what a system may ask of another; the library ships an in-memory double
+of each, and `actors/` the remote one. Every call may raise `UnavailableError` when its deadline passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from esper.leyline.blueprints import Blueprint, BlueprintIR
+from esper.leyline.contract import Contract
+from esper.leyline.kernels import (
+    BlueprintStatus,
+    CompiledKernelArtifact,
+    KernelStatus,
+    Pipeline,
+    SiteSignature,
+)
+from esper.leyline.messages import OonaMessage, Topic
+from esper.leyline.signals import AdaptationSignal, FieldReport, SystemStatePacket
+from esper.leyline.summary import BusCounts
+
+# ---------------------------------------------------------------- Oona
+
+
+class Delivery(Contract):
+    """A message as a consumer gets it. (shard, offset) is the same on redelivery."""
+
+    shard: int
+    offset: int
+    attempt: int = 1
+    message: OonaMessage
+
+
+class Subscription(Protocol):
+    """A member of a consumer group. Not acknowledged within the lease: delivered again, perhaps to another member."""
+
+    def poll(self, *, max_messages: int = 256, timeout_s: float = 1.0) -> list[Delivery]:
+        """Returns the next messages, at most `max_messages`; an empty list after `timeout_s`."""
+        ...
+
+    def ack(self, deliveries: Sequence[Delivery]) -> None:
+        """Acknowledges; acknowledging twice is harmless."""
+        ...
+
+    def close(self) -> None:
+        """Leaves the group; what was not acknowledged is delivered to others at once."""
+        ...
+
+
+class Bus(Protocol):
+    """Oona: at least once, in order within (topic, key)."""
+
+    def publish(self, messages: Sequence[OonaMessage]) -> None:
+        """Queues messages; returns once they are accepted locally, and blocks while the backlog is full."""
+        ...
+
+    def flush(self, *, timeout_s: float = 10.0) -> None:
+        """Returns once all that was published is acknowledged by the broker."""
+        ...
+
+    def subscribe(
+        self, topics: Sequence[Topic], *, group: str, key: str | None = None, from_start: bool = False
+    ) -> Subscription:
+        """Joins `group`. A new group starts at the end of the log unless `from_start`. `key` filters at the broker."""
+        ...
+
+    def counts(self, key: str) -> BusCounts:
+        """The counts of messages with this key."""
+        ...
+
+    def close(self) -> None:
+        """Flushes and lets go."""
+        ...
+
+
+# ---------------------------------------------------------------- Urza
+
+
+class CompileJob(Contract):
+    """Work that a compiler has leased: one blueprint for one signature."""
+
+    job_id: str
+    blueprint: Blueprint
+    signature: SiteSignature
+    pipeline: Pipeline
+    worker: str
+    deadline: float
+
+
+class AssetHub(Protocol):
+    """Urza: what it acknowledged is durable."""
+
+    def submit_blueprint(
+        self,
+        ir: BlueprintIR,
+        *,
+        name: str,
+        targets: Sequence[SiteSignature],
+        tags: Sequence[str] = (),
+        priority: int = 5,
+        submitted_by: str = "unknown",
+        parent_id: str | None = None,
+    ) -> Blueprint:
+        """Registers a design and queues it for `targets`. The same IR under the same name is the same blueprint;
+        targets already compiled are not compiled again.
+
+        Raises:
+            BlueprintError: if the IR is malformed.
+        """
+        ...
+
+    def blueprint(self, blueprint_id: str) -> Blueprint: ...
+
+    def blueprints(self, *, status: BlueprintStatus | None = None, name: str | None = None) -> list[Blueprint]: ...
+
+    def claim(self, worker: str, *, fingerprint: str, lease_s: float = 60.0) -> CompileJob | None:
+        """Leases the most urgent job, or returns None. `fingerprint` is the worker's build."""
+        ...
+
+    def complete(self, job: CompileJob, artifact: CompiledKernelArtifact, container: bytes) -> CompiledKernelArtifact:
+        """Stores the container, then the record; returns once both are durable. Repeating it is harmless.
+
+        Raises:
+            LeaseLostError: if the lease ran out and another worker has the job.
+            TamperedError: if the container's hash is not `artifact.kernel_id`.
+        """
+        ...
+
+    def fail(self, job: CompileJob, reason: str) -> None:
+        """Marks the blueprint INVALID with the reason."""
+        ...
+
+    def kernels(
+        self,
+        *,
+        signature: SiteSignature | None = None,
+        blueprint_id: str | None = None,
+        status: KernelStatus | None = KernelStatus.VALIDATED,
+    ) -> list[CompiledKernelArtifact]: ...
+
+    def kernel(self, kernel_id: str) -> CompiledKernelArtifact: ...
+
+    def pending(self, signatures: Sequence[SiteSignature]) -> int:
+        """How many jobs for these signatures are queued or being compiled."""
+        ...
+
+    def fetch(self, kernel_id: str) -> memoryview:
+        """The container's bytes, read-only; not yet verified: the reader does that.
+
+        Raises:
+            NotFoundError: if there is no such kernel.
+        """
+        ...
+
+    def report(self, report: FieldReport) -> None:
+        """Adds what became of a kernel to its statistics."""
+        ...
+
+
+# ---------------------------------------------------------------- Tamiyo
+
+
+class Controller(Protocol):
+    """Tamiyo as a trainer sees it. The state is JSON, opaque to the trainer, which checkpoints it."""
+
+    def decide(self, state: dict[str, Any], packet: SystemStatePacket) -> tuple[dict[str, Any], AdaptationSignal]: ...
+
+
+# ---------------------------------------------------------------- faults
+
+
+class FaultPlan(Protocol):
+    """A script of faults for tests. `at` is called at named places and may kill, delay or raise there."""
+
+    def at(self, place: str, step: int) -> None: ...
+
+
+class NoFaults:
+    """The plan of every real run."""
+
+    def at(self, place: str, step: int) -> None:
+        """Does nothing."""

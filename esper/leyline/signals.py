@@ -1,0 +1,338 @@
+"""What the systems tell each other: telemetry upward, commands downward, events to whoever listens."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from esper.leyline.contract import API_VERSION, Contract, Finite, Fraction, Name, new_id, now
+from esper.leyline.kernels import SiteSignature, ValidationReport
+from esper.leyline.seeds import SeedStage
+
+# ---------------------------------------------------------------- evidence
+
+
+class EvidenceKind(StrEnum):
+    """How a figure was obtained, and so what it can say."""
+
+    SHADOW = "shadow"  # paired: validation with the shadow on, minus validation of the untouched host
+    HARM = "harm"  # validation against the pre-graft band; says nothing of worth
+    FORK = "fork"  # paired against a run that does not grow
+    NONE = "none"  # no evidence was taken (`direct`)
+
+
+class Evidence(Contract):
+    """A paired comparison on validation data, in units of the task's loss.
+
+    Attributes:
+        gain: mean of (baseline loss - candidate loss) over pairs; positive is better.
+        stderr: standard error of `gain`.
+        baseline, candidate: mean losses of the two sides.
+        num_pairs: samples (or batches, for a loss without per-sample form) that were compared.
+    """
+
+    kind: EvidenceKind
+    gain: Finite = 0.0
+    stderr: Annotated[Finite, Field(ge=0.0)] = 0.0
+    baseline: Finite = 0.0
+    candidate: Finite = 0.0
+    num_pairs: Annotated[int, Field(ge=0)] = 0
+    reason: str = ""
+
+
+# ---------------------------------------------------------------- telemetry
+
+
+class HealthSignal(Contract):
+    """The health of one seed, or of its site while the seed is dormant, over one epoch (or control interval).
+
+    A figure that was not measured is None, and a gate or policy that needs it says so: unmeasured is not healthy.
+
+    Attributes:
+        layer_id: the site's name (module path).
+        seed_id: unique within the run.
+        chunk_id: slice of the site's channels the seed watches; 0 where the site is one chunk.
+        activation_variance: mean over channels of the variance of h.
+        dead_neuron_ratio: share of channels whose activation never exceeded a small threshold.
+        avg_correlation: mean absolute correlation between channels of h.
+        gradient_norm: norm of dL/dh, per sample.
+        grow_potential: norm of the loss gradient at a zero-initialised last layer placed here.
+        health_score: 1 is healthy, 0 is a layer that carries nothing.
+        alpha: how far the seed is blended in.
+        epochs_in_stage: control intervals since it entered `stage`.
+        is_ready_for_transition: whether the gate of the next stage is open.
+        should_cull: whether the gate asks for removal (harm, or no gain within its time).
+        gate: the gate's words.
+    """
+
+    layer_id: str
+    seed_id: str
+    chunk_id: Annotated[int, Field(ge=0)] = 0
+    epoch: Annotated[int, Field(ge=0)]
+    stage: SeedStage = SeedStage.DORMANT
+    activation_variance: Finite | None = None
+    dead_neuron_ratio: Fraction | None = None
+    avg_correlation: Fraction | None = None
+    gradient_norm: Finite | None = None
+    grow_potential: Finite | None = None
+    health_score: Fraction | None = None
+    alpha: Fraction = 0.0
+    epochs_in_stage: Annotated[int, Field(ge=0)] = 0
+    blueprint: str | None = None
+    kernel_id: str | None = None
+    evidence: Evidence | None = None
+    train_loss: Finite | None = None
+    is_ready_for_transition: bool = False
+    should_cull: bool = False
+    gate: str = ""
+
+
+class LayerHealthReport(Contract):
+    """All seeds of one site, with the site's place in the host."""
+
+    api_version: int = API_VERSION
+    run_id: str
+    layer_id: str
+    signature: SiteSignature
+    epoch: Annotated[int, Field(ge=0)]
+    step: Annotated[int, Field(ge=0)]
+    num_samples: Annotated[int, Field(ge=0)] = 0
+    seeds: tuple[HealthSignal, ...]
+
+
+class KernelOption(Contract):
+    """A kernel that fits a site and is ready, as Tamiyo sees it. Costs are per sample, forward."""
+
+    site: str
+    kernel_id: str
+    blueprint_id: str
+    blueprint: str
+    num_parameters: Annotated[int, Field(ge=0)]
+    flops_per_sample: Annotated[int, Field(ge=0)]
+    zero_at_birth: bool
+    tags: tuple[str, ...] = ()
+
+
+class BudgetState(Contract):
+    """What growth may still spend. Limits are absolute; None is no limit."""
+
+    params_used: Annotated[int, Field(ge=0)]
+    params_limit: Annotated[int, Field(ge=0)] | None = None
+    flops_used: Annotated[int, Field(ge=0)]
+    flops_limit: Annotated[int, Field(ge=0)] | None = None
+
+
+class EpochRecord(Contract):
+    """One row of a run's history.
+
+    Attributes:
+        epoch, step: epochs are numbered from 0, steps count optimizer steps since the start.
+        val_metric: the task's headline metric on validation data, in [0, 1] for accuracy; None without one.
+        params: trainable parameters on the live path.
+        flops_per_sample: forward FLOPs of the live path for one sample.
+        total_flops: FLOPs of everything so far (the ledger's total).
+        pending: kernels that are submitted and not yet ready.
+    """
+
+    run_id: str
+    epoch: Annotated[int, Field(ge=0)]
+    num_epochs: Annotated[int, Field(ge=1)]
+    step: Annotated[int, Field(ge=0)]
+    train_loss: Finite
+    train_metric: Finite | None = None
+    val_loss: Finite | None = None
+    val_metric: Finite | None = None
+    metric_name: str | None = None
+    learning_rate: Finite = 0.0
+    params: Annotated[int, Field(ge=0)] = 0
+    flops_per_sample: Annotated[int, Field(ge=0)] = 0
+    total_flops: Annotated[int, Field(ge=0)] = 0
+    seconds: Finite = 0.0
+    step_ms: Finite = 0.0
+    kernels_ready: Annotated[int, Field(ge=0)] = 0
+    pending: Annotated[int, Field(ge=0)] = 0
+
+
+class SystemStatePacket(Contract):
+    """All that Tamiyo may use for one decision; replicas keep no state of their own.
+
+    Attributes:
+        layers: health of every site.
+        options: the kernels that fit and are ready.
+        embargoed: `site` or `site:blueprint` keys that must not be grown at present.
+        missing: systems the run goes without at present, in words.
+    """
+
+    api_version: int = API_VERSION
+    run_id: str
+    epoch: EpochRecord
+    layers: tuple[LayerHealthReport, ...]
+    options: tuple[KernelOption, ...] = ()
+    budget: BudgetState
+    embargoed: tuple[str, ...] = ()
+    governor: str = "ok"
+    missing: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------- commands
+
+
+class Severity(StrEnum):
+    """CRITICAL asks the trainer to roll back to its last good snapshot."""
+
+    INFO = "info"
+    WARNING = "warning"
+    CRITICAL = "critical"
+
+
+class Action(StrEnum):
+    """What a command asks of a seed."""
+
+    GERMINATE = "germinate"  # DORMANT → GERMINATED: request the kernel
+    ADVANCE = "advance"  # to the next stage, through its gate
+    CULL = "cull"  # in TRAINING without a trace; once blended the site returns to the identity at once
+    RETIRE = "retire"  # alpha ramps to 0 while the host trains; then the site is exactly the identity
+
+
+class BlendStrategy(StrEnum):
+    """How a trained kernel enters the live path."""
+
+    RAMP = "ramp"
+    DIRECT = "direct"
+
+
+class KasminaControlCommand(Contract):
+    """One order to one seed.
+
+    Attributes:
+        kernel_id, blueprint: for GERMINATE.
+        reason: why, in words; shown to people and kept in the summary.
+    """
+
+    command_id: str = Field(default_factory=new_id)
+    action: Action
+    site: str
+    seed_id: str
+    kernel_id: str | None = None
+    blueprint: str | None = None
+    strategy: BlendStrategy = BlendStrategy.RAMP
+    reason: Annotated[str, Field(min_length=1)]
+
+
+class AdaptationSignal(Contract):
+    """Tamiyo's answer to one packet. No commands means: wait; `reason` says why."""
+
+    api_version: int = API_VERSION
+    signal_id: str = Field(default_factory=new_id)
+    run_id: str
+    epoch: Annotated[int, Field(ge=0)]
+    policy: str
+    severity: Severity = Severity.INFO
+    commands: tuple[KasminaControlCommand, ...] = ()
+    vetoes: tuple[str, ...] = ()
+    reason: Annotated[str, Field(min_length=1)]
+
+
+# ---------------------------------------------------------------- events and reports
+
+
+class LifecycleEvent(Contract):
+    """One transition of one seed, as the summary lists it.
+
+    `refused` marks a command whose gate was shut: the stage did not change.
+    """
+
+    run_id: str
+    step: Annotated[int, Field(ge=0)]
+    epoch: Annotated[int, Field(ge=0)]
+    site: str
+    seed: str
+    blueprint: str | None = None
+    kernel_id: str | None = None
+    from_stage: SeedStage
+    to_stage: SeedStage
+    evidence: Evidence | None = None
+    reason: str
+    refused: bool = False
+    timestamp: Finite = Field(default_factory=now)
+
+
+class Outcome(StrEnum):
+    """How an adaptation ended."""
+
+    FOSSILIZED = "fossilized"
+    CULLED = "culled"
+    CANCELLED = "cancelled"
+    ROLLED_BACK = "rolled_back"
+    UNFINISHED = "unfinished"  # the run ended first
+
+
+class StageSpan(Contract):
+    """How long a seed stood in one stage."""
+
+    stage: SeedStage
+    epochs: Annotated[int, Field(ge=0)]
+    steps: Annotated[int, Field(ge=0)]
+
+
+class FieldReport(Contract):
+    """What became of one adaptation, for Urza's statistics and for learning."""
+
+    api_version: int = API_VERSION
+    report_id: str = Field(default_factory=new_id)
+    run_id: str
+    site: str
+    seed_id: str
+    signature: SiteSignature
+    blueprint_id: str
+    blueprint: str
+    kernel_id: str
+    outcome: Outcome
+    stages: tuple[StageSpan, ...] = ()
+    evidence: Evidence | None = None
+    num_parameters: Annotated[int, Field(ge=0)] = 0
+    flops: Annotated[int, Field(ge=0)] = 0
+    seconds: Finite = 0.0
+    failure_reason: str = ""
+
+
+class KernelCharacterized(Contract):
+    """Urabrask's verdict on one kernel."""
+
+    kernel_id: str
+    blueprint_id: str
+    signature: SiteSignature
+    report: ValidationReport
+
+
+class StepBatch(Contract):
+    """Telemetry of consecutive steps, sent many at a time.
+
+    Attributes:
+        first_step: number of the first step.
+        losses, milliseconds: one entry a step.
+        marks: steps at which the live path changed.
+    """
+
+    run_id: str
+    first_step: Annotated[int, Field(ge=0)]
+    losses: tuple[Finite, ...]
+    milliseconds: tuple[Finite, ...]
+    steps_per_epoch: Annotated[int, Field(ge=0)] = 0
+    marks: tuple[int, ...] = ()
+
+
+class RunStarted(Contract):
+    """A run begins, or begins again after a crash."""
+
+    run_id: str
+    task: Name
+    num_epochs: Annotated[int, Field(ge=1)]
+    sites: dict[str, SiteSignature]
+    params: Annotated[int, Field(ge=0)]
+    directory: str
+    resumed_from_epoch: int | None = None
+    started_at: Finite = Field(default_factory=now)
+    extra: dict[str, Any] = Field(default_factory=dict)

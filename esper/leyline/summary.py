@@ -1,0 +1,143 @@
+"""What a run leaves behind: `summary.json` (RunSummary) and `history.json` (RunHistory), both read by the report."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from esper.leyline.contract import API_VERSION, Contract, Finite, now
+from esper.leyline.signals import EpochRecord, FieldReport, LifecycleEvent
+
+SUMMARY_FILE = "summary.json"
+HISTORY_FILE = "history.json"
+REPORT_FILE = "report.html"
+CONFIG_FILE = "config.yaml"
+
+
+class RunStatus(StrEnum):
+    """How far a run came. INTERRUPTED can be resumed; FAILED names its error."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+class Metrics(Contract):
+    """Final figures; accuracies lie in [0, 1]. None where the task has no such figure or no such data."""
+
+    val_accuracy: Finite | None = None
+    test_accuracy: Finite | None = None
+    val_loss: Finite | None = None
+    test_loss: Finite | None = None
+    extra: dict[str, Finite] = Field(default_factory=dict)
+
+
+class Params(Contract):
+    """Trainable parameters of the live path."""
+
+    start: int
+    final: int
+
+
+class Flops(Contract):
+    """FLOPs of the whole run by purpose; a multiply-add counts 2.
+
+    `host` is forward and backward of the live path (fossils included), `shadow` the training and validation of
+    kernels behind it (rejected ones too), `telemetry` what the sampled steps cost on top.
+    """
+
+    host: int = 0
+    shadow: int = 0
+    telemetry: int = 0
+    validation: int = 0
+    total: int = 0
+
+
+class Seconds(Contract):
+    """Wall-clock seconds of the trainer by purpose."""
+
+    host: Finite = 0.0
+    shadow: Finite = 0.0
+    telemetry: Finite = 0.0
+    validation: Finite = 0.0
+    control: Finite = 0.0
+    checkpoint: Finite = 0.0
+    total: Finite = 0.0
+
+
+class Ledger(Contract):
+    """The cost of everything."""
+
+    flops: Flops = Flops()
+    seconds: Seconds = Seconds()
+
+
+class StepTimes(Contract):
+    """Step times. `worst_in_graft_ms` is the worst step within 10 steps of a change of the live path."""
+
+    count: int = 0
+    median_ms: Finite = 0.0
+    p99_ms: Finite = 0.0
+    worst_in_graft_ms: Finite | None = None
+
+
+class CompilerInTrainer(Contract):
+    """Work of torch's compilers in the trainer that Esper caused. Both are always 0: it is a promise."""
+
+    dynamo_frames: int = 0
+    inductor_compiles: int = 0
+
+
+class BusCounts(Contract):
+    """Messages of this run on the bus."""
+
+    published: int = 0
+    delivered: int = 0
+    redelivered: int = 0
+
+
+class RunSummary(Contract):
+    """What the run came to: the documented form of `summary.json`."""
+
+    api_version: int = API_VERSION
+    run_id: str
+    task: str
+    seed: int
+    status: RunStatus
+    deterministic: bool = False
+    num_epochs: Annotated[int, Field(ge=0)] = 0
+    started_at: Finite = Field(default_factory=now)
+    finished_at: Finite | None = None
+    metrics: Metrics = Metrics()
+    params: Params
+    events: tuple[LifecycleEvent, ...] = ()
+    field_reports: tuple[FieldReport, ...] = ()
+    ledger: Ledger = Ledger()
+    steps: StepTimes = StepTimes()
+    compiler_in_trainer: CompilerInTrainer = CompilerInTrainer()
+    bus: BusCounts = BusCounts()
+    went_without: tuple[str, ...] = ()
+    """Systems that did not answer and that the run went on without, in words."""
+    last_checkpoint: str | None = None
+    error: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class RunHistory(Contract):
+    """The series behind the report's pictures.
+
+    Attributes:
+        epochs: one record an epoch.
+        step_ms: milliseconds of every step, in order.
+        graft_steps: steps at which the live path changed.
+        decisions: (epoch, words) of every decision, waits too.
+    """
+
+    run_id: str
+    epochs: tuple[EpochRecord, ...] = ()
+    step_ms: tuple[Finite, ...] = ()
+    graft_steps: tuple[int, ...] = ()
+    decisions: tuple[tuple[int, str], ...] = ()
