@@ -79,7 +79,7 @@ class MlpHost(Section):
 
 
 class CnnHost(Section):
-    """Stages of 3x3 convolution, batch norm and ReLU, each after the first halving the resolution; then a linear head."""
+    """Stages of 3x3 convolution, batch norm and ReLU; each but the first halves the resolution. A linear head."""
 
     type: Literal["cnn"] = "cnn"
     channels: tuple[PositiveInt, ...] = (4, 8)
