@@ -1,0 +1,107 @@
+"""Joining or starting Ray: where it runs, its token, its settings. Knows nothing of Esper's actors."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from esper.leyline import UnavailableError
+
+NAMESPACE = "esper"
+TOKEN_FILE = Path(".ray") / "auth_token"
+
+_SETTINGS: Mapping[str, str] = {
+    "RAY_AUTH_MODE": "token",
+    # the controller polls every 2 s by default, and `ray.train.report` waits for it
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # half the latency of a deployment handle, and calls from plain threads
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Environment of the driver and of every worker of a Ray that is started here; what the user has set stays."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray that this process is connected to.
+
+    Attributes:
+        owned: whether it was started here and ends with this process.
+        dashboard: address of its dashboard; None without one, or where the caller had connected already.
+    """
+
+    owned: bool
+    dashboard: str | None
+
+
+def prepare_environment() -> None:
+    """Sets Ray's environment for this process and its children. Call it before `import ray`."""
+    for key, value in _SETTINGS.items():
+        os.environ.setdefault(key, value)
+    if os.environ["RAY_AUTH_MODE"] == "token":
+        _ensure_private_token()
+
+
+@contextlib.contextmanager
+def connected(*, dashboard: bool = True, metadata: Mapping[str, str] | None = None) -> Iterator[Cluster]:
+    """Joins the cluster at `RAY_ADDRESS`, or starts one here that ends with the block.
+
+    Args:
+        dashboard: whether to start the dashboard with a Ray that is started here (on loopback).
+        metadata: entries of the job's metadata, shown in the dashboard.
+
+    Raises:
+        UnavailableError: if the address does not answer.
+    """
+    prepare_environment()
+    import ray
+
+    if ray.is_initialized():
+        yield Cluster(owned=False, dashboard=None)
+        return
+    joins = bool(os.environ.get("RAY_ADDRESS"))
+    job = ray.job_config.JobConfig(metadata=dict(metadata or {}), ray_namespace=NAMESPACE)
+    options = {} if joins else {"num_cpus": max(2, os.cpu_count() or 2), "include_dashboard": dashboard}
+    if joins:
+        options["runtime_env"] = {"env_vars": {k: os.environ[k] for k in _SETTINGS if k != "RAY_AUTH_MODE"}}
+    try:
+        context = ray.init(
+            namespace=NAMESPACE,
+            job_config=job,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            **options,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = os.environ.get("RAY_ADDRESS", "here")
+        raise UnavailableError(
+            f"Ray did not start or answer at {where}: {' '.join(str(error).split())[:300]}",
+            remedy="check RAY_ADDRESS and RAY_AUTH_MODE=token, or unset RAY_ADDRESS to start Ray here",
+        ) from error
+    try:
+        yield Cluster(owned=not joins, dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None)
+    finally:
+        ray.shutdown()
+
+
+def _ensure_private_token() -> None:
+    """Makes Ray's token file readable by its owner alone; Ray itself creates it 0644."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / TOKEN_FILE)
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        if path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+        return
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))

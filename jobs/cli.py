@@ -1,0 +1,357 @@
+"""The command line `esper`: parses, calls, prints. Every command answers `--help` without importing torch or ray.
+
+Errors a person can mend are one line and exit code 2; others exit with 1; an interrupted run exits with 130.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from esper.leyline.errors import EsperError, UserError
+
+app = typer.Typer(
+    name="esper",
+    help="Train PyTorch networks that grow while they train.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+runs_app = typer.Typer(help="Look at runs.", no_args_is_help=True)
+platform_app = typer.Typer(help="The actors that runs share on a Ray cluster.", no_args_is_help=True)
+blueprints_app = typer.Typer(help="The designs that seeds may grow.", no_args_is_help=True)
+app.add_typer(runs_app, name="runs")
+app.add_typer(platform_app, name="platform")
+app.add_typer(blueprints_app, name="blueprints")
+
+DEFAULT_STORAGE = "~/.esper"
+
+
+def _complete_run(incomplete: str) -> list[str]:
+    from jobs.runs import RunStore
+
+    try:
+        return [
+            run
+            for run in RunStore(os.environ.get("ESPER_STORAGE", DEFAULT_STORAGE)).ids()
+            if run.startswith(incomplete)
+        ]
+    except EsperError:
+        return []
+
+
+def _complete_bench(incomplete: str) -> list[str]:
+    from jobs.bench import BENCHMARKS
+
+    return [name for name in BENCHMARKS if name.startswith(incomplete)]
+
+
+def _complete_blueprint(incomplete: str) -> list[str]:
+    from esper.urza.library import load_library
+
+    return [name for name in load_library() if name.startswith(incomplete)]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Storage = Annotated[
+    str,
+    typer.Option("--storage", envvar="ESPER_STORAGE", help="Directory, file:// or s3:// address of all that lasts."),
+]
+RunArg = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="Run id, a unique beginning of one, or `latest`.", autocompletion=_complete_run),
+]
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+# ---------------------------------------------------------------- train
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file, such as configs/digits.yaml.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Overrides, such as tolaria.epochs=2.")
+    ] = None,
+    config_option: Annotated[Path | None, typer.Option("--config", help="The same as the first argument.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Continue a run that was interrupted.", autocompletion=_complete_run),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sites, fitting blueprints and cost; train nothing.")
+    ] = False,
+    storage: Annotated[
+        str | None, typer.Option("--storage", envvar="ESPER_STORAGE", help="Overrides `storage`.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a network that grows."""
+    from esper.leyline.errors import ConfigError
+
+    arguments = [*([str(config)] if config else []), *(overrides or [])]
+    path = config_option
+    if path is None and arguments and "=" not in arguments[0]:
+        path = Path(arguments.pop(0))
+    if resume is None and path is None:
+        raise ConfigError("no configuration given", remedy="esper train configs/digits.yaml")
+    if stray := [text for text in arguments if "=" not in text]:
+        raise ConfigError(f"{stray[0]!r} is no KEY=VALUE", remedy="one configuration file, then overrides")
+    from jobs import train as job
+
+    settings = arguments if storage is None or resume else [*arguments, f"storage={json.dumps(storage)}"]
+    if dry_run:
+        if path is None:
+            raise ConfigError(
+                "--dry-run needs a configuration file", remedy="esper train configs/digits.yaml --dry-run"
+            )
+        job.dry_run(path, settings, as_json=as_json)
+        return
+    if resume is not None:
+        if path is not None or arguments:
+            raise ConfigError("a resumed run keeps its configuration", remedy="give --resume alone")
+        code = job.resume(resume, storage or DEFAULT_STORAGE, as_json=as_json)
+    else:
+        assert path is not None
+        code = job.train(path, settings, as_json=as_json)
+    raise typer.Exit(code)
+
+
+@app.command()
+def export(
+    run: RunArg,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the model.")] = Path("model.pt2"),
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> None:
+    """Write the grown model of a run as a .pt2 file that loads without Esper."""
+    from jobs.export import export_run
+
+    result = export_run(run, storage, out)
+    if as_json:
+        _print_json(result)
+    else:
+        typer.echo(f"wrote {result['path']} ({result['bytes'] / 1024:.0f} KiB, {result['parameters']:,} parameters)")
+        typer.echo(f"use it: torch.export.load({str(out)!r}).module()(inputs)")
+
+
+@app.command()
+def doctor(storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
+    """Say what is missing here, and how to get it."""
+    from jobs.doctor import examine
+
+    findings = examine(storage)
+    if as_json:
+        _print_json([finding._asdict() for finding in findings])
+    else:
+        for finding in findings:
+            mark = {"ok": "ok  ", "optional": "-   ", "missing": "FAIL"}[finding.state]
+            remedy = f"  -> {finding.remedy}" if finding.remedy else ""
+            typer.echo(f"{mark} {finding.name:<18} {finding.detail}{remedy}")
+    raise typer.Exit(1 if any(finding.state == "missing" for finding in findings) else 0)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Which; none lists them.", autocompletion=_complete_bench)] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a benchmark. Options after the name are the benchmark's own (`esper bench growth --help`)."""
+    from jobs.bench import BENCHMARKS, run_benchmark
+
+    if name is None:
+        _print_json(sorted(BENCHMARKS)) if as_json else typer.echo("\n".join(sorted(BENCHMARKS)))
+        return
+    raise typer.Exit(run_benchmark(name, context.args, as_json=as_json))
+
+
+@app.command()
+def version(as_json: Json = False) -> None:
+    """Print the versions that matter."""
+    from jobs.doctor import versions
+
+    found = versions()
+    _print_json(found) if as_json else typer.echo("\n".join(f"{key} {value}" for key, value in found.items()))
+
+
+# ---------------------------------------------------------------- runs
+
+
+@runs_app.command("ls")
+def runs_ls(storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
+    """List runs, newest first."""
+    from jobs.runs import RunStore, list_table
+
+    rows = RunStore(storage).rows()
+    _print_json(rows) if as_json else typer.echo(list_table(rows))
+
+
+@runs_app.command("show")
+def runs_show(run: RunArg = "latest", storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
+    """Show what a run came to."""
+    from jobs.runs import RunStore
+
+    summary = RunStore(storage).summary(run)
+    if as_json:
+        typer.echo(summary.model_dump_json(indent=2))
+        return
+    from esper.nissa.terminal import summary_table
+    from rich.console import Console
+
+    Console().print(summary_table(summary))
+
+
+@runs_app.command("report")
+def runs_report(
+    run: RunArg = "latest",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write here instead of beside the run.")] = None,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> None:
+    """Write report.html afresh and print its path."""
+    from jobs.runs import RunStore
+
+    path = RunStore(storage).write_report(run, out)
+    _print_json({"report": path}) if as_json else typer.echo(path)
+
+
+# ---------------------------------------------------------------- platform
+
+
+@platform_app.command("up")
+def platform_up(storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
+    """Start the platform on the cluster at RAY_ADDRESS; runs then share it."""
+    from jobs.platform import up
+
+    _print_platform(up(storage), as_json=as_json)
+
+
+@platform_app.command("status")
+def platform_status(storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
+    """Say which actors of the platform are alive."""
+    from jobs.platform import status
+
+    _print_platform(status(storage), as_json=as_json)
+
+
+@platform_app.command("down")
+def platform_down(storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
+    """Stop the platform. What is stored stays."""
+    from jobs.platform import down
+
+    _print_platform(down(storage), as_json=as_json)
+
+
+def _print_platform(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(rows)
+    else:
+        for row in rows:
+            typer.echo(f"{row['name']:<34} {row['state']:<10} {row.get('detail', '')}".rstrip())
+
+
+# ---------------------------------------------------------------- blueprints
+
+
+@blueprints_app.command("ls")
+def blueprints_ls(as_json: Json = False) -> None:
+    """List the library."""
+    from esper.urza.library import load_library
+
+    designs = load_library().values()
+    if as_json:
+        _print_json(
+            [
+                {"name": d.name, "fit": list(d.ir.fit), "tags": list(d.tags), "description": d.description}
+                for d in designs
+            ]
+        )
+        return
+    for design in designs:
+        typer.echo(f"{design.name:<22} {', '.join(design.ir.fit):<24} {design.description}")
+
+
+@blueprints_app.command("show")
+def blueprints_show(
+    name: Annotated[str, typer.Argument(autocompletion=_complete_blueprint)], as_json: Json = False
+) -> None:
+    """Print one design."""
+    from esper.urza.library import load_library
+
+    from esper.leyline.errors import BlueprintError
+
+    library = load_library()
+    if name not in library:
+        raise BlueprintError(f"no design named {name!r}", field="name", remedy=f"one of {', '.join(library)}")
+    design = library[name]
+    if as_json:
+        _print_json({"name": design.name, "description": design.description, "ir": design.ir.model_dump(mode="json")})
+        return
+    typer.echo(f"{design.name}: {design.description}")
+    for node in design.ir.nodes:
+        params = ", ".join(f"{key}={value}" for key, value in node.params.items())
+        typer.echo(f"  {node.id} = {node.op}({', '.join(node.inputs)}{'; ' + params if params else ''})")
+    typer.echo(f"  r(h) = {design.ir.output}")
+
+
+@blueprints_app.command("check")
+def blueprints_check(file: Path, as_json: Json = False) -> None:
+    """Check a design of your own: one YAML file, in the library's form."""
+    from jobs.blueprints import check_file
+
+    result = check_file(file)
+    if as_json:
+        _print_json(result)
+    else:
+        typer.echo(f"{result['name']}: ok, hash {result['ir_hash'][:12]}")
+        for row in result["examples"]:
+            typer.echo(f"  {row['signature']:<28} {row['verdict']}")
+
+
+# ---------------------------------------------------------------- the edge
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line and exits; the one place where errors become words and exit codes."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        code = app(args=arguments, prog_name="esper", standalone_mode=False)
+    except UserError as error:
+        _fail(str(error), 2, error, arguments)
+    except EsperError as error:
+        _fail(str(error), 1, error, arguments)
+    except typer.Abort:
+        _fail("aborted", 130, None, arguments)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130, None, arguments)
+    except Exception as error:
+        if error.__class__.__module__.partition(".")[0] != "click" and not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), getattr(error, "exit_code", 2), None, arguments)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int, error: EsperError | None, arguments: list[str]) -> None:
+    line = " ".join(message.split())
+    if "--json" in arguments:
+        body = {"type": type(error).__name__ if error else "UsageError", "message": line}
+        if error is not None:
+            body |= {"field": error.field, "remedy": error.remedy}
+        typer.echo(json.dumps({"error": body}))
+    typer.echo(f"esper: {line}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Runs as they lie under `<storage>/runs/`: finding, listing, reporting."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from pydantic import ValidationError
+
+from esper.leyline import NotFoundError, RunHistory, RunSummary, StorageError
+from esper.leyline.errors import UserError
+from esper.leyline.summary import CONFIG_FILE, HISTORY_FILE, REPORT_FILE, SUMMARY_FILE
+
+
+class UnknownRunError(NotFoundError, UserError):
+    """No run, or more than one, goes by this name."""
+
+
+class RunStore:
+    """The runs below one storage address.
+
+    Raises:
+        StorageError: if the address cannot be read.
+    """
+
+    def __init__(self, storage: str, options: dict[str, Any] | None = None) -> None:
+        self.storage = storage
+        try:
+            self._fs, root = fsspec.core.url_to_fs(
+                str(Path(storage).expanduser()) if "://" not in storage else storage, **(options or {})
+            )
+        except (ValueError, ImportError, OSError) as error:
+            raise StorageError(f"cannot use {storage}: {error}", field="storage") from error
+        self._root = f"{root.rstrip('/')}/runs"
+
+    def ids(self) -> list[str]:
+        """Run ids, newest first."""
+        try:
+            found = self._fs.glob(f"{self._root}/*/{SUMMARY_FILE}")
+        except OSError as error:
+            raise StorageError(f"cannot read {self.storage}: {error}", field="storage") from error
+        stamped = [(self._fs.modified(path), path.split("/")[-2]) for path in found]
+        return [run for _, run in sorted(stamped, reverse=True)]
+
+    def resolve(self, name: str) -> str:
+        """Returns the full id for an id, a unique beginning of one, or `latest`.
+
+        Raises:
+            UnknownRunError: if no run or more than one fits.
+        """
+        ids = self.ids()
+        if name in ids:
+            return name
+        fitting = ids[:1] if name == "latest" else [run for run in ids if run.startswith(name)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if not fitting:
+            raise UnknownRunError(f"no run {name!r} under {self.storage}", field="run", remedy="see esper runs ls")
+        raise UnknownRunError(
+            f"{name!r} could be any of {', '.join(fitting[:5])}", field="run", remedy="give more of it"
+        )
+
+    def directory(self, run: str) -> str:
+        """The run's folder, as an address fsspec opens."""
+        return self._fs.unstrip_protocol(f"{self._root}/{self.resolve(run)}").removeprefix("file://")
+
+    def summary(self, run: str) -> RunSummary:
+        return RunSummary.model_validate_json(self._read(run, SUMMARY_FILE))
+
+    def history(self, run: str) -> RunHistory:
+        return RunHistory.model_validate_json(self._read(run, HISTORY_FILE))
+
+    def config_text(self, run: str) -> str:
+        return self._read(run, CONFIG_FILE).decode()
+
+    def write_report(self, run: str, out: Path | None = None) -> str:
+        """Writes the run's report and returns where it lies."""
+        from esper.nissa.report import write_report
+
+        if out is None and "://" in (directory := self.directory(run)):
+            raise StorageError(f"{directory} is no local folder", field="out", remedy="give --out report.html")
+        path = out or Path(self.directory(run)) / REPORT_FILE
+        write_report(self.summary(run), self.history(run), path)
+        return str(path)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a run: what a list shows. A run whose summary cannot be read says so in its status."""
+        rows = []
+        for run in self.ids():
+            try:
+                summary = self.summary(run)
+            except ValidationError as error:
+                rows.append({"run_id": run, "status": f"unreadable summary ({error.error_count()} errors)"})
+                continue
+            grown = sum(1 for event in summary.events if event.to_stage == "FOSSILIZED" and not event.refused)
+            rows.append(
+                {
+                    "run_id": run,
+                    "task": summary.task,
+                    "status": summary.status.value,
+                    "started": dt.datetime.fromtimestamp(summary.started_at, tz=dt.UTC).isoformat(
+                        sep=" ", timespec="seconds"
+                    ),
+                    "val_accuracy": summary.metrics.val_accuracy,
+                    "val_loss": summary.metrics.val_loss,
+                    "test_accuracy": summary.metrics.test_accuracy,
+                    "params_start": summary.params.start,
+                    "params_final": summary.params.final,
+                    "fossils": grown,
+                }
+            )
+        return rows
+
+    def _read(self, run: str, file: str) -> bytes:
+        path = f"{self._root}/{self.resolve(run)}/{file}"
+        try:
+            return self._fs.cat_file(path)
+        except FileNotFoundError as error:
+            raise UnknownRunError(f"run {run} has no {file}", field="run") from error
+
+
+def list_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text for a terminal."""
+    if not rows:
+        return "no runs yet; start one: esper train configs/digits.yaml"
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("run", "status", "started (UTC)", "val", "test", "parameters", "fossils", box=None, pad_edge=False)
+    for row in rows:
+        if "task" not in row:
+            table.add_row(row["run_id"], row["status"])
+            continue
+        value = row["val_accuracy"]
+        shown = (
+            f"{value:.1%}" if value is not None else (f"{row['val_loss']:.3f}" if row["val_loss"] is not None else "-")
+        )
+        test = f"{row['test_accuracy']:.1%}" if row["test_accuracy"] is not None else "-"
+        size = f"{row['params_start']:,} -> {row['params_final']:,}"
+        table.add_row(row["run_id"], row["status"], row["started"][:19], shown, test, size, str(row["fossils"]))
+    console = Console()
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip("\n")
