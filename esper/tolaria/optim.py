@@ -1,0 +1,219 @@
+"""The optimizer and its scheduler, grown together.
+
+A kernel joins as a parameter group of its own, tagged with its seed, under the hyper-parameters that group 0 has at
+that moment; the state of the old parameters is not touched. It leaves with its group and its state. A scheduler keeps
+one entry a group in several lists, which torch does not extend by itself: `LambdaLR` raises at the next step and
+`OneCycleLR` misses keys. Only schedulers whose lists are known here are accepted.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
+
+from esper.leyline.errors import ConfigError, ConflictError
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
+"""(optimizer, total steps) -> a scheduler that is stepped once an optimizer step."""
+
+SEED_KEY = "esper_seed"
+"""Key of a parameter group that belongs to a seed."""
+
+SUPPORTED_SCHEDULERS: tuple[type[LRScheduler], ...] = (
+    lr_scheduler.LambdaLR,
+    lr_scheduler.OneCycleLR,
+    lr_scheduler.CosineAnnealingLR,
+    lr_scheduler.StepLR,
+    lr_scheduler.MultiStepLR,
+    lr_scheduler.ConstantLR,
+    lr_scheduler.LinearLR,
+    lr_scheduler.SequentialLR,
+)
+
+Named = Iterable[tuple[str, nn.Parameter]]
+
+
+class Optimization:
+    """An optimizer, its scheduler, and the order in which seeds joined.
+
+    Args:
+        optimizer: holds the host's parameters.
+        scheduler: stepped once an optimizer step; None is a constant rate.
+
+    Raises:
+        ConfigError: for a scheduler that cannot grow.
+    """
+
+    def __init__(self, optimizer: Optimizer, scheduler: LRScheduler | None = None) -> None:
+        if scheduler is not None:
+            require_supported(scheduler)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self._names: dict[str, list[str]] = {}  # seed id -> names of its parameters, in joining order
+
+    @property
+    def seeds(self) -> tuple[str, ...]:
+        """Ids of the seeds that joined, in order."""
+        return tuple(self._names)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of group 0 for the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self) -> None:
+        """One optimizer step and one scheduler step."""
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def join(self, seed_id: str, parameters: Sequence[nn.Parameter], *, live: Named) -> None:
+        """Adds a seed's parameters.
+
+        Args:
+            seed_id: whose they are.
+            parameters: on the live path, and in no group yet.
+            live: names and parameters of the live path, among them these; names make the group restorable.
+
+        Raises:
+            ConflictError: if the seed is in already, or a parameter is not on the live path.
+        """
+        if seed_id in self._names:
+            raise ConflictError(f"seed {seed_id} is in the optimizer already")
+        names = {id(parameter): name for name, parameter in live}
+        try:
+            self._names[seed_id] = [names[id(parameter)] for parameter in parameters]
+        except KeyError as error:
+            raise ConflictError(f"a parameter of seed {seed_id} is not on the live path") from error
+        first = self.optimizer.param_groups[0]
+        hyper = {key: _own(value) for key, value in first.items() if key not in ("params", "param_names", SEED_KEY)}
+        self.optimizer.add_param_group({**hyper, "params": list(parameters), SEED_KEY: seed_id})
+        if self.scheduler is not None:
+            _extend(self.scheduler)
+
+    def leave(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Removes parameters with their state; a seed's group that is empty then goes too."""
+        gone = {id(parameter) for parameter in parameters}
+        for index in range(len(self.optimizer.param_groups) - 1, -1, -1):
+            group = self.optimizer.param_groups[index]
+            for parameter in group["params"]:
+                if id(parameter) in gone:
+                    self.optimizer.state.pop(parameter, None)
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+            if not group["params"] and SEED_KEY in group:
+                self._remove_group(index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of both, with the layout that `load_state_dict` needs. Tensors are not copies."""
+        return {
+            "layout": [[seed_id, list(names)] for seed_id, names in self._names.items()],
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, live: Named) -> None:
+        """Restores in place, whatever seeds are in now; the topology of `state` must be loaded already.
+
+        Args:
+            state: from `state_dict`.
+            live: names and parameters of the live path after the topology was restored.
+
+        Raises:
+            ConflictError: if the live path does not hold the parameters of `state`.
+        """
+        for index in range(len(self.optimizer.param_groups) - 1, -1, -1):
+            if SEED_KEY in self.optimizer.param_groups[index]:
+                for parameter in self.optimizer.param_groups[index]["params"]:
+                    self.optimizer.state.pop(parameter, None)
+                self._remove_group(index)
+        by_name = dict(live)
+        for seed_id, names in state["layout"]:
+            missing = [name for name in names if name not in by_name]
+            if missing:
+                raise ConflictError(f"the live path has no {missing[0]}, which the optimizer's state names")
+            self.join(seed_id, [by_name[name] for name in names], live=by_name.items())
+        # torch keeps references to what it is given: a snapshot must stay as it was
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        if (self.scheduler is None) != (state["scheduler"] is None):
+            raise ConflictError("the saved run and this one differ in having a scheduler", field="scheduler")
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
+            _mend(self.scheduler)
+
+    def _remove_group(self, index: int) -> None:
+        group = self.optimizer.param_groups.pop(index)
+        self._names.pop(group[SEED_KEY], None)
+        if self.scheduler is not None:
+            _shrink(self.scheduler, index)
+
+
+def require_supported(scheduler: LRScheduler) -> None:
+    """Raises `ConfigError` unless the scheduler, and every one inside it, is known to grow correctly."""
+    # exact types: a subclass may keep lists of its own
+    if type(scheduler) not in SUPPORTED_SCHEDULERS:
+        raise ConfigError(
+            f"{type(scheduler).__name__} cannot follow a network that grows",
+            field="scheduler",
+            remedy=f"use one of {', '.join(kind.__name__ for kind in SUPPORTED_SCHEDULERS)}",
+        )
+    for inner in _inner(scheduler):
+        require_supported(inner)
+
+
+def clip_norms(groups: Iterable[Sequence[nn.Parameter]], max_norm: float) -> None:
+    """Clips each group's gradient norm apart, so that a new kernel's gradient does not shrink the host's."""
+    for group in groups:
+        if group:
+            torch.nn.utils.clip_grad_norm_(group, max_norm)
+
+
+def _inner(scheduler: LRScheduler) -> list[LRScheduler]:
+    return list(getattr(scheduler, "_schedulers", ()))
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else copy.copy(value)
+
+
+def _lists(scheduler: LRScheduler) -> list[list[Any]]:
+    """The lists of a scheduler that hold one entry a parameter group."""
+    names = ("base_lrs", "_last_lr", "lr_lambdas")
+    return [getattr(scheduler, name) for name in names if isinstance(getattr(scheduler, name, None), list)]
+
+
+def _extend(scheduler: LRScheduler) -> None:
+    for inner in _inner(scheduler):
+        _extend(inner)
+    for entries in _unaliased(scheduler):
+        entries.append(_own(entries[0]))
+
+
+def _shrink(scheduler: LRScheduler, index: int) -> None:
+    for inner in _inner(scheduler):
+        _shrink(inner, index)
+    for entries in _unaliased(scheduler):
+        del entries[index]
+
+
+def _unaliased(scheduler: LRScheduler) -> list[list[Any]]:
+    # SequentialLR takes over the very list object of its current scheduler
+    last = getattr(scheduler, "_last_lr", None)
+    if isinstance(last, list):
+        scheduler._last_lr = list(last)  # noqa: SLF001 - torch has no public setter
+    return _lists(scheduler)
+
+
+def _mend(scheduler: LRScheduler) -> None:
+    """Gives back the types that a round trip through JSON loses."""
+    for inner in _inner(scheduler):
+        _mend(inner)
+    if isinstance(scheduler, lr_scheduler.MultiStepLR):
+        scheduler.milestones = Counter(scheduler.milestones)
