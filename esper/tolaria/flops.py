@@ -2,14 +2,14 @@
 
 torch's own counter is right for dense matrix products and convolutions, but on CPU it takes attention, norms and
 LSTM as 0 and the backward of a depthwise convolution as many times too much; the table here replaces those formulas
-and adds the elementwise ops. It agrees with the table of the IR's ops (`esper.leyline.ops`): a test holds them
-together. This module does not know who pays; that is `esper.tolaria.ledger`.
+and adds the elementwise ops. The figures of the forward are those of `esper.leyline.flops`, from which a blueprint's
+estimate is made too. This module does not know who pays; that is `esper.tolaria.ledger`.
 
-Convention
-    A multiply-add counts 2, and biases of matrix products and convolutions count nothing. An elementwise op counts
-    1 an element, forward and backward, whatever the function (an exponential is 1). Attention counts the full
-    square of positions, causal or not. Lookups, copies, comparisons, masks, reshapes and random numbers count 0, and
-    so does adding to a `.grad` that exists, so that the figure does not depend on whether gradients were cleared.
+Convention, beside that of `esper.leyline.flops`
+    An op that it does not list counts 1 an element, whatever the function. The backward of an activation counts what
+    its forward does; that of a product, two products. Lookups, copies, comparisons, masks, reshapes and random
+    numbers count 0, and so does adding to a `.grad` that exists, so that the figure does not depend on whether
+    gradients were cleared. Attention counts the full square of positions, causal or not.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-ELEMENTWISE = 1
-SOFTMAX, SOFTMAX_BACKWARD = 5, 4  # max, subtract, exp, sum, divide; multiply, sum, subtract, multiply
-NORMALIZE = 5  # sum, centre, square and sum, scale
+from esper.leyline import flops as one
+
+SOFTMAX_BACKWARD = 4  # multiply, sum, subtract, multiply
+SCALING = 1  # of an attention score
 AFFINE = 2
-NORMALIZE_BACKWARD = 9  # x^ again (2), the sums of dy and of dy * x^ (3), dy - c1 - x^ * c2 (3), scale (1)
+NORM_BACKWARD = 9  # x^ again (2), the sums of dy and of dy * x^ (3), dy - c1 - x^ * c2 (3), scale (1)
 FOLDED, FOLDED_BACKWARD, FOLDED_PARAMETERS = 2, 1, 5  # batch norm by running statistics is one multiply-add
-RMS, RMS_BACKWARD = 3, 7  # square and sum, scale; the weight is one more
-LSTM_GATES = 4
+RMS_BACKWARD = 7
+LSTM_STATE = 3 * one.ELEMENTWISE["sigmoid"] + 2 * one.ELEMENTWISE["tanh"] + 4  # c = f * c + i * g; h = o * tanh(c)
 
 Shape = Sequence[int]
 
@@ -54,48 +55,48 @@ def _convolution_backward(grad: Shape, x: Shape, w: Shape, *rest: Any, **_: Any)
 
 def _attention(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
     pairs = prod(q[:-1]) * k[-2]  # (B, heads, queries) x keys
-    return pairs * (2 * q[-1] + 2 * v[-1] + SOFTMAX)
+    return pairs * (2 * q[-1] + 2 * v[-1] + SCALING + one.SOFTMAX)
 
 
 def _attention_backward(_grad: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
     """Scores again, then the gradients of values, weights, queries and keys."""
     pairs = prod(q[:-1]) * k[-2]
-    return pairs * (3 * 2 * q[-1] + 2 * 2 * v[-1] + SOFTMAX + SOFTMAX_BACKWARD)
+    return pairs * (3 * 2 * q[-1] + 2 * 2 * v[-1] + 2 * SCALING + one.SOFTMAX + SOFTMAX_BACKWARD)
 
 
-def _affine(weight: Shape | None) -> int:
-    return AFFINE if weight is not None else 0
+def _norm(elements: int, weight: Shape | None) -> int:
+    return elements * (one.NORM if weight is not None else one.NORM - AFFINE)
 
 
 def _batch_norm(x: Shape, weight: Shape | None, _b: Any, _m: Any, _v: Any, training: bool, *_: Any, **__: Any) -> int:
-    return prod(x) * (NORMALIZE + _affine(weight) if training else FOLDED)
+    return _norm(prod(x), weight) if training else FOLDED * prod(x)
 
 
 def _batch_norm_backward(grad: Shape, *rest: Any, **_: Any) -> int:
     training, wanted = rest[6], rest[8]
     if training:
-        return prod(grad) * NORMALIZE_BACKWARD
+        return prod(grad) * NORM_BACKWARD
     return prod(grad) * (FOLDED_BACKWARD + FOLDED_PARAMETERS * int(wanted[1]))
 
 
 def _cudnn_batch_norm_backward(x: Shape, *_: Any, **__: Any) -> int:
-    return prod(x) * NORMALIZE_BACKWARD
+    return prod(x) * NORM_BACKWARD
 
 
 def _group_norm(x: Shape, weight: Shape | None, *_: Any, **__: Any) -> int:
-    return prod(x) * (NORMALIZE + _affine(weight))
+    return _norm(prod(x), weight)
 
 
 def _layer_norm(x: Shape, _normalized: Any, weight: Shape | None, *_: Any, **__: Any) -> int:
-    return prod(x) * (NORMALIZE + _affine(weight))
+    return _norm(prod(x), weight)
 
 
 def _norm_backward(grad: Shape, *_: Any, **__: Any) -> int:
-    return prod(grad) * NORMALIZE_BACKWARD
+    return prod(grad) * NORM_BACKWARD
 
 
 def _rms_norm(x: Shape, _normalized: Any, weight: Shape | None, *_: Any, **__: Any) -> int:
-    return prod(x) * (RMS + int(weight is not None))
+    return one.rmsnorm(prod(x)) - (0 if weight is not None else prod(x))
 
 
 def _rms_norm_backward(grad: Shape, *_: Any, **__: Any) -> int:
@@ -105,7 +106,7 @@ def _rms_norm_backward(grad: Shape, *_: Any, **__: Any) -> int:
 def _lstm(x: Shape, w_input: Shape, w_hidden: Shape, *_: Any, **__: Any) -> int:
     """One layer, one direction; x is (T, B, I) or (B, T, I)."""
     hidden = w_hidden[1]
-    gates = x[0] * x[1] * hidden * (LSTM_GATES + 5)  # the gates' functions; c = f * c + i * g; h = o * tanh(c)
+    gates = x[0] * x[1] * hidden * LSTM_STATE
     return 2 * x[0] * x[1] * (prod(w_input) + prod(w_hidden)) + gates
 
 
@@ -145,28 +146,37 @@ def _per_input(factor: int) -> Callable[..., int]:
     return formula
 
 
-def _per_output(*_: Any, **kw: Any) -> int:
-    out = kw["out_shape"]
-    return ELEMENTWISE * prod(out if isinstance(out, torch.Size) else out[0])
+def _per_output(factor: int) -> Callable[..., int]:
+    def formula(*_: Any, **kw: Any) -> int:
+        out = kw["out_shape"]
+        return factor * prod(out if isinstance(out, torch.Size) else out[0])
+
+    return formula
 
 
 def _in_place(x: torch.Tensor, *_: Any, **__: Any) -> int:
-    """As `_per_output`, but 0 for counters, and inside a backward, where autograd adds to gradients that exist."""
+    """One an element, but 0 for counters, and inside a backward, where autograd adds to gradients that exist."""
     inside_backward = torch._C._current_graph_task_id() != -1  # noqa: SLF001 - torch's own counter asks this way
-    return 0 if inside_backward or not x.is_floating_point() else ELEMENTWISE * x.numel()
+    return 0 if inside_backward or not x.is_floating_point() else x.numel()
 
 
 _in_place._get_raw = True  # type: ignore[attr-defined]  # noqa: SLF001 - how the counter is told to hand over tensors
 
 _ELEMENTWISE_OPS = (
     "add sub rsub mul div neg abs exp log log1p pow sqrt rsqrt reciprocal square sin cos maximum minimum clamp addcmul "
-    "addcdiv lerp relu relu_ hardtanh hardtanh_ leaky_relu leaky_relu_ elu elu_ gelu silu silu_ mish hardswish "
-    "hardswish_ hardsigmoid softplus sigmoid sigmoid_ tanh tanh_ glu log_sigmoid_forward _prelu_kernel mul_ div_ sub_ "
-    "threshold_backward hardtanh_backward leaky_relu_backward elu_backward gelu_backward silu_backward mish_backward "
-    "hardswish_backward hardsigmoid_backward softplus_backward sigmoid_backward tanh_backward glu_backward "
+    "addcdiv lerp hardtanh hardtanh_ leaky_relu leaky_relu_ elu elu_ mish hardswish "
+    "hardswish_ hardsigmoid softplus glu log_sigmoid_forward _prelu_kernel mul_ div_ sub_ "
+    "hardtanh_backward leaky_relu_backward elu_backward mish_backward "
+    "hardswish_backward hardsigmoid_backward softplus_backward glu_backward "
     "log_sigmoid_backward _prelu_kernel_backward max_pool2d_with_indices_backward upsample_nearest2d "
     "upsample_bilinear2d native_dropout native_dropout_backward"
 )
+_ACTIVATIONS = {
+    **{name: name for name in ("relu", "sigmoid", "silu", "tanh", "gelu")},
+    **{f"{name}_": name for name in ("relu", "sigmoid", "silu", "tanh")},
+    **{f"{name}_backward": name for name in ("sigmoid", "silu", "tanh", "gelu")},
+    "threshold_backward": "relu",
+}
 _REDUCTIONS = (
     "sum mean amax amin prod cumsum _adaptive_avg_pool2d adaptive_max_pool2d mse_loss l1_loss huber_loss "
     "smooth_l1_loss binary_cross_entropy_with_logits binary_cross_entropy upsample_nearest2d_backward "
@@ -174,7 +184,8 @@ _REDUCTIONS = (
 )
 
 TABLE: dict[Any, Callable[..., int]] = {
-    **{getattr(aten, name): _per_output for name in _ELEMENTWISE_OPS.split()},
+    **{getattr(aten, name): _per_output(1) for name in _ELEMENTWISE_OPS.split()},
+    **{getattr(aten, name): _per_output(one.ELEMENTWISE[of]) for name, of in _ACTIVATIONS.items()},
     **{getattr(aten, name): _per_input(1) for name in _REDUCTIONS.split()},
     aten.add_: _in_place,
     aten.mv: _matrix_vector,
@@ -192,9 +203,9 @@ TABLE: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_efficient_attention_backward: _attention_backward,  # noqa: SLF001
     aten._scaled_dot_product_cudnn_attention: _attention,  # noqa: SLF001
     aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,  # noqa: SLF001
-    aten._softmax: _per_input(SOFTMAX),  # noqa: SLF001
-    aten._safe_softmax: _per_input(SOFTMAX),  # noqa: SLF001
-    aten._log_softmax: _per_input(SOFTMAX),  # noqa: SLF001
+    aten._softmax: _per_input(one.SOFTMAX),  # noqa: SLF001
+    aten._safe_softmax: _per_input(one.SOFTMAX),  # noqa: SLF001
+    aten._log_softmax: _per_input(one.SOFTMAX),  # noqa: SLF001
     aten._softmax_backward_data: _per_input(SOFTMAX_BACKWARD),  # noqa: SLF001
     aten._log_softmax_backward_data: _per_input(SOFTMAX_BACKWARD),  # noqa: SLF001
     aten.native_batch_norm: _batch_norm,

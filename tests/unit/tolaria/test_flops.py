@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from esper.leyline import BlueprintIR, Node, SiteKind, SiteSignature, ops
+from esper.leyline.lower import lower
 from esper.tolaria.flops import StepCosts, count_flops
 
 B, C, H, W = 2, 4, 6, 6
@@ -96,12 +98,11 @@ def attention_inputs():
 def test_attention_on_cpu(causal):
     q, k, v = attention_inputs()
     pairs = B * HEADS * T * T
-    assert count_flops(lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=causal)) == pairs * (
-        2 * D + 2 * D + 5
-    )
+    flops = count_flops(lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=causal))
+    assert flops == pairs * (2 * D + 2 * D + 1 + 5)
     out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    # five products of the forward's size (scores again, dV, dP, dQ, dK), softmax again and its backward
-    assert count_flops(lambda: out.backward(torch.ones_like(out))) == pairs * (5 * 2 * D + 5 + 4)
+    # five products of the forward's size (scores again, dV, dP, dQ, dK), scaling twice, softmax again, its backward
+    assert count_flops(lambda: out.backward(torch.ones_like(out))) == pairs * (5 * 2 * D + 2 + 5 + 4)
 
 
 def test_attention_by_the_math_path_adds_only_scaling():
@@ -114,7 +115,7 @@ def test_attention_by_the_math_path_adds_only_scaling():
 
 def test_cross_attention_counts_queries_times_keys():
     q, k, v = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 9, 4), torch.randn(1, 1, 9, 4)
-    assert count_flops(lambda: functional.scaled_dot_product_attention(q, k, v)) == 3 * 9 * (2 * 4 + 2 * 4 + 5)
+    assert count_flops(lambda: functional.scaled_dot_product_attention(q, k, v)) == 3 * 9 * (2 * 4 + 2 * 4 + 1 + 5)
 
 
 N = B * C * H * W
@@ -123,12 +124,12 @@ N = B * C * H * W
 @pytest.mark.parametrize(
     ("norm", "per_element"),
     [
-        (nn.BatchNorm2d(C), 7),
-        (nn.BatchNorm2d(C, affine=False), 5),
-        (nn.GroupNorm(2, C), 7),
-        (nn.GroupNorm(2, C, affine=False), 5),
-        (nn.LayerNorm((C, H, W)), 7),
-        (nn.LayerNorm((C, H, W), elementwise_affine=False), 5),
+        (nn.BatchNorm2d(C), 8),
+        (nn.BatchNorm2d(C, affine=False), 6),
+        (nn.GroupNorm(2, C), 8),
+        (nn.GroupNorm(2, C, affine=False), 6),
+        (nn.LayerNorm((C, H, W)), 8),
+        (nn.LayerNorm((C, H, W), elementwise_affine=False), 6),
     ],
 )
 def test_norms(norm, per_element):
@@ -149,10 +150,13 @@ def test_rms_norm():
     assert forward(nn.RMSNorm(8, eps=1e-6), x) == 4 * 24 + 2 * 3
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.SiLU(), nn.Sigmoid(), nn.Tanh(), nn.LeakyReLU()])
-def test_activations_count_one_an_element_each_way(activation):
-    assert forward(activation, image()) == N
-    assert backward(activation, image()) == N
+@pytest.mark.parametrize(
+    ("activation", "per_element"),
+    [(nn.ReLU(), 1), (nn.LeakyReLU(), 1), (nn.Sigmoid(), 4), (nn.SiLU(), 5), (nn.Tanh(), 6), (nn.GELU(), 8)],
+)
+def test_activations_count_the_same_each_way(activation, per_element):
+    assert forward(activation, image()) == per_element * N
+    assert backward(activation, image()) == per_element * N
 
 
 def test_in_place_activation_counts_as_the_other():
@@ -182,7 +186,7 @@ def test_lstm_is_not_free():
     x = torch.randn(5, 2, 3)  # (T, B, I)
     hidden = 4
     products = 2 * 5 * 2 * (4 * hidden * 3 + 4 * hidden * hidden)
-    assert forward(nn.LSTM(3, hidden), x) == products + 5 * 2 * hidden * 9
+    assert forward(nn.LSTM(3, hidden), x) == products + 5 * 2 * hidden * (3 * 4 + 2 * 6 + 4)
 
 
 def test_backward_counts_the_same_whether_gradients_exist():
@@ -211,6 +215,42 @@ def test_counting_computes_the_same_and_compiles_nothing():
     count_flops(lambda: outputs.append(model.eval()(x)))
     assert torch.equal(outputs[0], model(x))
     assert {name: dict(counts) for name, counts in dynamo.counters.items()} == before
+
+
+MAP = SiteSignature(kind=SiteKind.FEATURE_MAP, channels=4, extent=(6, 6))
+SEQUENCE = SiteSignature(kind=SiteKind.SEQUENCE, channels=8, extent=(7,))
+CAUSAL = SEQUENCE.model_copy(update={"causal": True})
+VECTOR = SiteSignature(kind=SiteKind.VECTOR, channels=12)
+
+
+@pytest.mark.parametrize(
+    ("op", "params", "site"),
+    [
+        ("conv2d", {"kernel": 3, "groups": 2}, MAP),
+        ("conv2d", {"kernel": 5}, MAP),
+        ("depthwise", {"kernel": 3}, MAP),
+        ("linear", {}, VECTOR),
+        ("linear", {}, SEQUENCE),
+        ("attention", {"heads": 2}, SEQUENCE),
+        ("attention", {"heads": 2}, CAUSAL),
+        ("groupnorm", {"groups": 2}, MAP),
+        ("layernorm", {}, SEQUENCE),
+        ("scale", {}, MAP),
+        *((op, {}, MAP) for op in ("relu", "gelu", "silu", "tanh", "sigmoid", "softmax")),
+    ],
+)
+def test_the_trainer_counts_what_the_blueprint_estimates(op, params, site):
+    kind = tuple(SiteKind)
+    ir = BlueprintIR(fit=kind, nodes=(Node(id="n", op=op, params=params),), output="n")
+    kernel, h = lower(ir, site), torch.randn(site.shape(3))
+    assert count_flops(lambda: kernel(h)) == 3 * ops.count_flops(ir, site) > 0
+
+
+def test_the_blueprint_estimates_of_rms_norm_leave_out_the_rows_alone():
+    ir = BlueprintIR(fit=(SiteKind.SEQUENCE,), nodes=(Node(id="n", op="rmsnorm"),), output="n")
+    kernel, h = lower(ir, SEQUENCE), torch.randn(SEQUENCE.shape(3))
+    rows = 3 * 7  # the epsilon and the root of each
+    assert count_flops(lambda: kernel(h)) == 3 * ops.count_flops(ir, SEQUENCE) + 2 * rows
 
 
 def test_step_costs_run_once_for_each_kind():
