@@ -1,0 +1,256 @@
+"""The host networks that a configuration can name: plain PyTorch, with nothing of Esper inside.
+
+Blocks stand in `nn.Sequential` or `nn.ModuleList`, because that is where seeds are looked for. Shape suffixes:
+B batch, C channels, H height, W width, T positions, D width of a transformer, V vocabulary.
+"""
+# ruff: noqa: N803, N806 -- shapes stand as suffixes
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from esper.config import CnnHost, GptHost, Host, ImportedHost, MlpHost
+from esper.leyline.errors import ConfigError
+
+
+def build_host(config: Host, *, input_shape: Sequence[int], num_outputs: int, seed: int) -> nn.Module:
+    """Builds the network, with initial weights that depend on `seed` alone.
+
+    The global CPU generator is left as it was, also by an imported host that draws from it.
+
+    Args:
+        config: which network.
+        input_shape: of one sample: (features,), (C, H, W) or (T,) for tokens.
+        num_outputs: classes, regression targets or vocabulary.
+        seed: of the initial weights.
+
+    Raises:
+        ConfigError: if the network does not go with the data, or an imported one cannot be built.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        match config:
+            case MlpHost():
+                return Mlp(math.prod(input_shape), config.hidden, num_outputs)
+            case CnnHost():
+                return _build_cnn(config, input_shape, num_outputs)
+            case GptHost():
+                return _build_gpt(config, input_shape, num_outputs)
+            case ImportedHost():
+                return _import_host(config)
+
+
+class Mlp(nn.Module):
+    """Linear layers with ReLU between them.
+
+    Args:
+        num_inputs: features of a flattened sample.
+        hidden: widths of the hidden layers.
+        num_outputs: width of the last layer.
+    """
+
+    def __init__(self, num_inputs: int, hidden: Sequence[int], num_outputs: int) -> None:
+        super().__init__()
+        widths = [num_inputs, *hidden]
+        pairs = itertools.pairwise(widths)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(i, o), nn.ReLU()) for i, o in pairs))
+        self.head = nn.Linear(widths[-1], num_outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, ...) to (B, outputs); samples are flattened."""
+        return self.head(self.blocks(x.flatten(1)))
+
+
+class ConvBlock(nn.Sequential):
+    """3x3 convolution, batch norm, ReLU, and dropout of whole channels where asked for."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, *, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(num_inputs, num_outputs, 3, stride=stride, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(num_outputs)
+        self.act = nn.ReLU()
+        if dropout > 0:
+            self.drop = nn.Dropout2d(dropout)
+
+
+class Cnn(nn.Module):
+    """Stages of `ConvBlock`; each but the first begins with stride 2. Global average pool and a linear head.
+
+    Args:
+        num_inputs: image channels.
+        channels: channels of each stage.
+        blocks_per_stage: blocks in each stage.
+        num_outputs: width of the head.
+        dropout: share of channels dropped after each block.
+    """
+
+    def __init__(
+        self, num_inputs: int, channels: Sequence[int], blocks_per_stage: int, num_outputs: int, *, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.stages = nn.Sequential()
+        for index, width in enumerate(channels):
+            stage = nn.Sequential()
+            for block in range(blocks_per_stage):
+                stride = 2 if index > 0 and block == 0 else 1
+                stage.append(ConvBlock(num_inputs, width, stride=stride, dropout=dropout))
+                num_inputs = width
+            self.stages.append(stage)
+        self.head = nn.Linear(num_inputs, num_outputs)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, outputs)."""
+        return self.head(self.stages(x_BCHW).mean(dim=(2, 3)))
+
+
+class CausalAttention(nn.Module):
+    """Multi-head self-attention in which a position sees itself and those before it."""
+
+    def __init__(self, width: int, heads: int, *, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) to (B, T, D)."""
+        q, k, v = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        return self.out(mixed.transpose(1, 2).flatten(-2))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and a 4x MLP, each with its own skip."""
+
+    def __init__(self, width: int, heads: int, *, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = CausalAttention(width, heads, dropout=dropout)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) to (B, T, D)."""
+        x_BTD = x_BTD + self.drop(self.attention(self.attention_norm(x_BTD)))
+        return x_BTD + self.drop(self.mlp(self.mlp_norm(x_BTD)))
+
+
+class Gpt(nn.Module):
+    """A decoder-only transformer with learned positions.
+
+    Args:
+        vocabulary: number of tokens.
+        context: the longest sequence.
+        width, depth, heads: of the transformer.
+        dropout: after the embedding, in attention and after each branch.
+        tied: whether the head shares the embedding's weights.
+    """
+
+    def __init__(
+        self, *, vocabulary: int, context: int, width: int, depth: int, heads: int, dropout: float, tied: bool
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(context, width)
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, dropout=dropout) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self._initialise(depth)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """(B, T) token numbers to (B, T, V) logits; T is at most the context."""
+        places_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        x_BTD = self.drop(self.tokens(tokens_BT) + self.positions(places_T))
+        return self.head(self.norm(self.blocks(x_BTD)))
+
+    def _initialise(self, depth: int) -> None:
+        """GPT-2's scheme: normal of 0.02, and branches' last layers smaller by the root of their number."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" not in name:
+                is_last = name.endswith(("attention.out.weight", "mlp.2.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth) if is_last else 0.02)
+
+
+def _build_cnn(config: CnnHost, input_shape: Sequence[int], num_outputs: int) -> nn.Module:
+    if len(input_shape) != 3:
+        raise ConfigError(
+            f"a cnn takes images of (C, H, W), the data has samples of shape {tuple(input_shape)}",
+            field="host.type",
+            remedy="choose host.type=mlp, or data with images (digits: data.layout=image)",
+        )
+    halvings = len(config.channels) - 1
+    if min(input_shape[1:]) < 2**halvings:
+        raise ConfigError(
+            f"{len(config.channels)} stages halve {input_shape[1]}x{input_shape[2]} pixels to nothing",
+            field="host.channels",
+            remedy="give fewer stages",
+        )
+    return Cnn(input_shape[0], config.channels, config.blocks_per_stage, num_outputs, dropout=config.dropout)
+
+
+def _build_gpt(config: GptHost, input_shape: Sequence[int], num_outputs: int) -> nn.Module:
+    if len(input_shape) != 1:
+        raise ConfigError(
+            f"a gpt takes tokens of (T,), the data has samples of shape {tuple(input_shape)}",
+            field="host.type",
+            remedy="choose data.type=text, or another host",
+        )
+    if config.width % config.heads:
+        raise ConfigError(
+            f"{config.heads} heads do not divide a width of {config.width}",
+            field="host.heads",
+            remedy="give a divisor of host.width",
+        )
+    return Gpt(
+        vocabulary=num_outputs,
+        context=input_shape[0],
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        dropout=config.dropout,
+        tied=config.tied,
+    )
+
+
+def _import_host(config: ImportedHost) -> nn.Module:
+    module_name, _, function_name = config.target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"cannot import {module_name}: {error}",
+            field="host.target",
+            remedy="write package.module:function of something on the Python path",
+        ) from error
+    build: Any = getattr(module, function_name, None)
+    if not callable(build):
+        raise ConfigError(
+            f"{module_name} has no function {function_name}",
+            field="host.target",
+            remedy="write package.module:function",
+        )
+    try:
+        host = build(**config.args)
+    except TypeError as error:
+        raise ConfigError(f"{config.target} was called with {config.args}: {error}", field="host.args") from error
+    if not isinstance(host, nn.Module):
+        raise ConfigError(
+            f"{config.target} returned {type(host).__name__}", field="host.target", remedy="return an nn.Module"
+        )
+    return host
