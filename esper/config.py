@@ -206,6 +206,8 @@ class TamiyoConfig(Section):
     """For the `schedule` policy."""
     deadline_s: PositiveFloat = 5.0
     """Outside deterministic mode training goes on without an answer after so long."""
+    startup_s: PositiveFloat = 60.0
+    """The first decision waits so long for the controller to come up and for the kernels that are being built."""
 
 
 class ScheduledGraft(Section):
