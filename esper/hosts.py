@@ -69,16 +69,23 @@ class Mlp(nn.Module):
         return self.head(self.blocks(x.flatten(1)))
 
 
-class ConvBlock(nn.Sequential):
-    """3x3 convolution, batch norm, ReLU, and dropout of whole channels where asked for."""
+class ConvBlock(nn.Module):
+    """3x3 convolution, batch norm, ReLU, and dropout of whole channels where asked for.
+
+    No `nn.Sequential`, so that the block as a whole is one place for seeds.
+    """
 
     def __init__(self, num_inputs: int, num_outputs: int, *, stride: int, dropout: float) -> None:
         super().__init__()
         self.conv = nn.Conv2d(num_inputs, num_outputs, 3, stride=stride, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(num_outputs)
         self.act = nn.ReLU()
-        if dropout > 0:
-            self.drop = nn.Dropout2d(dropout)
+        self.drop = nn.Dropout2d(dropout) if dropout > 0 else None
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, outputs, H / stride, W / stride)."""
+        x_BCHW = self.act(self.norm(self.conv(x_BCHW)))
+        return x_BCHW if self.drop is None else self.drop(x_BCHW)
 
 
 class Cnn(nn.Module):
