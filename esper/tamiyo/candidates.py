@@ -1,0 +1,143 @@
+"""Where growth is possible: sites with a dormant seed, a fresh report, and kernels that may be used there.
+
+Every site that falls out has its reason in words, so that a wait can be explained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esper.config import TamiyoConfig
+from esper.leyline import (
+    Action,
+    BlendStrategy,
+    HealthSignal,
+    KernelOption,
+    LayerHealthReport,
+    SeedStage,
+    SiteSignature,
+    SystemStatePacket,
+)
+from esper.tamiyo.memory import TamiyoState, failure_key
+from esper.tamiyo.orders import Order
+from esper.tamiyo.safety import Room, growth_is_blocked, growth_is_over, room_of
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A dormant seed and the kernels it may be given, by blueprint name."""
+
+    site: str
+    signature: SiteSignature
+    seed: HealthSignal
+    options: tuple[KernelOption, ...]
+
+    def germinate(
+        self, option: KernelOption, strategy: BlendStrategy, reason: str, *, entry: int | None = None
+    ) -> Order:
+        """Returns the order to begin with this kernel here."""
+        return Order(Action.GERMINATE, self.site, self.seed.seed_id, reason, option, strategy, entry)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What was found, in the order of the packet's layers, and why the other sites fell out."""
+
+    candidates: tuple[Candidate, ...]
+    excluded: dict[str, str]
+    room: Room
+
+    def why_none(self) -> str:
+        """Says why no site is eligible."""
+        if not self.excluded:
+            return "no site sent a health report"
+        return "no site is eligible (" + "; ".join(f"{site}: {why}" for site, why in self.excluded.items()) + ")"
+
+
+def reason_to_wait(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig) -> str | None:
+    """Why a policy that chooses its own time should not think of growth now; None if it may."""
+    epoch = packet.epoch.epoch
+    held = growth_is_over(state, packet, config) or growth_is_blocked(state, packet, config)
+    if held is not None:
+        return held
+    if epoch + 1 < config.warmup_epochs:
+        return f"epoch {epoch} belongs to the warm-up of {config.warmup_epochs} epochs"
+    if epoch < state.cooldown_until:
+        return f"{state.cooldown_reason}: growth rests until epoch {state.cooldown_until}"
+    return None
+
+
+def find_candidates(
+    state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig, *, blueprint: str | None = None
+) -> Candidates:
+    """Finds where an adaptation could begin.
+
+    Args:
+        state: after it has seen `packet`.
+        packet: the current one.
+        config: limits, and the strategy that kernels must suit.
+        blueprint: only kernels of this one, even where it failed before: somebody asked for it by name.
+    """
+    room = room_of(state, packet)
+    found: list[Candidate] = []
+    excluded: dict[str, str] = {}
+    for layer in packet.layers:
+        seed = _resting_seed(layer, packet)
+        if isinstance(seed, str):
+            excluded[layer.layer_id] = seed
+            continue
+        options = _usable(layer.layer_id, state, packet, config, room, blueprint)
+        if isinstance(options, str):
+            excluded[layer.layer_id] = options
+        else:
+            found.append(Candidate(layer.layer_id, layer.signature, seed, options))
+    return Candidates(tuple(found), excluded, room)
+
+
+def _resting_seed(layer: LayerHealthReport, packet: SystemStatePacket) -> HealthSignal | str:
+    """The dormant seed with the largest growth potential, or why there is none to use."""
+    if layer.layer_id in packet.embargoed:
+        return "under embargo"
+    if layer.epoch != packet.epoch.epoch:
+        return f"its health is of epoch {layer.epoch}, not of {packet.epoch.epoch}"
+    busy = next((seed for seed in layer.seeds if seed.stage.is_active), None)
+    if busy is not None:
+        return f"{busy.seed_id} is {busy.stage} there"
+    resting = [seed for seed in layer.seeds if seed.stage is SeedStage.DORMANT]
+    if not resting:
+        return "no dormant seed there"
+    # an unmeasured seed ranks below every measured one
+    return max(resting, key=lambda seed: -1.0 if seed.grow_potential is None else seed.grow_potential)
+
+
+def _usable(
+    site: str,
+    state: TamiyoState,
+    packet: SystemStatePacket,
+    config: TamiyoConfig,
+    room: Room,
+    blueprint: str | None,
+) -> tuple[KernelOption, ...] | str:
+    """The kernels for this site that nothing forbids, or why there are none."""
+    ready = [option for option in packet.options if option.site == site]
+    if blueprint is not None:
+        ready = [option for option in ready if option.blueprint == blueprint]
+    if not ready:
+        return "no kernel is ready" if blueprint is None else f"no kernel of {blueprint} is ready"
+    usable: list[KernelOption] = []
+    refusals: dict[str, None] = {}
+    for option in ready:
+        key = failure_key(site, option.blueprint)
+        if blueprint is None and key in state.failed:
+            refusals[f"{option.blueprint} failed there before"] = None
+        elif key in packet.embargoed:
+            refusals[f"{option.blueprint} is under embargo there"] = None
+        elif config.strategy == BlendStrategy.DIRECT and not option.zero_at_birth:
+            refusals[f"{option.blueprint} is not zero at birth, which the direct strategy needs"] = None
+        elif (too_dear := room.refuses(option)) is not None:
+            refusals[f"{option.blueprint}: {too_dear}"] = None
+        else:
+            usable.append(option)
+    if not usable:
+        return ", ".join(refusals)
+    return tuple(sorted(usable, key=lambda option: (option.blueprint, option.kernel_id)))

@@ -1,0 +1,102 @@
+"""The heuristic policy: when the host has plateaued, the site with the largest growth potential, then a kernel.
+
+1. When: the validation loss, over `plateau_window` epochs, falls by less than `plateau_threshold` of itself or by no
+   more than its own noise (`plateau`), after the warm-up.
+2. Where: the eligible site with the largest measured growth potential: the norm of the loss gradient at a
+   zero-initialised last layer placed there, which predicts the first-order gain. A site that was not measured is no
+   candidate.
+3. What: the kernel with the largest expected value per cost. A kernel's first-order gain is the site's and so the
+   same for all; what differs is how much it can use it. Value is `log2(1 + n / C^2)`, with n the kernel's parameters
+   and C^2 a full mixing of the site's C channels: doubling a kernel adds less and less. Cost is `1/4 + s`, with s
+   the larger share of the parameter or FLOP budget that the kernel would use up: the quarter stands for what every
+   adaptation costs (training behind the host, its place in the run), so that the tiniest kernel does not always win.
+"""
+
+from __future__ import annotations
+
+import math
+
+from esper.config import TamiyoConfig
+from esper.leyline import BlendStrategy, KernelOption, SystemStatePacket
+from esper.tamiyo.candidates import Candidate, find_candidates, reason_to_wait
+from esper.tamiyo.memory import TamiyoState
+from esper.tamiyo.orders import Proposal
+from esper.tamiyo.plateau import fit
+from esper.tamiyo.safety import Room
+
+FIXED_COST = 0.25
+"""What any adaptation costs, in shares of the budget."""
+
+
+class HeuristicGrowth:
+    """Grows at a plateau; one adaptation a decision."""
+
+    def __init__(self, config: TamiyoConfig) -> None:
+        self._config = config
+
+    def propose(self, state: TamiyoState, packet: SystemStatePacket) -> Proposal:
+        """Waits while the host still learns, then names a site and a kernel."""
+        wait = reason_to_wait(state, packet, self._config)
+        if wait is not None:
+            return Proposal(reason=wait)
+        plateau, stands_still = self._judge_plateau(state, packet)
+        if not stands_still:
+            return Proposal(reason=plateau)
+        found = find_candidates(state, packet, self._config)
+        if not found.candidates:
+            pending = f"; {packet.epoch.pending} kernels are still being compiled" if packet.epoch.pending else ""
+            return Proposal(reason=f"{plateau}, but {found.why_none()}{pending}")
+        ranked = rank_sites(found.candidates)
+        if not ranked:
+            sites = ", ".join(candidate.site for candidate in found.candidates)
+            return Proposal(reason=f"{plateau}, but no growth potential was measured at {sites}: unmeasured, no growth")
+        potential, best = ranked[0]
+        if potential <= 0.0:
+            return Proposal(reason=f"{plateau}, but no site shows growth potential (all measured 0)")
+        option = max(best.options, key=lambda option: worth(option, best.signature.channels, found.room))
+        runner_up = f", next {ranked[1][0]:.2g}" if len(ranked) > 1 else ""
+        lead = "the largest" if len(ranked) > 1 else "the only measured"
+        reason = (
+            f"{plateau}; site {best.site} has {lead} growth potential ({potential:.2g}{runner_up}):"
+            f" germinating {option.blueprint}, {_price(option, found.room)}"
+        )
+        return Proposal(reason, orders=(best.germinate(option, BlendStrategy(self._config.strategy), reason),))
+
+    def _judge_plateau(self, state: TamiyoState, packet: SystemStatePacket) -> tuple[str, bool]:
+        """Returns what the validation loss says, and whether the host has stopped learning."""
+        epoch, window = packet.epoch.epoch, self._config.plateau_window
+        if packet.epoch.val_loss is None:
+            return f"no validation loss was measured at epoch {epoch}: a plateau cannot be told from progress", False
+        if packet.epoch.val_loss == 0.0:
+            return "validation loss is 0: there is nothing left to learn", False
+        losses = [entry for entry in state.val_losses if entry[0] >= epoch - window]
+        if len(losses) <= window:
+            return f"{len(losses)} of the {window + 1} validation losses that a plateau is judged by are there", False
+        trend = fit(losses)
+        if trend is None:
+            return "validation loss has no trend that could be put as a share of itself", False
+        threshold = self._config.plateau_threshold
+        return trend.in_words(threshold), trend.has_plateaued(threshold)
+
+
+def rank_sites(candidates: tuple[Candidate, ...]) -> list[tuple[float, Candidate]]:
+    """Returns (growth potential, candidate) of the measured ones, largest first, ties in forward order."""
+    measured = [(c.seed.grow_potential, c) for c in candidates if c.seed.grow_potential is not None]
+    return sorted(measured, key=lambda pair: -pair[0])
+
+
+def worth(option: KernelOption, channels: int, room: Room) -> tuple[float, int, str]:
+    """Returns the expected value per cost (see the module's text), then what breaks ties: the cheaper, by name."""
+    value = math.log2(1.0 + option.num_parameters / channels**2)
+    share = max(_share(option.num_parameters, room.params), _share(option.flops_per_sample, room.flops))
+    return value / (FIXED_COST + share), -option.num_parameters, option.blueprint
+
+
+def _share(cost: int, left: int | None) -> float:
+    return 0.0 if not left else cost / left
+
+
+def _price(option: KernelOption, room: Room) -> str:
+    if room.params is None:
+        return f"{option.num_parameters:,} parameters, no limit set"
+    return f"{option.num_parameters:,} parameters of {room.params:,} left in the budget"

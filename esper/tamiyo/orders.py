@@ -1,0 +1,49 @@
+"""What a policy returns: orders that have not yet passed the safety gates, with the reason in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from esper.leyline import Action, BlendStrategy, KernelOption, SystemStatePacket
+from esper.tamiyo.memory import TamiyoState
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A command before it got its id. `option` is the kernel, for GERMINATE; `entry` the schedule's, by position."""
+
+    action: Action
+    site: str
+    seed_id: str
+    reason: str
+    option: KernelOption | None = None
+    strategy: BlendStrategy = BlendStrategy.RAMP
+    entry: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What a policy wants.
+
+    Attributes:
+        reason: why, in words; for a wait as well.
+        orders: none means wait.
+        vetoes: what it was asked for and cannot do, in words (`schedule`).
+        given_up: entries of the schedule that can never be done, by position.
+        num_draws: random numbers it used.
+    """
+
+    reason: str
+    orders: tuple[Order, ...] = ()
+    vetoes: tuple[str, ...] = ()
+    given_up: tuple[int, ...] = ()
+    num_draws: int = 0
+
+
+class Policy(Protocol):
+    """Decides where and when to grow. Pure: the same arguments give the same proposal."""
+
+    def propose(self, state: TamiyoState, packet: SystemStatePacket) -> Proposal:
+        """Returns what to do after `packet`, which `state` has already seen."""
+        ...

@@ -1,0 +1,128 @@
+"""The simple policies: `none`, `random` and `schedule`. The heuristic has its own module.
+
+A policy says only where and when to grow. Seeds under way are tended in `tending`, alike for all policies, and every
+order of any policy passes `safety`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+from esper.config import ScheduledGraft, TamiyoConfig
+from esper.leyline import BlendStrategy, SystemStatePacket
+from esper.tamiyo.candidates import find_candidates, reason_to_wait
+from esper.tamiyo.memory import TamiyoState
+from esper.tamiyo.orders import Order, Policy, Proposal
+from esper.tamiyo.safety import growth_is_blocked, growth_is_over, last_growth_epoch
+
+__all__ = ["NoGrowth", "Order", "Policy", "Proposal", "RandomGrowth", "ScheduledGrowth"]
+
+
+class NoGrowth:
+    """Never grows: the control group."""
+
+    def propose(self, state: TamiyoState, packet: SystemStatePacket) -> Proposal:
+        """Waits."""
+        del state, packet
+        return Proposal(reason="policy none: the host does not grow")
+
+
+class RandomGrowth:
+    """Grows at random epochs, uniform over eligible pairs of site and kernel: what any policy must beat.
+
+    Each epoch begins an adaptation with probability (adaptations left) / (epochs left in which one may begin), so
+    that all allowed ones are spent where nothing stands in the way, and no epoch is preferred.
+    """
+
+    def __init__(self, config: TamiyoConfig) -> None:
+        self._config = config
+
+    def propose(self, state: TamiyoState, packet: SystemStatePacket) -> Proposal:
+        """Draws whether to grow, then where and what."""
+        wait = reason_to_wait(state, packet, self._config)
+        if wait is not None:
+            return Proposal(reason=wait)
+        last = last_growth_epoch(packet.epoch.num_epochs, self._config.last_epoch_fraction)
+        num_epochs_left = last - packet.epoch.epoch + 1
+        chance = min(1.0, (self._config.max_adaptations - state.num_adaptations) / num_epochs_left)
+        draw = _generator(state)
+        if draw.random() >= chance:
+            return Proposal(reason=f"random policy: a coin with {chance:.0%} for growth said wait", num_draws=1)
+        found = find_candidates(state, packet, self._config)
+        pairs = [(candidate, option) for candidate in found.candidates for option in candidate.options]
+        if not pairs:
+            return Proposal(reason=f"random policy: would grow, but {found.why_none()}", num_draws=1)
+        pairs.sort(key=lambda pair: (pair[0].site, pair[0].seed.seed_id, pair[1].blueprint, pair[1].kernel_id))
+        candidate, option = draw.choice(pairs)
+        reason = f"random policy: drew {option.blueprint} at site {candidate.site} out of {len(pairs)} pairs"
+        order = candidate.germinate(option, BlendStrategy(self._config.strategy), reason)
+        return Proposal(reason, orders=(order,), num_draws=1)
+
+
+class ScheduledGrowth:
+    """Grows as `TamiyoConfig.schedule` says.
+
+    An entry is due at the decision that closes its epoch. One that cannot be done then stays due, with a veto that
+    says why, until it can; one that can never be done any more is given up with a last veto.
+    """
+
+    def __init__(self, config: TamiyoConfig) -> None:
+        self._config = config
+
+    def propose(self, state: TamiyoState, packet: SystemStatePacket) -> Proposal:
+        """Turns due entries into orders."""
+        epoch = packet.epoch.epoch
+        waiting = [(i, entry) for i, entry in enumerate(self._config.schedule) if i not in state.schedule_done]
+        due = [(i, entry) for i, entry in waiting if entry.epoch <= epoch]
+        orders: list[Order] = []
+        vetoes: list[str] = []
+        given_up: list[int] = []
+        for i, entry in due:
+            never = self._why_never(entry, state, packet)
+            if never is not None:
+                given_up.append(i)
+                vetoes.append(f"schedule gives up {entry.blueprint} at {entry.site}: {never}")
+                continue
+            planned = self._plan(i, entry, state, packet)
+            if isinstance(planned, str):
+                vetoes.append(f"schedule, epoch {entry.epoch}, {entry.blueprint} at {entry.site}: {planned}")
+            else:
+                orders.append(planned)
+        if orders:
+            reason = "; ".join(order.reason for order in orders)
+        elif due:
+            reason = "what the schedule asks for cannot be done now"
+        elif waiting:
+            reason = f"the schedule's next entry is for epoch {min(entry.epoch for _, entry in waiting)}"
+        else:
+            reason = "the schedule holds no more entries"
+        return Proposal(reason, tuple(orders), tuple(vetoes), tuple(given_up))
+
+    def _why_never(self, entry: ScheduledGraft, state: TamiyoState, packet: SystemStatePacket) -> str | None:
+        sites = [layer.layer_id for layer in packet.layers]
+        # a packet that goes without some system proves nothing about which sites exist
+        if sites and not packet.missing and entry.site not in sites:
+            return f"there is no site {entry.site}; the sites are {', '.join(sites)}"
+        return growth_is_over(state, packet, self._config)
+
+    def _plan(self, i: int, entry: ScheduledGraft, state: TamiyoState, packet: SystemStatePacket) -> Order | str:
+        blocked = growth_is_blocked(state, packet, self._config)
+        if blocked is not None:
+            return blocked
+        # kernels must suit the entry's own strategy
+        config = self._config.model_copy(update={"strategy": entry.strategy})
+        found = find_candidates(state, packet, config, blueprint=entry.blueprint)
+        candidate = next((candidate for candidate in found.candidates if candidate.site == entry.site), None)
+        if candidate is None:
+            pending = f"; {packet.epoch.pending} kernels are still being compiled" if packet.epoch.pending else ""
+            return found.excluded.get(entry.site, "no health came from this site") + pending
+        option = candidate.options[0]
+        reason = f"scheduled for epoch {entry.epoch}: germinating {option.blueprint} at site {entry.site}"
+        return candidate.germinate(option, BlendStrategy(entry.strategy), reason, entry=i)
+
+
+def _generator(state: TamiyoState) -> random.Random:
+    """A generator that depends on the run's seed, the epoch and the draws so far, and on nothing else."""
+    text = f"tamiyo/{state.seed}/{state.epoch}/{state.rng_counter}"
+    return random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))

@@ -1,0 +1,147 @@
+"""The decision: `step(state, packet, config) -> (state, signal)`, a pure function.
+
+Seeds under way are tended first, then the policy says whether to grow, then the safety gates judge every order. No
+clock and no global randomness: the same arguments give the same signal, ids included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from esper.config import TamiyoConfig
+from esper.leyline import (
+    Action,
+    AdaptationSignal,
+    KasminaControlCommand,
+    SeedStage,
+    Severity,
+    SystemStatePacket,
+)
+from esper.tamiyo.heuristic import HeuristicGrowth
+from esper.tamiyo.memory import Attempt, TamiyoState, observe, read_state
+from esper.tamiyo.orders import Order, Policy, Proposal
+from esper.tamiyo.policies import NoGrowth, RandomGrowth, ScheduledGrowth
+from esper.tamiyo.safety import GOVERNOR_CRITICAL, GOVERNOR_OK, judge
+from esper.tamiyo.tending import tend
+
+
+def policy_for(config: TamiyoConfig) -> Policy:
+    """Returns the policy that the configuration names."""
+    match config.policy:
+        case "heuristic":
+            return HeuristicGrowth(config)
+        case "none":
+            return NoGrowth()
+        case "random":
+            return RandomGrowth(config)
+        case "schedule":
+            return ScheduledGrowth(config)
+
+
+def step(
+    state: Mapping[str, Any], packet: SystemStatePacket, config: TamiyoConfig
+) -> tuple[dict[str, Any], AdaptationSignal]:
+    """Decides about one epoch.
+
+    Args:
+        state: what the last call returned, or `initial_state`.
+        packet: all that is known at the end of the epoch.
+        config: policy and limits.
+
+    Returns:
+        The next state, plain JSON, and the signal.
+
+    Raises:
+        ConflictError: if `state` is not a state of this version.
+    """
+    seen = observe(read_state(state), packet, config)
+    care = tend(seen, packet)
+    proposal = policy_for(config).propose(seen, packet)
+    verdict = judge(seen, packet, config, (*care.orders, *proposal.orders))
+    vetoes = (*proposal.vetoes, *verdict.vetoes)
+    signal = AdaptationSignal(
+        signal_id=_id(seen, packet, "signal"),
+        run_id=packet.run_id,
+        epoch=packet.epoch.epoch,
+        policy=config.policy,
+        severity=_severity(packet, verdict.accepted),
+        commands=tuple(_command(order, _id(seen, packet, str(i))) for i, order in enumerate(verdict.accepted)),
+        vetoes=vetoes,
+        reason=_reason(packet, verdict.accepted, care.notes, proposal, vetoes),
+    )
+    return _remember(seen, proposal, verdict.accepted).to_json(), signal
+
+
+def _remember(state: TamiyoState, proposal: Proposal, accepted: Sequence[Order]) -> TamiyoState:
+    begun = tuple(
+        Attempt(
+            site=order.site,
+            seed_id=order.seed_id,
+            blueprint=order.option.blueprint,
+            kernel_id=order.option.kernel_id,
+            since_epoch=state.epoch,
+            stage=SeedStage.GERMINATED,
+            num_parameters=order.option.num_parameters,
+            flops_per_sample=order.option.flops_per_sample,
+        )
+        for order in accepted
+        if order.option is not None
+    )
+    entries = [order.entry for order in accepted if order.entry is not None]
+    return state.model_copy(
+        update={
+            "num_adaptations": state.num_adaptations + len(begun),
+            "rng_counter": state.rng_counter + proposal.num_draws,
+            "under_way": (*state.under_way, *begun),
+            "schedule_done": tuple(sorted({*state.schedule_done, *proposal.given_up, *entries})),
+        }
+    )
+
+
+def _severity(packet: SystemStatePacket, accepted: Sequence[Order]) -> Severity:
+    if packet.governor.startswith(GOVERNOR_CRITICAL):
+        return Severity.CRITICAL
+    if packet.governor != GOVERNOR_OK or any(order.action in {Action.CULL, Action.RETIRE} for order in accepted):
+        return Severity.WARNING
+    return Severity.INFO
+
+
+def _reason(
+    packet: SystemStatePacket,
+    accepted: Sequence[Order],
+    notes: Sequence[str],
+    proposal: Proposal,
+    vetoes: Sequence[str],
+) -> str:
+    """One line for a person: what is done and why, what is waited for, what was refused."""
+    if packet.governor.startswith(GOVERNOR_CRITICAL):
+        return f"the governor reports {packet.governor}: asking for a rollback to the last good snapshot"
+    parts = [order.reason for order in accepted if order.action is not Action.GERMINATE]
+    parts.extend(notes)
+    # a proposal's reason covers its own germinations; beside seeds under way a wait needs no second explanation
+    if proposal.orders or not parts:
+        parts.append(proposal.reason)
+    if vetoes:
+        parts.append("vetoed: " + "; ".join(vetoes))
+    return "; ".join(parts)
+
+
+def _command(order: Order, command_id: str) -> KasminaControlCommand:
+    return KasminaControlCommand(
+        command_id=command_id,
+        action=order.action,
+        site=order.site,
+        seed_id=order.seed_id,
+        kernel_id=order.option.kernel_id if order.option else None,
+        blueprint=order.option.blueprint if order.option else None,
+        strategy=order.strategy,
+        reason=order.reason,
+    )
+
+
+def _id(state: TamiyoState, packet: SystemStatePacket, part: str) -> str:
+    """An id that a repeated decision gets again: 32 hexadecimal digits."""
+    text = f"{packet.run_id}/{packet.epoch.epoch}/{state.num_decisions}/{part}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
