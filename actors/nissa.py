@@ -1,0 +1,226 @@
+"""Nissa as an actor: follows the bus in a thread of its own and answers with small pictures of runs.
+
+It may be slow, die or be missing: nothing waits for it. After a restart it reads the log again from its start.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import ValidationError
+
+from esper.leyline.contract import new_id
+from esper.leyline.errors import UnavailableError
+from esper.leyline.ports import Bus, Subscription
+from esper.nissa.live import TOPICS, Live
+from esper.nissa.logs import configure
+from esper.nissa.viewmodel import LiveView
+
+log = logging.getLogger("esper.nissa")
+
+NAMESPACE = "esper"
+NAME = "nissa"
+NUM_CPUS = 0.05
+POLL_S = 0.1
+MAX_BACKOFF_S = 5.0
+
+
+class NissaActor:
+    """Folds what is on the bus; made remote by `spawn`.
+
+    Args:
+        bus_factory: connects to the bus; called in the consumer's thread, again after the bus was lost.
+    """
+
+    def __init__(self, bus_factory: Callable[[], Bus]) -> None:
+        self._bus_factory = bus_factory
+        self._live = Live()
+        self._changed = threading.Condition()
+        self._num_requests = 0  # drains asked for so far
+        self._num_answered = 0  # drains whose messages are all folded
+        self._state = "connecting"
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._consume, name="nissa-consumer", daemon=True)
+        self._thread.start()
+
+    def snapshot(self, run_id: str) -> LiveView | None:
+        """The run as last heard of; None if nothing was."""
+        with self._changed:
+            return self._live.view(run_id)
+
+    def drain(self, run_id: str, timeout_s: float = 5.0) -> LiveView | None:
+        """Waits until all that the broker had acknowledged before this call is folded; then as `snapshot`.
+
+        Raises:
+            UnavailableError: if that takes longer than `timeout_s`.
+        """
+        with self._changed:
+            self._num_requests += 1
+            mine = self._num_requests
+            if not self._changed.wait_for(lambda: self._num_answered >= mine, timeout_s):
+                raise UnavailableError(f"Nissa did not catch up within {timeout_s:g} s; it is {self._state}")
+            return self._live.view(run_id)
+
+    def runs(self) -> tuple[str, ...]:
+        """The runs it remembers, the most recently heard of last."""
+        with self._changed:
+            return self._live.run_ids()
+
+    def state(self) -> str:
+        """What it is doing: `connecting`, `following`, `stopped`, or `reconnecting` with the reason."""
+        return self._state
+
+    def stop(self) -> None:
+        """Leaves the bus and ends the consumer."""
+        self._stopped.set()
+        self._thread.join(timeout=5.0)
+
+    def __repr__(self) -> str:
+        return f"Nissa({self._state}, {len(self._live.run_ids())} runs)"
+
+    def _consume(self) -> None:
+        backoff_s = 0.1
+        while not self._stopped.is_set():
+            started = time.monotonic()
+            try:
+                self._follow()
+            except Exception as error:  # the actor's loop edge: logged, a state, and tried again
+                self._state = f"reconnecting: {error}"
+                log.warning("bus.lost", exc_info=True)
+                if time.monotonic() - started > 10 * MAX_BACKOFF_S:
+                    backoff_s = 0.1
+                self._stopped.wait(backoff_s)
+                backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
+        self._state = "stopped"
+
+    def _follow(self) -> None:
+        """One life on the bus. The group is new in each, so that it starts at the start of the log; the broker forgets
+        idle groups, and messages seen before change nothing.
+        """
+        bus = self._bus_factory()
+        try:
+            subscription = bus.subscribe(TOPICS, group=f"nissa-{new_id()[:12]}", from_start=True)
+            try:
+                self._state = "following"
+                while not self._stopped.is_set():
+                    self._take(subscription)
+            finally:
+                subscription.close()
+        finally:
+            bus.close()
+
+    def _take(self, subscription: Subscription) -> None:
+        with self._changed:
+            requests = self._num_requests
+        deliveries = subscription.poll(max_messages=512, timeout_s=POLL_S)
+        with self._changed:
+            for delivery in deliveries:
+                try:
+                    self._live.apply(delivery.message)
+                except ValidationError as error:
+                    # it would fail again: told and left out
+                    fields = {"topic": delivery.message.topic.value, "sender": delivery.message.sender_id}
+                    log.warning("message.refused", extra={**fields, "error": str(error)[:500]})
+            if not deliveries:
+                # nothing was left by a poll that began after these drains were asked for
+                self._num_answered = max(self._num_answered, requests)
+                self._changed.notify_all()
+        if deliveries:
+            subscription.ack(deliveries)
+
+
+class _Process(NissaActor):
+    """NissaActor in a process of its own, with logging set up for it."""
+
+    def __init__(self, bus_factory: Callable[[], Bus]) -> None:
+        configure(actor=NAME)
+        super().__init__(bus_factory)
+
+
+class NissaHandle:
+    """Nissa from afar, with deadlines.
+
+    Args:
+        actor: the remote actor.
+        deadline_s: how long a `snapshot` may take.
+    """
+
+    def __init__(self, actor: Any, *, deadline_s: float = 2.0) -> None:
+        self.actor = actor
+        self._deadline_s = deadline_s
+
+    def snapshot(self, run_id: str) -> LiveView | None:
+        """The run as last heard of; raises `UnavailableError` without an answer in time."""
+        return self._call(self.actor.snapshot.remote(run_id), self._deadline_s)
+
+    def drain(self, run_id: str, *, timeout_s: float = 5.0) -> LiveView | None:
+        """Waits until what the broker has acknowledged is folded; raises `UnavailableError` if it takes longer."""
+        return self._call(self.actor.drain.remote(run_id, timeout_s), timeout_s + self._deadline_s)
+
+    def runs(self) -> tuple[str, ...]:
+        """The runs it remembers, the most recently heard of last."""
+        return self._call(self.actor.runs.remote(), self._deadline_s)
+
+    def state(self) -> str:
+        """What it is doing, in words."""
+        return self._call(self.actor.state.remote(), self._deadline_s)
+
+    def fetch(self, run_id: str) -> Callable[[], LiveView | None]:
+        """What `esper.nissa.Follower` asks for pictures of this run."""
+        return lambda: self.snapshot(run_id)
+
+    def __repr__(self) -> str:
+        return f"NissaHandle({self.actor!r})"
+
+    def _call(self, ref: Any, deadline_s: float) -> Any:
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+        try:
+            return ray.get(ref, timeout=deadline_s)
+        except GetTimeoutError as error:
+            ray.cancel(ref, recursive=False)
+            raise UnavailableError(f"Nissa did not answer within {deadline_s:g} s") from error
+        except RayActorError as error:
+            raise UnavailableError("Nissa is not there at present") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, UnavailableError):
+                raise error.cause from error
+            raise
+
+
+def spawn(
+    bus_factory: Callable[[], Bus], *, name: str = NAME, namespace: str = NAMESPACE, detached: bool = False
+) -> NissaHandle:
+    """Starts Nissa, or joins the one of this name. Returns at once; it may take seconds until it answers."""
+    import ray
+
+    actor = (
+        ray.remote(_Process)
+        .options(
+            name=name,
+            namespace=namespace,
+            get_if_exists=True,
+            lifetime="detached" if detached else None,
+            num_cpus=NUM_CPUS,
+            max_restarts=-1,
+            max_concurrency=8,
+            enable_task_events=False,
+        )
+        .remote(bus_factory)
+    )
+    return NissaHandle(actor)
+
+
+def connect(*, name: str = NAME, namespace: str = NAMESPACE) -> NissaHandle:
+    """Finds a running Nissa; raises `UnavailableError` if there is none of this name."""
+    import ray
+
+    try:
+        return NissaHandle(ray.get_actor(name, namespace=namespace))
+    except ValueError as error:
+        raise UnavailableError(f"there is no Nissa named {name}", remedy="start one: esper platform up") from error

@@ -1,0 +1,104 @@
+"""Figures as people read them: counts, durations, shares, evidence. No colours, no layout."""
+
+from __future__ import annotations
+
+from esper.leyline.signals import Evidence, EvidenceKind
+
+UNKNOWN = "—"
+"""Stands for a figure that there is not."""
+
+_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def short(value: float) -> str:
+    """Three significant figures with an SI prefix: 41300 is `41.3k`."""
+    for scale, prefix in _PREFIXES:
+        if abs(value) >= scale * 0.9995:
+            scaled = value / scale
+            digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
+            return f"{scaled:.{digits}f}{prefix}"
+    return f"{value:g}" if float(value).is_integer() else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """`0:42`, `12:05`, `3:07:41`; under ten seconds also tenths: `4.2 s`."""
+    if seconds < 10:
+        return f"{max(seconds, 0.0):.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def milliseconds(value: float) -> str:
+    """`0.42 ms`, `3.1 ms`, `128 ms`."""
+    return f"{value:.{2 if value < 1 else 1 if value < 100 else 0}f} ms"
+
+
+def factor(now: float, start: float) -> str:
+    """`x1.43`; empty where there is nothing to compare with."""
+    return f"x{now / start:.2f}" if start else ""
+
+
+def metric(name: str | None, value: float | None) -> str:
+    """The headline metric: a percentage for accuracy, plain otherwise, a dash if unknown."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:.1%}" if is_share(name) else f"{value:.4g}"
+
+
+def is_share(name: str | None) -> bool:
+    """Whether a metric of this name lies in [0, 1] and reads best as a percentage."""
+    return name is not None and "accuracy" in name
+
+
+def metric_name(name: str | None) -> str:
+    """The metric's name in words."""
+    return (name or "metric").replace("_", " ")
+
+
+def loss(value: float | None) -> str:
+    """A loss with as many digits as it deserves; a dash if unknown."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.4g}"
+
+
+WORTH = frozenset({EvidenceKind.SHADOW, EvidenceKind.FORK})
+"""The kinds of evidence that say what a kernel is worth; a harm check does not."""
+
+
+def is_proven(evidence: Evidence | None) -> bool:
+    """Whether the evidence is of worth and its gain exceeds two standard errors."""
+    return evidence is not None and evidence.kind in WORTH and evidence.gain > 2 * evidence.stderr
+
+
+def gain(evidence: Evidence) -> str:
+    """The figure alone: `+0.0312 ± 0.0060`; a dash where none says what the kernel is worth."""
+    if evidence.kind not in WORTH:
+        return UNKNOWN
+    return f"{evidence.gain:+.4f} ± {evidence.stderr:.4f}"
+
+
+KINDS: dict[EvidenceKind, str] = {
+    EvidenceKind.SHADOW: "paired shadow",
+    EvidenceKind.HARM: "harm check",
+    EvidenceKind.FORK: "paired fork",
+    EvidenceKind.NONE: "no evidence",
+}
+
+KIND_MEANINGS: dict[EvidenceKind, str] = {
+    EvidenceKind.SHADOW: "validation with the kernel, against the untouched host, on the same samples: worth",
+    EvidenceKind.HARM: "validation against the level before the graft: harm only, says nothing of worth",
+    EvidenceKind.FORK: "validation against a run that does not grow, on the same samples: worth",
+    EvidenceKind.NONE: "none was taken",
+}
+
+
+def evidence(evidence: Evidence) -> str:
+    """The figure, how it was obtained and over how many pairs."""
+    if evidence.kind is EvidenceKind.NONE:
+        return "evidence: none"
+    pairs = f", {evidence.num_pairs} pairs" if evidence.num_pairs else ""
+    if evidence.kind is EvidenceKind.HARM:
+        return f"loss {loss(evidence.candidate)} against {loss(evidence.baseline)} before (harm check{pairs})"
+    return f"gain {gain(evidence)} ({KINDS[evidence.kind]}{pairs})"
