@@ -1,0 +1,30 @@
+"""Oona, the message bus: at least once, order within (topic, key), groups with leases, a log that survives a crash.
+
+`broker` decides, `log` and `journal` remember, `publisher` and `consumer` are the ends, `memory` is the bus of one
+process. `actors/oona.py` puts a journal into a Ray actor. Imports no torch.
+"""
+
+from esper.oona.broker import Admission, Broker
+from esper.oona.client import BusClient
+from esper.oona.journal import Journal
+from esper.oona.log import SegmentLog
+from esper.oona.memory import MemoryBus
+from esper.oona.transport import Received, Transport
+from esper.oona.wire import Batch, Leased, Record, decode_batch, encode_batch, shard_of
+
+__all__ = [
+    "Admission",
+    "Batch",
+    "Broker",
+    "BusClient",
+    "Journal",
+    "Leased",
+    "MemoryBus",
+    "Received",
+    "Record",
+    "SegmentLog",
+    "Transport",
+    "decode_batch",
+    "encode_batch",
+    "shard_of",
+]

@@ -1,0 +1,69 @@
+"""The bus as a program uses it: one publisher and any number of consumers over a transport."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from esper.config import OonaConfig
+from esper.leyline.messages import OonaMessage, Topic
+from esper.leyline.ports import Subscription
+from esper.leyline.summary import BusCounts
+from esper.oona.consumer import Consumer
+from esper.oona.publisher import Publisher
+from esper.oona.transport import Transport
+
+
+class BusClient:
+    """Implements `esper.leyline.ports.Bus` over a transport.
+
+    Args:
+        transport: the way to the shards; closed with this.
+        config: batch size and linger.
+        deadline_s: see `Publisher`.
+    """
+
+    def __init__(self, transport: Transport, config: OonaConfig, *, deadline_s: float | None = 30.0) -> None:
+        self._transport = transport
+        self._publisher = Publisher(
+            transport, batch=config.batch, linger_s=config.linger_ms / 1e3, deadline_s=deadline_s
+        )
+        self._consumers: list[Consumer] = []
+
+    def publish(self, messages: Sequence[OonaMessage]) -> None:
+        """See `Bus.publish`."""
+        self._publisher.publish(messages)
+
+    def flush(self, *, timeout_s: float = 10.0) -> None:
+        """See `Bus.flush`."""
+        self._publisher.flush(timeout_s=timeout_s)
+
+    def subscribe(
+        self, topics: Sequence[Topic], *, group: str, key: str | None = None, from_start: bool = False
+    ) -> Subscription:
+        """See `Bus.subscribe`. Records of one (topic, key) are out with one member of the group at a time.
+
+        Raises:
+            ConflictError: if the group reads other topics or another key.
+        """
+        names = [Topic(topic).value for topic in topics]
+        self._transport.subscribe(group, names, key=key, from_start=from_start)
+        consumer = Consumer(self._transport, group)
+        self._consumers.append(consumer)
+        return consumer
+
+    def counts(self, key: str) -> BusCounts:
+        """Messages with this key, as the broker knows them; `delivered` counts every delivery to every group."""
+        return self._transport.counts(key)
+
+    def close(self) -> None:
+        """Flushes, leaves every group joined through this bus, and lets go.
+
+        Raises:
+            UnavailableError: if the broker does not answer.
+        """
+        try:
+            self._publisher.close()
+            for consumer in self._consumers:
+                consumer.close()
+        finally:
+            self._transport.close()

@@ -1,0 +1,176 @@
+"""The receiving end: a member of a group that decodes whole batches and acknowledges many messages a call."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from esper.leyline.contract import new_id
+from esper.leyline.errors import EsperError, TamperedError, UnavailableError
+from esper.leyline.messages import OonaMessage, decode
+from esper.leyline.ports import Delivery
+from esper.oona.transport import Received, Transport
+
+REMEMBERED = 65_536
+"""Acknowledged messages that a consumer would recognise if they came again."""
+
+RETRY_S = 0.2
+"""Pause before acknowledgements are sent again to a shard that is not there."""
+
+logger = logging.getLogger(__name__)
+
+
+class Consumer:
+    """A subscription. One thread polls; any may acknowledge.
+
+    What was handed out and not acknowledged within the lease comes again with a higher `attempt`; what was
+    acknowledged here does not, even if the broker lost that.
+    """
+
+    def __init__(self, transport: Transport, group: str) -> None:
+        self._transport = transport
+        self._group = group
+        self._member = new_id()
+        self._held: deque[Delivery] = deque()
+        self._acked: dict[tuple[int, int], None] = {}  # the newest last
+        self._outgoing: dict[int, list[int]] = defaultdict(list)
+        self._num_sending = 0
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._failure: EsperError | None = None
+        self._is_closed = False
+
+    def poll(self, *, max_messages: int = 256, timeout_s: float = 1.0) -> list[Delivery]:
+        """Returns the next messages, at most `max_messages`; an empty list after `timeout_s`.
+
+        Raises:
+            UnavailableError: if the broker does not answer, or this is closed.
+            TamperedError: if a message cannot be decoded. It is not acknowledged, and will come again.
+        """
+        end = time.monotonic() + timeout_s
+        while not self._held:
+            self._raise_if_unusable()
+            remaining = max(0.0, end - time.monotonic())
+            received = self._transport.poll(self._group, self._member, max_records=max_messages, timeout_s=remaining)
+            self._held.extend(_decode(self._without_acked(received)))
+            if not received and time.monotonic() >= end:
+                break
+        return [self._held.popleft() for _ in range(min(max_messages, len(self._held)))]
+
+    def ack(self, deliveries: Sequence[Delivery]) -> None:
+        """Acknowledges; a thread sends what has gathered. `close` returns after all of it is safe."""
+        with self._changed:
+            self._raise_if_unusable()
+            for delivery in deliveries:
+                at = (delivery.shard, delivery.offset)
+                if at not in self._acked:
+                    self._acked[at] = None
+                    self._outgoing[delivery.shard].append(delivery.offset)
+            while len(self._acked) > REMEMBERED:
+                del self._acked[next(iter(self._acked))]
+            self._send_soon()
+
+    def close(self, *, timeout_s: float = 10.0) -> None:
+        """Sends the acknowledgements, then leaves the group. Closing twice is harmless.
+
+        Raises:
+            UnavailableError: if the broker does not answer; the lease will give back what is held.
+        """
+        with self._changed:
+            if self._is_closed:
+                return
+            is_sent = self._changed.wait_for(
+                lambda: self._failure is not None or not (self._outgoing or self._num_sending), timeout_s
+            )
+            self._is_closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        self._transport.leave(self._group, self._member)
+        if self._failure is not None:
+            raise self._failure
+        if not is_sent:
+            raise UnavailableError(f"acknowledgements of group {self._group} were not taken within {timeout_s:g} s")
+
+    # ---- within
+
+    def _raise_if_unusable(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._is_closed:
+            raise UnavailableError(f"the subscription of group {self._group} is closed")
+
+    def _without_acked(self, received: Sequence[Received]) -> list[Received]:
+        with self._changed:
+            fresh = [record for record in received if (record.shard, record.offset) not in self._acked]
+            if len(fresh) < len(received):  # the broker has not heard of it: tell it again
+                for record in received:
+                    if (record.shard, record.offset) in self._acked:
+                        self._outgoing[record.shard].append(record.offset)
+                self._send_soon()
+        return fresh
+
+    def _send_soon(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._ack_loop, name="oona-acks", daemon=True)
+            self._thread.start()
+        self._changed.notify_all()
+
+    def _ack_loop(self) -> None:
+        """Sends acknowledgements; what comes in meanwhile goes with the next call."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._outgoing or self._is_closed)
+                if self._is_closed:
+                    return
+                offsets, self._outgoing = self._outgoing, defaultdict(list)
+                self._num_sending = sum(map(len, offsets.values()))
+            failure = self._send(offsets)
+            with self._changed:
+                self._num_sending = 0
+                self._failure = failure
+                self._changed.notify_all()
+                if failure is not None:
+                    return
+
+    def _send(self, offsets: dict[int, list[int]]) -> EsperError | None:
+        while not self._is_closed:
+            try:
+                self._transport.ack(self._group, offsets)
+            except UnavailableError as error:
+                logger.warning("oona.ack.retried", extra={"group": self._group, "error": str(error)})
+                with self._changed:
+                    self._changed.wait_for(lambda: self._is_closed, RETRY_S)
+            except EsperError as error:
+                return error
+            else:
+                return None
+        return None
+
+
+def _decode(received: Sequence[Received]) -> list[Delivery]:
+    """Decodes all at once, which costs a fifth of one at a time."""
+    if not received:
+        return []
+    try:
+        messages = decode(b"[" + b",".join(record.data for record in received) + b"]")
+    except ValidationError as error:
+        at = next((record for record in received if not _is_message(record.data)), received[0])
+        raise TamperedError(f"message {at.offset} of shard {at.shard} cannot be decoded") from error
+    return [
+        Delivery.model_construct(shard=record.shard, offset=record.offset, attempt=record.attempt, message=message)
+        for record, message in zip(received, messages, strict=True)
+    ]
+
+
+def _is_message(data: bytes) -> bool:
+    try:
+        OonaMessage.model_validate_json(data)
+    except ValidationError:
+        return False
+    return True

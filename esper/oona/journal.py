@@ -1,0 +1,164 @@
+"""A broker whose state survives: every change is a frame of the log before it is answered.
+
+On start the log is read into a fresh broker. Leases begin anew with the members that held them, so that consumers
+that outlived the broker go on without duplicates; a dead member's leases run out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+
+from esper.leyline.errors import TamperedError
+from esper.leyline.summary import BusCounts
+from esper.oona.broker import Admission, Broker
+from esper.oona.log import Frame, SegmentLog
+from esper.oona.wire import Leased, decode_batch
+
+FORGET_AFTER_S = 86_400.0
+"""A group that nobody used for so long loses its position, or it would hold the backlog for ever."""
+
+logger = logging.getLogger(__name__)
+
+
+class Kind(IntEnum):
+    """Kinds of frames."""
+
+    SNAPSHOT = 0
+    BATCH = 1
+    JOIN = 2
+    LEASE = 3
+    ACK = 4
+    LEAVE = 5
+    FORGET = 6
+
+
+class Journal:
+    """The broker of one shard over its log. Not safe for threads; `sync` alone may run beside the rest.
+
+    Args:
+        log: opened, not yet read.
+        broker: fresh; the log is read into it.
+        now: the present, on the caller's monotonic clock.
+
+    Raises:
+        StorageError: if the log is damaged.
+        TamperedError: if a frame cannot be understood.
+    """
+
+    def __init__(self, log: SegmentLog, broker: Broker, *, now: float) -> None:
+        self._log = log
+        self._broker = broker
+        self._replay(now)
+        self._roll()
+
+    @classmethod
+    def open(cls, directory: Path, broker: Broker, *, now: float, wait_s: float = 0.0) -> Journal:
+        """Opens the log in `directory`; see `SegmentLog` for what it raises."""
+        return cls(SegmentLog(directory, wait_s=wait_s), broker, now=now)
+
+    @property
+    def next_expiry(self) -> float:
+        """No lease runs out before this time."""
+        return self._broker.next_expiry
+
+    def append(self, body: bytes) -> Admission:
+        """Takes an encoded batch if the broker admits it. After ACCEPT and DUPLICATE it is safe with the log."""
+        if self._log.is_full:  # here, where the log and the broker tell the same
+            self._roll()
+        batch = decode_batch(body)
+        admission = self._broker.admit(batch)
+        if admission is Admission.ACCEPT:
+            self._log.write(Kind.BATCH, body)
+            self._broker.append(batch)
+        return admission
+
+    def join(self, name: str, topics: Sequence[str], *, key: str | None, from_start: bool, now: float) -> None:
+        """Makes a group known, from the start of what is kept or from the end; see `Broker.join`."""
+        start = self._broker.first_offset if from_start else self._broker.next_offset
+        if self._broker.join(name, topics, key=key, start=start, now=now):
+            self._write_json(Kind.JOIN, (name, list(topics), key, start))
+
+    def poll(self, name: str, member: str, number: int, max_records: int, now: float) -> list[Leased]:
+        """See `Broker.poll`."""
+        leased = self._broker.poll(name, member, number, max_records, now)
+        if leased:
+            self._write_json(Kind.LEASE, (name, member, number, [record.offset for record in leased]))
+        return leased
+
+    def ack(self, name: str, offsets: Sequence[int], now: float) -> int:
+        """See `Broker.ack`; returns how many were new."""
+        done = self._broker.ack(name, offsets, now)
+        if done:
+            self._write_json(Kind.ACK, (name, done))
+        return len(done)
+
+    def leave(self, name: str, member: str) -> None:
+        """See `Broker.leave`."""
+        self._broker.leave(name, member)
+        self._write_json(Kind.LEAVE, (name, member))
+
+    def expire(self, now: float) -> int:
+        """Takes back leases that ran out, and forgets groups that nobody uses any more."""
+        for name in self._broker.idle_groups(now, FORGET_AFTER_S):
+            logger.warning("oona.group.forgotten", extra={"group": name, "idle_s": FORGET_AFTER_S})
+            self._broker.forget(name)
+            self._write_json(Kind.FORGET, (name,))
+        return self._broker.expire(now)
+
+    def counts(self, key: str) -> BusCounts:
+        """See `Broker.counts`."""
+        return self._broker.counts(key)
+
+    def sync(self) -> None:
+        """Makes all that was answered survive the host's death."""
+        self._log.sync()
+
+    def close(self) -> None:
+        """Syncs and lets go of the log."""
+        self._log.close()
+
+    # ---- within
+
+    def _write_json(self, kind: Kind, values: object) -> None:
+        self._log.write(kind, json.dumps(values, separators=(",", ":")).encode())
+
+    def _roll(self) -> None:
+        snapshot = json.dumps(self._broker.snapshot(), separators=(",", ":")).encode()
+        self._log.roll(self._broker.next_offset, Kind.SNAPSHOT, snapshot)
+        self._log.drop_below(self._broker.first_offset)
+
+    def _replay(self, now: float) -> None:
+        for num_frames, frame in enumerate(self._log.replay()):
+            try:
+                self._apply(frame, now, is_first=num_frames == 0)
+            except (ValueError, TypeError, KeyError) as error:
+                where = f"frame {num_frames} of the log in {self._log.directory}"
+                raise TamperedError(f"{where} cannot be understood: {error}") from error
+
+    def _apply(self, frame: Frame, now: float, *, is_first: bool) -> None:
+        broker = self._broker
+        kind = Kind(frame.kind)
+        if kind is Kind.BATCH:
+            broker.append(decode_batch(frame.body))
+            return
+        values = json.loads(frame.body)
+        if kind is Kind.SNAPSHOT:
+            if is_first:  # a later one tells what the frames before it told already
+                broker.restore(values, now=now)
+        elif kind is Kind.JOIN:
+            name, topics, key, start = values
+            broker.join(name, topics, key=key, start=start, now=now)
+        elif kind is Kind.LEASE:
+            name, member, number, offsets = values
+            broker.lease(name, member, number, offsets, now + broker.lease_s)
+        elif kind is Kind.ACK:
+            name, offsets = values
+            broker.ack(name, offsets, now)
+        elif kind is Kind.LEAVE:
+            broker.leave(*values)
+        else:
+            broker.forget(*values)

@@ -1,0 +1,231 @@
+"""An append-only log of frames in segment files of one directory. Knows nothing of what a frame means.
+
+A frame is CRC-32, length and kind, then the body. Written frames survive the death of the process; `sync` makes them
+survive the death of the host, and when to call it is the caller's choice. A segment starts with a frame that holds
+the whole state, so that older segments can be dropped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import logging
+import os
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from esper.leyline.errors import FencedError, StorageError
+
+_HEADER = struct.Struct("<IIB")  # crc of the rest, length of the body, kind
+_SUFFIX = ".log"
+
+logger = logging.getLogger(__name__)
+
+
+class Frame(NamedTuple):
+    """One entry: what kind it is, and its bytes."""
+
+    kind: int
+    body: bytes
+
+
+class SegmentLog:
+    """The log in `directory`, locked against a second writer until `close`.
+
+    Args:
+        directory: made if missing.
+        segment_bytes: a segment that has grown beyond it asks to be rolled.
+        wait_s: how long to wait for the lock of a writer that is about to end.
+
+    Raises:
+        FencedError: if another process writes here.
+        StorageError: if the directory cannot be used.
+    """
+
+    def __init__(self, directory: Path, *, segment_bytes: int = 64 << 20, wait_s: float = 0.0) -> None:
+        self.directory = directory
+        self.segment_bytes = segment_bytes
+        self._guard = threading.Lock()  # `sync` may run beside `write`, but not beside `roll` and `close`
+        self._fd = -1
+        self._size = 0
+        self._is_dirty = False
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StorageError(f"cannot use {directory}: {error.strerror}", field="storage") from error
+        try:
+            _lock(self._lock_fd, directory, wait_s)
+            self.cut_bytes = self._cut_torn_tail()
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+
+    # ---- reading
+
+    @property
+    def segments(self) -> list[Path]:
+        """The segment files, oldest first."""
+        return sorted(self.directory.glob(f"*{_SUFFIX}"))
+
+    def replay(self) -> Iterator[Frame]:
+        """Yields every frame, oldest first.
+
+        Raises:
+            StorageError: if a segment before the last is damaged: its loss is no torn tail.
+        """
+        for path in self.segments:
+            data = path.read_bytes()
+            end = 0
+            for frame in _frames(data):
+                end += _HEADER.size + len(frame.body)
+                yield frame
+            if end != len(data):
+                raise StorageError(f"{path} is damaged at byte {end}", remedy="restore the file from a copy")
+
+    # ---- writing
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the caller should roll. True of a log without a segment."""
+        return self._fd < 0 or self._size >= self.segment_bytes
+
+    def write(self, kind: int, body: bytes) -> None:
+        """Appends one frame; it has left this process when this returns.
+
+        Raises:
+            StorageError: if it could not be written whole; the log is as it was before.
+        """
+        assert self._fd >= 0, "roll first"
+        frame = _frame(kind, body)
+        try:
+            _write_all(self._fd, frame)
+        except OSError as error:
+            os.ftruncate(self._fd, self._size)
+            raise StorageError(f"cannot write to {self.directory}: {error.strerror}", field="storage") from error
+        self._size += len(frame)
+        self._is_dirty = True
+
+    def roll(self, offset: int, kind: int, body: bytes) -> None:
+        """Starts a segment with a frame of the whole state; `offset` is the first it may hold.
+
+        Raises:
+            StorageError: if it cannot be made; the segment before stays in use.
+        """
+        paths = self.segments
+        index = int(paths[-1].name.split("-")[0]) + 1 if paths else 0
+        path = self.directory / f"{index:08d}-{offset:020d}{_SUFFIX}"
+        frame = _frame(kind, body)
+        unfinished = path.with_suffix(".new")
+        fd = -1
+        try:
+            self.sync()
+            fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+            _write_all(fd, frame)
+            os.fsync(fd)
+            unfinished.rename(path)  # the segment before is whole and synced before this one exists
+            _sync_directory(self.directory)
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            raise StorageError(f"cannot write to {self.directory}: {error.strerror}", field="storage") from error
+        with self._guard:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd, self._size, self._is_dirty = fd, len(frame), False
+
+    def sync(self) -> None:
+        """Makes all that is written survive the host's death. May be called from another thread.
+
+        Raises:
+            StorageError: if the disk refuses.
+        """
+        with self._guard:
+            if self._fd < 0 or not self._is_dirty:
+                return
+            self._is_dirty = False
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                raise StorageError(f"cannot sync {self.directory}: {error.strerror}", field="storage") from error
+
+    def drop_below(self, offset: int) -> None:
+        """Deletes segments that hold only offsets below `offset`."""
+        paths = self.segments
+        for path, following in itertools.pairwise(paths):
+            if int(following.stem.split("-")[1]) > offset:
+                break
+            path.unlink()
+
+    def close(self) -> None:
+        """Syncs and unlocks."""
+        self.sync()
+        with self._guard:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+            if self._lock_fd >= 0:
+                os.close(self._lock_fd)
+                self._lock_fd = -1
+
+    def _cut_torn_tail(self) -> int:
+        """Cuts the last segment after its last whole frame; returns the number of bytes cut."""
+        paths = self.segments
+        if not paths:
+            return 0
+        data = paths[-1].read_bytes()
+        end = sum(_HEADER.size + len(frame.body) for frame in _frames(data))
+        if end < len(data):
+            os.truncate(paths[-1], end)
+            logger.warning("oona.log.cut", extra={"path": str(paths[-1]), "at": end, "num_bytes": len(data) - end})
+        return len(data) - end
+
+
+def _lock(fd: int, directory: Path, wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                raise FencedError(f"another process writes the log in {directory}") from error
+            time.sleep(0.02)  # flock has no deadline of its own
+        else:
+            return
+
+
+def _frame(kind: int, body: bytes) -> bytes:
+    tail = _HEADER.pack(0, len(body), kind)[4:]
+    return struct.pack("<I", zlib.crc32(body, zlib.crc32(tail))) + tail + body
+
+
+def _frames(data: bytes) -> Iterator[Frame]:
+    """Yields whole frames until the data ends or a frame does not match its CRC."""
+    at = 0
+    while at + _HEADER.size <= len(data):
+        crc, length, kind = _HEADER.unpack_from(data, at)
+        start = at + _HEADER.size
+        body = data[start : start + length]
+        if len(body) < length or zlib.crc32(body, zlib.crc32(data[at + 4 : start])) != crc:
+            return
+        yield Frame(kind, body)
+        at = start + length
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,130 @@
+"""The bus inside one process: the same broker without a log, for tests and for programs without Ray.
+
+Nothing survives the process. Threads may share it; `poll` waits on a condition, not by looking again and again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+
+from esper.config import OonaConfig
+from esper.leyline.errors import UnavailableError
+from esper.leyline.summary import BusCounts
+from esper.oona.broker import Admission, Broker
+from esper.oona.client import BusClient
+from esper.oona.transport import Received
+from esper.oona.wire import Batch, decode_batch
+
+
+class MemoryTransport:
+    """One broker behind a lock.
+
+    Args:
+        clock: seconds, monotonic; leases are counted on it.
+    """
+
+    num_shards = 1
+
+    def __init__(self, broker: Broker, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._broker = broker
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[Batch, Future[bool]]] = []
+        self._num_polls = 0
+        self._is_closed = False
+
+    def append(self, shard: int, body: bytes) -> Future[bool]:
+        """Takes the batch, or holds it until there is room."""
+        assert shard == 0
+        future: Future[bool] = Future()
+        with self._changed:
+            self._waiting.append((decode_batch(body), future))
+            accepted = self._admit()
+        _resolve(accepted)
+        return future
+
+    def subscribe(self, group: str, topics: Sequence[str], *, key: str | None, from_start: bool) -> None:
+        """See `Broker.join`."""
+        with self._changed:
+            start = self._broker.first_offset if from_start else self._broker.next_offset
+            self._broker.join(group, topics, key=key, start=start, now=self._clock())
+
+    def poll(self, group: str, member: str, *, max_records: int, timeout_s: float) -> list[Received]:
+        """Waits on the condition for records, or for a lease to run out."""
+        end = time.monotonic() + timeout_s
+        with self._changed:
+            self._num_polls += 1
+            while not self._is_closed:
+                now = self._clock()
+                self._broker.expire(now)
+                leased = self._broker.poll(group, member, self._num_polls, max_records, now)
+                remaining = end - time.monotonic()
+                if leased or remaining <= 0:
+                    return [Received(0, *record) for record in leased]
+                self._changed.wait(min(remaining, max(0.0, self._broker.next_expiry - now)))
+        raise UnavailableError("the bus is closed")
+
+    def ack(self, group: str, offsets: Mapping[int, Sequence[int]]) -> None:
+        """See `Broker.ack`."""
+        with self._changed:
+            self._broker.ack(group, offsets[0], self._clock())
+            accepted = self._admit()
+            self._changed.notify_all()  # a lane may be free for another member
+        _resolve(accepted)
+
+    def leave(self, group: str, member: str) -> None:
+        """See `Broker.leave`."""
+        with self._changed:
+            self._broker.leave(group, member)
+            self._changed.notify_all()
+
+    def counts(self, key: str) -> BusCounts:
+        """See `Broker.counts`."""
+        with self._changed:
+            return self._broker.counts(key)
+
+    def close(self) -> None:
+        """Wakes and ends every poll."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _admit(self) -> list[Future[bool]]:
+        """Appends every waiting batch that the broker admits; one may make way for the next."""
+        accepted: list[Future[bool]] = []
+        held: list[tuple[Batch, Future[bool]]] = []
+        for batch, future in sorted(self._waiting, key=lambda waiting: waiting[0].seq):
+            admission = self._broker.admit(batch)
+            if admission is Admission.ACCEPT:
+                self._broker.append(batch)
+            if admission in (Admission.ACCEPT, Admission.DUPLICATE):
+                accepted.append(future)
+            else:
+                held.append((batch, future))
+        self._waiting = held
+        if accepted:
+            self._changed.notify_all()
+        return accepted
+
+
+def _resolve(futures: Sequence[Future[bool]]) -> None:
+    """Outside the lock: the callbacks take the publisher's."""
+    for future in futures:
+        future.set_result(True)
+
+
+class MemoryBus(BusClient):
+    """Oona without Ray: a Bus for one process.
+
+    Args:
+        config: as for the real bus; `num_shards` and `fsync_ms` have no meaning here.
+        clock: seconds, monotonic; leases are counted on it.
+    """
+
+    def __init__(self, config: OonaConfig | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        config = config or OonaConfig()
+        broker = Broker(lease_s=config.lease_s, backlog=config.backlog)
+        super().__init__(MemoryTransport(broker, clock=clock), config, deadline_s=None)

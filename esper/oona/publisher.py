@@ -1,0 +1,248 @@
+"""The sending end: batches what is published and keeps sending until the broker has it.
+
+A thread sends while the caller goes on. A few batches per shard are on their way at once; the broker puts them back
+in order, and knows a repeated one by its number, so a lost answer is simply asked for again. The buffer is bounded:
+when the broker has no room, `publish` waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from pydantic import TypeAdapter
+
+from esper.leyline.contract import new_id
+from esper.leyline.errors import EsperError, UnavailableError
+from esper.leyline.messages import OonaMessage
+from esper.oona.transport import Transport
+from esper.oona.wire import Batch, Record, encode_batch, shard_of
+
+WINDOW = 8
+"""Batches on their way to one shard at once."""
+
+RETRY_S = 0.2
+"""Pause before a batch is sent again to a shard that is not there."""
+
+_MESSAGE = TypeAdapter(OonaMessage)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Call:
+    """A batch that is not yet known to be safe. `due_at` is when to send it (again): never while it is on its way."""
+
+    seq: int
+    records: tuple[Record, ...]
+    end: int  # records of this shard up to and with this batch
+    waiting_since: float
+    due_at: float
+
+
+@dataclass(slots=True)
+class _Outbox:
+    """What is on its way to one shard."""
+
+    buffered: deque[Record] = field(default_factory=deque)
+    oldest_at: float = 0.0
+    num_taken: int = 0
+    next_seq: int = 0
+    window: dict[int, _Call] = field(default_factory=dict)  # by number, oldest first
+    flush_to: int = 0
+
+    @property
+    def base(self) -> int:
+        return next(iter(self.window), self.next_seq)
+
+    @property
+    def num_safe(self) -> int:
+        """Records known to be safe, counted from the first."""
+        oldest = next(iter(self.window.values()), None)
+        return self.num_taken - len(self.buffered) if oldest is None else oldest.end - len(oldest.records)
+
+
+class Publisher:
+    """Publishes over a transport.
+
+    Args:
+        transport: where to.
+        batch: records sent at once, at most.
+        linger_s: how long a record may wait for others.
+        deadline_s: without an answer for so long, `publish` raises instead of waiting for room; None waits for ever.
+    """
+
+    def __init__(
+        self, transport: Transport, *, batch: int = 256, linger_s: float = 0.005, deadline_s: float | None = 30.0
+    ) -> None:
+        self._transport = transport
+        self._batch = batch
+        self._linger_s = linger_s
+        self._deadline_s = deadline_s
+        self._limit = WINDOW * batch
+        self._producer = new_id()
+        self._outboxes = [_Outbox() for _ in range(transport.num_shards)]
+        self._changed = threading.Condition()
+        self._failure: EsperError | None = None
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+
+    def publish(self, messages: Sequence[OonaMessage]) -> None:
+        """Queues messages; waits while the buffer is full.
+
+        Raises:
+            UnavailableError: if the buffer is full and the broker does not answer, or the publisher is closed.
+            EsperError: if the broker refused an earlier batch.
+        """
+        records = [
+            (
+                shard_of(message.topic, message.key, len(self._outboxes)),
+                Record(message.topic.value, message.key, _MESSAGE.dump_json(message)),
+            )
+            for message in messages
+        ]
+        with self._changed:
+            for shard, record in records:
+                outbox = self._outboxes[shard]
+                while not self._is_open() or len(outbox.buffered) >= self._limit:
+                    self._wait_for_room(outbox)
+                if not outbox.buffered:
+                    outbox.oldest_at = time.monotonic()
+                outbox.buffered.append(record)
+                outbox.num_taken += 1
+            self._start()
+            self._changed.notify_all()
+
+    def flush(self, *, timeout_s: float = 10.0) -> None:
+        """Returns once all that was published before is safe.
+
+        Raises:
+            UnavailableError: if that takes longer than `timeout_s`.
+            EsperError: if the broker refused a batch.
+        """
+        with self._changed:
+            targets = [(outbox, outbox.num_taken) for outbox in self._outboxes]
+            for outbox, target in targets:
+                outbox.flush_to = target
+            self._changed.notify_all()
+            is_safe = self._changed.wait_for(
+                lambda: self._failure is not None or all(outbox.num_safe >= target for outbox, target in targets),
+                timeout_s,
+            )
+            self._raise_failure()
+            if not is_safe:
+                missing = sum(max(0, target - outbox.num_safe) for outbox, target in targets)
+                raise UnavailableError(f"{missing} messages were not acknowledged within {timeout_s:g} s")
+
+    def close(self, *, timeout_s: float = 10.0) -> None:
+        """Flushes, then ends the thread. What could not be flushed is named in the error that `flush` raises."""
+        if self._is_closed:
+            return
+        try:
+            self.flush(timeout_s=timeout_s)
+        finally:
+            with self._changed:
+                self._is_closed = True
+                self._changed.notify_all()
+            if self._thread is not None:
+                self._thread.join()
+
+    # ---- the caller's side, under the lock
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._send_loop, name="oona-publisher", daemon=True)
+            self._thread.start()
+
+    def _is_open(self) -> bool:
+        self._raise_failure()
+        if self._is_closed:
+            raise UnavailableError("the publisher is closed")
+        return True
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _wait_for_room(self, outbox: _Outbox) -> None:
+        self._start()
+        self._changed.notify_all()
+        if self._deadline_s is None:
+            self._changed.wait()
+            return
+        oldest = next(iter(outbox.window.values()), None)
+        since = time.monotonic() if oldest is None else oldest.waiting_since
+        remaining = since + self._deadline_s - time.monotonic()
+        if remaining <= 0:
+            raise UnavailableError(f"the broker did not answer within {self._deadline_s:g} s and the buffer is full")
+        self._changed.wait(remaining)
+
+    # ---- the thread's side
+
+    def _send_loop(self) -> None:
+        while True:
+            with self._changed:
+                while not (due := self._due()) and not self._is_closed:
+                    self._changed.wait(self._pause())
+                if self._is_closed:
+                    return
+                bodies = [(shard, call, self._encode(shard, call)) for shard, call in due]
+            for shard, call, body in bodies:
+                future = self._transport.append(shard, body)
+                future.add_done_callback(lambda future, shard=shard, call=call: self._settle(shard, call, future))
+
+    def _encode(self, shard: int, call: _Call) -> bytes:
+        return encode_batch(Batch(self._producer, call.seq, self._outboxes[shard].base, call.records))
+
+    def _due(self) -> list[tuple[int, _Call]]:
+        """Cuts full or ripe batches, and returns what is to be sent now."""
+        now = time.monotonic()
+        due: list[tuple[int, _Call]] = []
+        for shard, outbox in enumerate(self._outboxes):
+            while outbox.buffered and len(outbox.window) < WINDOW and self._is_ripe(outbox, now):
+                count = min(self._batch, len(outbox.buffered))
+                records = tuple(outbox.buffered.popleft() for _ in range(count))
+                outbox.oldest_at = now
+                call = _Call(outbox.next_seq, records, outbox.num_taken - len(outbox.buffered), now, now)
+                outbox.window[call.seq] = call
+                outbox.next_seq += 1
+                self._changed.notify_all()
+            for call in outbox.window.values():
+                if call.due_at <= now:
+                    call.due_at = math.inf
+                    due.append((shard, call))
+        return due
+
+    def _is_ripe(self, outbox: _Outbox, now: float) -> bool:
+        is_full = len(outbox.buffered) >= self._batch
+        is_flushed = outbox.num_taken - len(outbox.buffered) < outbox.flush_to
+        return is_full or is_flushed or now >= outbox.oldest_at + self._linger_s
+
+    def _pause(self) -> float | None:
+        """Seconds until something is due by time alone."""
+        at = [call.due_at for outbox in self._outboxes for call in outbox.window.values()]
+        at += [box.oldest_at + self._linger_s for box in self._outboxes if box.buffered and len(box.window) < WINDOW]
+        soonest = min(at, default=math.inf)
+        return None if soonest == math.inf else max(0.0, soonest - time.monotonic())
+
+    def _settle(self, shard: int, call: _Call, future: Future[bool]) -> None:
+        """Runs where the answer arrives: in the transport's thread."""
+        error = future.exception()
+        with self._changed:
+            now = time.monotonic()
+            if error is None and future.result():
+                del self._outboxes[shard].window[call.seq]
+            elif error is None:
+                call.waiting_since = call.due_at = now  # the broker is there and full
+            elif isinstance(error, UnavailableError):
+                logger.warning("oona.publish.retried", extra={"shard": shard, "seq": call.seq, "error": str(error)})
+                call.due_at = now + RETRY_S
+            else:
+                self._failure = error if isinstance(error, EsperError) else EsperError(f"publishing failed: {error!r}")
+            self._changed.notify_all()
