@@ -103,7 +103,8 @@ BLUEPRINT_TRANSITIONS: dict[BlueprintStatus, frozenset[BlueprintStatus]] = {
     ),
     # a new target signature sends a known blueprint through the compiler again
     BlueprintStatus.VALIDATED: frozenset({BlueprintStatus.COMPILING, BlueprintStatus.RETIRED}),
-    BlueprintStatus.INVALID: frozenset({BlueprintStatus.RETIRED}),
+    # a target that was never tried gives a design that failed elsewhere another trial
+    BlueprintStatus.INVALID: frozenset({BlueprintStatus.UNVALIDATED, BlueprintStatus.RETIRED}),
     BlueprintStatus.RETIRED: frozenset(),
 }
 KERNEL_TRANSITIONS: dict[KernelStatus, frozenset[KernelStatus]] = {
