@@ -1,0 +1,1 @@
+"""Urabrask, the crucible: examines a kernel before anyone may graft it."""
