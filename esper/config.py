@@ -183,6 +183,10 @@ class KasminaConfig(Section):
     embargo_epochs: Annotated[int, Field(ge=0)] = 5
     """A culled site waits so long before it is DORMANT again."""
     cache_mb: PositiveInt = 256
+    """Verified kernels that a worker keeps at hand."""
+    public_key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Ed25519 key whose signature kernels must carry; null takes the public half of `tezzeret.key_file` at the start
+    of the run. It is pinned in the run's saved configuration and never read from the storage."""
 
 
 class TamiyoConfig(Section):
@@ -228,6 +232,8 @@ class TezzeretConfig(Section):
     num_workers: PositiveInt = 1
     cpus_per_worker: PositiveFloat = 0.2
     lease_s: PositiveFloat = 60.0
+    key_file: str = "~/.config/esper/signing_key.pem"
+    """The signer's private key; made with mode 0600 where there is none. Compile nodes of a cluster share one."""
     blueprints: Literal["library"] | tuple[str, ...] = "library"
     """Names from the library that are compiled for the run's sites, or all that fit."""
 
