@@ -1,0 +1,84 @@
+"""The one way from a configuration to samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from esper.config import Data, DigitsData, ParquetImageData, TextData
+from esper.leyline.errors import ConfigError
+
+Split = tuple[torch.Tensor, torch.Tensor] | Dataset[tuple[torch.Tensor, torch.Tensor]]
+"""(inputs, targets) with the samples along the first dimension, or a map-style dataset of such pairs."""
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """The splits of one data set; torch's default collation makes batches of them.
+
+    Attributes:
+        train: what is learned from. A dataset that draws anew has `set_epoch(epoch)`.
+        val: what gates, policies and early stopping see.
+        test: touched once, at the end; None where the configuration keeps none back.
+        input_shape: of one sample: (features,), (C, H, W) or (T,).
+        num_outputs: classes, or characters of the vocabulary.
+        vocabulary: the characters by number, for text.
+    """
+
+    train: Split
+    val: Split
+    test: Split | None
+    input_shape: tuple[int, ...]
+    num_outputs: int
+    vocabulary: str | None = None
+
+
+def load_data(
+    config: Data,
+    *,
+    task: str,
+    seed: int,
+    data_root: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> DataSets:
+    """Loads a data set.
+
+    The splits are the same for every seed, so that runs can be compared in pairs; figures for standardising come
+    from the training part alone.
+
+    Args:
+        config: which data set.
+        task: `classification` or `language_model`.
+        seed: of whatever is drawn at random in an epoch.
+        data_root: folder or address below which a relative `data.path` is looked up too.
+        options: of the storage driver, for addresses with a scheme.
+
+    Raises:
+        DataError: if the data cannot be found or read, or are not in the expected schema.
+        ConfigError: if the task does not go with the data.
+    """
+    wanted = "language_model" if isinstance(config, TextData) else "classification"
+    if task != wanted:
+        raise ConfigError(
+            f"data of type {config.type} are for {wanted}, not {task}",
+            field="task",
+            remedy="give your own data to esper.grow for other tasks",
+        )
+    # imported here, so that digits need no image codec and pictures no scikit-learn
+    match config:
+        case DigitsData():
+            from esper.data.digits import load_digits
+
+            return load_digits(config)
+        case ParquetImageData():
+            from esper.data.images import load_images
+
+            return load_images(config, data_root=data_root, options=options)
+        case TextData():
+            from esper.data.text import load_text
+
+            return load_text(config, seed=seed, data_root=data_root, options=options)
