@@ -1,0 +1,260 @@
+"""Tamiyo on Ray Serve: a deployment that keeps nothing, and the controller by which a trainer asks it.
+
+The replica is a thin shell over `esper.tamiyo.step`: state, packet and configuration come with each request, so one
+deployment serves every run of a platform, and a replica that dies takes nothing with it. Asking again is harmless,
+since the step is a pure function; that is why a failed call is repeated here until its deadline.
+
+HTTP is off. The two settings of Serve that halve a handle's latency are in `actors.cluster`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from esper.config import TamiyoConfig
+from esper.leyline import (
+    AdaptationSignal,
+    EsperError,
+    PermanentError,
+    SystemStatePacket,
+    TransientError,
+    UnavailableError,
+)
+from esper.tamiyo import initial_state, step
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+APP = "tamiyo"
+DEPLOYMENT = "Tamiyo"
+NUM_CPUS = 0.2
+_RETRY_PAUSE_S = 0.1
+
+Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
+
+
+class Tamiyo:
+    """The deployment. Arguments and results are JSON, validated at this edge."""
+
+    def __init__(self) -> None:
+        self._num_decisions = 0
+
+    def __repr__(self) -> str:
+        return f"Tamiyo(decisions={self._num_decisions})"
+
+    def decide(self, state: dict[str, Any], packet_json: str, config_json: str) -> tuple[dict[str, Any], str]:
+        """Runs one step; returns the next state and the signal's JSON."""
+        packet = SystemStatePacket.model_validate_json(packet_json)
+        config = TamiyoConfig.model_validate_json(config_json)
+        after, signal = step(state, packet, config)
+        self._num_decisions += 1
+        return after, signal.model_dump_json()
+
+    def about(self) -> dict[str, Any]:
+        """Returns the replica's process id, its decisions so far, and whether torch came into its process."""
+        return {"pid": os.getpid(), "decisions": self._num_decisions, "imports_torch": "torch" in sys.modules}
+
+
+def deploy(*, name: str = APP, timeout_s: float = 60.0) -> None:
+    """Starts Serve without its HTTP proxy, if none runs, and deploys Tamiyo; returns once it answers.
+
+    Deploying again what is deployed already changes nothing.
+
+    Args:
+        name: of the Serve application.
+        timeout_s: for everything together.
+
+    Raises:
+        UnavailableError: if it is not up by then; Serve goes on trying.
+    """
+
+    def bring_up() -> None:
+        from ray import serve
+
+        # it logs every step of a deployment to the terminal, where the live view is
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        serve.start(proxy_location="Disabled")
+        make_deployment = serve.deployment(
+            name=DEPLOYMENT,
+            num_replicas=1,
+            ray_actor_options={"num_cpus": NUM_CPUS},
+            # a decision takes about a millisecond, so this many runs may ask at once
+            max_ongoing_requests=32,
+            health_check_period_s=2.0,
+            health_check_timeout_s=10.0,
+            graceful_shutdown_timeout_s=2.0,
+            graceful_shutdown_wait_loop_s=0.2,
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        serve.run(make_deployment(Tamiyo).bind(), name=name, route_prefix=None)
+
+    _require_ray()
+    try:
+        _within(timeout_s, bring_up)
+    except TimeoutError as error:
+        raise UnavailableError(
+            f"Tamiyo was not up after {timeout_s:g} s",
+            remedy=f"see that {NUM_CPUS} CPUs are free (`ray status`), or look at the Serve page of the dashboard",
+        ) from error
+
+
+def undeploy(*, name: str = APP, timeout_s: float = 30.0) -> None:
+    """Removes Tamiyo, and Serve with it if no other application runs there. Harmless where nothing is deployed.
+
+    Raises:
+        UnavailableError: if that was not done within `timeout_s`.
+    """
+
+    def take_down() -> None:
+        from ray import serve
+        from ray.serve.exceptions import RayServeException
+
+        try:
+            serve.delete(name)
+        except RayServeException:
+            return  # no Serve runs here
+        if not serve.status().applications:
+            serve.shutdown()
+
+    if not _ray_is_up():
+        return
+    try:
+        _within(timeout_s, take_down)
+    except TimeoutError as error:
+        raise UnavailableError(f"Tamiyo was not gone after {timeout_s:g} s") from error
+
+
+class ServeController:
+    """A `Controller` that asks the deployment. Works in a driver's threads and in train workers.
+
+    It connects at its first decision, which therefore may take `config.startup_s`; later ones have
+    `config.deadline_s`. Within that time a call that failed with its replica is repeated.
+
+    Args:
+        config: policy and limits; they travel with every request.
+        seed: of the run; used where a decision is asked for with an empty state, which begins a new one.
+        name: of the Serve application.
+    """
+
+    def __init__(self, config: TamiyoConfig, *, seed: int = 0, name: str = APP) -> None:
+        self._config = config
+        self._config_json = config.model_dump_json()
+        self._seed = seed
+        self._name = name
+        self._handle: DeploymentHandle | None = None
+        self._has_decided = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a handle belongs to its process: the copy connects for itself
+        return _revive, (self._config, self._seed, self._name)
+
+    def initial_state(self) -> dict[str, Any]:
+        """Returns the state of a run that has not begun."""
+        return initial_state(self._config, self._seed)
+
+    def decide(self, state: dict[str, Any], packet: SystemStatePacket) -> tuple[dict[str, Any], AdaptationSignal]:
+        """Decides about one epoch, exactly as the local step does.
+
+        Raises:
+            UnavailableError: if there is no answer by the deadline.
+            ConflictError: if `state` is not a state of this version.
+        """
+        budget_s = self._config.deadline_s if self._has_decided else self._startup_s
+        after, signal_json = self._ask(
+            lambda handle: handle.decide.remote(
+                state or self.initial_state(), packet.model_dump_json(), self._config_json
+            ),
+            budget_s,
+        )
+        self._has_decided = True
+        return after, AdaptationSignal.model_validate_json(signal_json)
+
+    def about(self) -> dict[str, Any]:
+        """Returns what the replica says of itself; raises `UnavailableError` after the deadline."""
+        return self._ask(lambda handle: handle.about.remote(), self._config.deadline_s)
+
+    @property
+    def _startup_s(self) -> float:
+        return max(self._config.deadline_s, self._config.startup_s)
+
+    def _ask(self, call: Callable[[DeploymentHandle], Any], budget_s: float) -> Any:
+        """Calls the deployment until it answers or `budget_s` is over."""
+        from ray.exceptions import RayActorError, RayTaskError
+        from ray.serve.exceptions import RayServeException
+
+        deadline = time.monotonic() + budget_s
+        num_tries, last = 0, "no answer"
+        while (left_s := deadline - time.monotonic()) > 0:
+            num_tries += 1
+            try:
+                handle = self._handle or self._connect(left_s)
+                return call(handle).result(timeout_s=max(0.0, deadline - time.monotonic()))
+            except RayTaskError as error:
+                raise _cause(error) from error
+            except TimeoutError:
+                break
+            except (RayActorError, RayServeException, TransientError) as error:
+                # the replica died, or the application is not up yet: both pass
+                last = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                _log.warning("tamiyo.call.failed", extra={"attempt": num_tries, "error": last})
+                self._handle = None
+                time.sleep(max(0.0, min(_RETRY_PAUSE_S, deadline - time.monotonic())))
+        left_s = max(0.0, deadline - time.monotonic())
+        raise UnavailableError(
+            f"Tamiyo did not answer: tried {num_tries} times in {budget_s:g} s, {left_s:.1f} s left; last: {last}",
+            field=f"serve application {self._name}",
+        )
+
+    def _connect(self, timeout_s: float) -> DeploymentHandle:
+        from ray import serve
+
+        _require_ray()
+        # it asks Serve's controller without a deadline of its own
+        self._handle = _within(timeout_s, lambda: serve.get_app_handle(self._name))
+        return self._handle
+
+
+def _revive(config: TamiyoConfig, seed: int, name: str) -> ServeController:
+    return ServeController(config, seed=seed, name=name)
+
+
+def _cause(error: Any) -> EsperError:
+    """The error that the replica raised, out of Ray's wrapping."""
+    cause = error.cause
+    if isinstance(cause, EsperError):
+        return cause
+    return PermanentError(f"Tamiyo failed: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
+
+
+def _ray_is_up() -> bool:
+    import ray
+
+    return ray.is_initialized()
+
+
+def _require_ray() -> None:
+    # Serve would start a Ray of its own here, with nothing of Esper's settings
+    if not _ray_is_up():
+        raise UnavailableError("this process is not connected to Ray", remedy="enter actors.cluster.connected() first")
+
+
+def _within(timeout_s: float, call: Callable[[], Result]) -> Result:
+    """Runs `call` in a daemon thread; raises `TimeoutError` if it takes longer, and leaves it to itself then."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - handed over to the caller's thread as it is
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="tamiyo-deadline", daemon=True).start()
+    return future.result(timeout=timeout_s)
