@@ -31,7 +31,8 @@ def stratified(labels: torch.Tensor, fraction: float, *, salt: int = 0) -> tuple
 
 
 def standardise(reference: torch.Tensor, *others: torch.Tensor, dims: tuple[int, ...]) -> list[torch.Tensor]:
-    """Shifts and scales all by the mean and deviation of `reference` over `dims`; a constant feature stays finite."""
+    """Shifts and scales all by the mean and deviation of `reference` over `dims`; a constant is shifted only."""
     mean = reference.mean(dim=dims, keepdim=True)
-    std = reference.std(dim=dims, keepdim=True).clamp_min(1e-6)
+    std = reference.std(dim=dims, keepdim=True)
+    std = torch.where(std > 1e-4, std, 1.0)  # below the step of an 8-bit picture it is rounding, not contrast
     return [(values - mean) / std for values in (reference, *others)]
