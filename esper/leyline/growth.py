@@ -115,12 +115,6 @@ class Growable(Protocol):
         """
         ...
 
-    def settle(self) -> Change:
-        """Waits until no kernel is on its way any more: each was taken in, or refused. Deterministic mode calls it at
-        the end of an epoch, so that the moment a kernel arrives does not depend on the clock.
-        """
-        ...
-
     def train_shadows(
         self,
         args: tuple[Any, ...],
