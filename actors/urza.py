@@ -1,0 +1,359 @@
+"""Urza as a Ray actor: the one writer of a storage address, and the owner of the hot kernels' object refs.
+
+Decisions live in `esper.urza.hub`. Here: opening it and taking it over again after a failed commit, telling the
+compilers of new work, and serving bytes through Ray's object store. This process imports no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+
+from actors.cluster import NAMESPACE
+from esper.leyline import (
+    Blueprint,
+    BlueprintIR,
+    BlueprintStatus,
+    Bus,
+    CompiledKernelArtifact,
+    CompileJob,
+    EsperError,
+    FencedError,
+    FieldReport,
+    KernelStatus,
+    OonaMessage,
+    Outcome,
+    Pipeline,
+    SiteSignature,
+    Topic,
+    UnavailableError,
+)
+from esper.urza.catalog import Target
+from esper.urza.hub import Hub
+from esper.urza.storage import Storage
+
+HOT_BYTES = 256 << 20
+"""Bytes of kernels whose refs Urza keeps alive in the object store."""
+
+_LOG = logging.getLogger(__name__)
+
+
+def actor_name(storage: Storage) -> str:
+    """The name of the one Urza of a storage address."""
+    return f"urza-{storage.key}"
+
+
+class UrzaActor:
+    """Serves one storage address. Thread-safe: Ray runs several calls at once.
+
+    Args:
+        storage: the address. It is opened on the first call, so that what is wrong with it reaches the caller as it is.
+        make_bus: gives the bus on which compilers are told of new work; None tells nobody.
+        hot_bytes: see `HOT_BYTES`.
+    """
+
+    def __init__(
+        self, storage: Storage, make_bus: Callable[[], Bus] | None = None, *, hot_bytes: int = HOT_BYTES
+    ) -> None:
+        self._storage = storage
+        self._make_bus = make_bus
+        self._hot_bytes = hot_bytes
+        self._hub: Hub | None = None
+        self._bus: Bus | None = None
+        self._hot: OrderedDict[str, tuple[ray.ObjectRef, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"Urza({self._storage.uri})"
+
+    def ready(self) -> int:
+        """Opens the storage; returns the process id."""
+        self._open_hub()
+        return os.getpid()
+
+    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls a method of the hub; see `_METHODS`."""
+        assert method in _METHODS, method
+        return getattr(self._open_hub(), method)(*args, **kwargs)
+
+    def submit_blueprint(self, ir: BlueprintIR, **kwargs: Any) -> Blueprint:
+        """Submits, then tells the compilers. The submission stands even if nobody could be told."""
+        blueprint = self._open_hub().submit_blueprint(ir, **kwargs)
+        try:
+            self._tell(blueprint)
+        except EsperError as error:
+            # compilers look by themselves as well, only later
+            _LOG.warning("blueprint.untold", extra={"blueprint_id": blueprint.blueprint_id, "reason": str(error)})
+        return blueprint
+
+    def fetch(self, kernel_id: str) -> list[ray.ObjectRef]:
+        """Returns the ref of a kernel's bytes, a read-only uint8 array that this process owns, in a list.
+
+        Ray would resolve a bare ref; a nested one travels as it is.
+        """
+        with self._lock:
+            if kernel_id in self._hot:
+                self._hot.move_to_end(kernel_id)
+                return [self._hot[kernel_id][0]]
+        data = self._open_hub().fetch(kernel_id)
+        ref = ray.put(np.frombuffer(data, dtype=np.uint8))
+        with self._lock:
+            self._hot[kernel_id] = (ref, data.nbytes)
+            # a ref that falls out is kept by whoever still reads it
+            while len(self._hot) > 1 and sum(size for _, size in self._hot.values()) > self._hot_bytes:
+                self._hot.popitem(last=False)
+        return [ref]
+
+    def close(self) -> None:
+        """Writes the tables for other readers and lets the bus go."""
+        self._open_hub().project(self._storage)
+        if self._bus is not None:
+            self._bus.close()
+
+    def _open_hub(self) -> Hub:
+        """The hub; a new one takes over where a commit failed, unless another Urza has done so."""
+        with self._lock:
+            if self._hub is None:
+                self._hub = Hub.open(self._storage)
+            elif self._hub.broken is not None and not isinstance(self._hub.broken, FencedError):
+                _LOG.warning("urza.reopened", extra={"reason": str(self._hub.broken)})
+                self._hub = Hub.open(self._storage, after_epoch=self._hub.epoch)
+            return self._hub
+
+    def _tell(self, blueprint: Blueprint) -> None:
+        if self._make_bus is None:
+            return
+        with self._lock:
+            if self._bus is None:
+                self._bus = self._make_bus()
+        message = OonaMessage.of(
+            Topic.BLUEPRINT_SUBMITTED, blueprint, sender_id=actor_name(self._storage), key=blueprint.blueprint_id
+        )
+        self._bus.publish([message])
+
+
+_METHODS = frozenset(
+    {
+        "blueprint",
+        "blueprints",
+        "claim",
+        "complete",
+        "fail",
+        "kernel",
+        "kernels",
+        "mark_kernel",
+        "outcomes",
+        "pending",
+        "report",
+        "retire_blueprint",
+        "targets",
+    }
+)
+
+
+class UrzaHandle:
+    """An `AssetHub` for other processes: every call has a deadline, errors cross unchanged.
+
+    Args:
+        actor: the actor's handle.
+        deadline_s: after so long a call raises `UnavailableError`; Ray repeats it meanwhile if Urza is restarted.
+    """
+
+    def __init__(self, actor: Any, *, deadline_s: float = 30.0) -> None:
+        self._actor = actor
+        self._deadline_s = deadline_s
+
+    def __repr__(self) -> str:
+        return f"UrzaHandle({self._actor})"
+
+    def ready(self) -> int:
+        """Waits until Urza answers; returns its process id."""
+        return self._ask("ready")
+
+    def submit_blueprint(
+        self,
+        ir: BlueprintIR,
+        *,
+        name: str,
+        targets: Sequence[SiteSignature],
+        tags: Sequence[str] = (),
+        priority: int = 5,
+        submitted_by: str = "unknown",
+        parent_id: str | None = None,
+        pipeline: Pipeline = Pipeline.FAST,
+    ) -> Blueprint:
+        """See `Hub.submit_blueprint`."""
+        return self._ask(
+            "submit_blueprint",
+            ir,
+            name=name,
+            targets=tuple(targets),
+            tags=tuple(tags),
+            priority=priority,
+            submitted_by=submitted_by,
+            parent_id=parent_id,
+            pipeline=pipeline,
+        )
+
+    def blueprint(self, blueprint_id: str) -> Blueprint:
+        return self._call("blueprint", blueprint_id)
+
+    def blueprints(self, *, status: BlueprintStatus | None = None, name: str | None = None) -> list[Blueprint]:
+        return self._call("blueprints", status=status, name=name)
+
+    def targets(self, blueprint_id: str) -> list[Target]:
+        """See `Hub.targets`."""
+        return self._call("targets", blueprint_id)
+
+    def retire_blueprint(self, blueprint_id: str, reason: str) -> None:
+        """See `Hub.retire_blueprint`."""
+        self._call("retire_blueprint", blueprint_id, reason)
+
+    def claim(self, worker: str, *, fingerprint: str, lease_s: float = 60.0) -> CompileJob | None:
+        """See `Hub.claim`."""
+        return self._call("claim", worker, fingerprint=fingerprint, lease_s=lease_s)
+
+    def complete(self, job: CompileJob, artifact: CompiledKernelArtifact, container: bytes) -> CompiledKernelArtifact:
+        """See `Hub.complete`."""
+        return self._call("complete", job, artifact, container)
+
+    def fail(self, job: CompileJob, reason: str) -> None:
+        """See `Hub.fail`."""
+        self._call("fail", job, reason)
+
+    def kernels(
+        self,
+        *,
+        signature: SiteSignature | None = None,
+        blueprint_id: str | None = None,
+        status: KernelStatus | None = KernelStatus.VALIDATED,
+    ) -> list[CompiledKernelArtifact]:
+        return self._call("kernels", signature=signature, blueprint_id=blueprint_id, status=status)
+
+    def kernel(self, kernel_id: str) -> CompiledKernelArtifact:
+        return self._call("kernel", kernel_id)
+
+    def mark_kernel(self, kernel_id: str, status: KernelStatus, reason: str) -> None:
+        """See `Hub.mark_kernel`."""
+        self._call("mark_kernel", kernel_id, status, reason)
+
+    def pending(self, signatures: Sequence[SiteSignature]) -> int:
+        return self._call("pending", tuple(signatures))
+
+    def report(self, report: FieldReport) -> None:
+        """See `Hub.report`."""
+        self._call("report", report)
+
+    def outcomes(self, kernel_id: str) -> Counter[Outcome]:
+        """See `Hub.outcomes`."""
+        return self._call("outcomes", kernel_id)
+
+    def fetch(self, kernel_id: str) -> memoryview:
+        """See `AssetHub`. The view lies in shared memory, without a copy, for as long as it is held.
+
+        When Urza dies its refs die with it; then its successor is asked again, until the deadline.
+        """
+        deadline = time.monotonic() + self._deadline_s
+        while True:
+            try:
+                ref = self._locate(kernel_id, deadline - time.monotonic())
+                array = _get(ref, deadline - time.monotonic())
+            except ObjectLostError as error:
+                _LOG.info("kernel.ref_lost", extra={"kernel_id": kernel_id, "reason": type(error).__name__})
+                continue
+            return memoryview(array)
+
+    def close(self) -> None:
+        """Asks Urza to write the tables for other readers; Urza goes on."""
+        self._ask("close")
+
+    def _locate(self, kernel_id: str, timeout_s: float) -> ray.ObjectRef:
+        [ref] = _get(self._actor.fetch.remote(kernel_id), timeout_s)
+        return ref
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self._ask("call", method, args, kwargs)
+
+    def _ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return _get(getattr(self._actor, method).remote(*args, **kwargs), self._deadline_s)
+
+
+def _get(ref: ray.ObjectRef, timeout_s: float) -> Any:
+    """`ray.get` with the library's errors; an `ObjectLostError` passes."""
+    try:
+        return ray.get(ref, timeout=max(timeout_s, 0.0))
+    except GetTimeoutError as error:
+        raise UnavailableError("Urza did not answer within its deadline") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, EsperError):
+            raise error.cause from None
+        raise
+    except RayActorError as error:
+        raise UnavailableError(f"Urza is gone: {error}") from error
+
+
+def spawn(
+    address: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    make_bus: Callable[[], Bus] | None = None,
+    detached: bool = False,
+    num_cpus: float = 0.1,
+    deadline_s: float = 30.0,
+) -> UrzaHandle:
+    """Starts the Urza of a storage address, or joins the one that runs.
+
+    Args:
+        address: see `Storage.at`.
+        options: `storage_options` of the configuration.
+        make_bus: see `UrzaActor`; must pickle.
+        detached: whether it outlives this driver.
+        num_cpus: CPUs that Ray counts for it.
+        deadline_s: deadline of the handle's calls.
+
+    Raises:
+        StorageError: if the address cannot be written.
+        UnavailableError: if it does not come up within the deadline.
+    """
+    storage = Storage.at(address, options)
+    storage.check_writable()
+    actor = (
+        ray.remote(UrzaActor)
+        .options(
+            name=actor_name(storage),
+            namespace=NAMESPACE,
+            get_if_exists=True,
+            lifetime="detached" if detached else None,
+            num_cpus=num_cpus,
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=8,
+        )
+        .remote(storage, make_bus)
+    )
+    handle = UrzaHandle(actor, deadline_s=deadline_s)
+    handle.ready()
+    return handle
+
+
+def connect(address: str, options: Mapping[str, Any] | None = None, *, deadline_s: float = 30.0) -> UrzaHandle:
+    """Finds the Urza of a storage address on this cluster.
+
+    Raises:
+        UnavailableError: if none runs.
+    """
+    storage = Storage.at(address, options)
+    try:
+        actor = ray.get_actor(actor_name(storage), namespace=NAMESPACE)
+    except ValueError as error:
+        raise UnavailableError(f"no Urza runs for {storage.uri}", remedy="esper platform up") from error
+    return UrzaHandle(actor, deadline_s=deadline_s)

@@ -1,0 +1,101 @@
+"""Content-addressed blobs: a blob's name is the SHA-256 of its bytes, so it never changes and never conflicts."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Protocol, cast
+
+from esper.leyline import NotFoundError, TamperedError, new_id
+from esper.urza.storage import Storage
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class Blobs(Protocol):
+    """A store of bytes by their hash."""
+
+    def put(self, data: bytes | memoryview) -> str:
+        """Stores bytes and returns their hash; durable on return, repeating it is harmless."""
+        ...
+
+    def get(self, digest: str) -> bytes:
+        """Returns the bytes with this hash.
+
+        Raises:
+            NotFoundError: if there are none.
+            TamperedError: if what is stored has another hash.
+        """
+        ...
+
+
+class MemoryBlobs:
+    """Blobs in a dict."""
+
+    def __init__(self) -> None:
+        self._blobs: dict[str, bytes] = {}
+
+    def put(self, data: bytes | memoryview) -> str:
+        digest = sha256(data)
+        self._blobs[digest] = bytes(data)
+        return digest
+
+    def get(self, digest: str) -> bytes:
+        if digest not in self._blobs:
+            raise NotFoundError(f"no blob {digest}")
+        return self._blobs[digest]
+
+
+class StoredBlobs:
+    """Blobs as files `blobs/ab/<sha256>` below a storage address."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def put(self, data: bytes | memoryview) -> str:
+        """See `Blobs.put`.
+
+        An existing blob is written again, not trusted: the bytes are the same, and a damaged one is mended.
+
+        Raises:
+            StorageError: if the address cannot be written.
+        """
+        digest = sha256(data)
+        target = self.path(digest)
+        fs = self._storage.fs
+        with self._storage.named_errors("write"):
+            if self._storage.is_local:
+                # a reader, or a crash, must never meet half a blob
+                fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+                part = f"{target}.{new_id()}.part"
+                fs.pipe_file(part, bytes(data))
+                fs.mv(part, target)
+            else:
+                fs.pipe_file(target, bytes(data))  # one PUT is atomic
+        return digest
+
+    def get(self, digest: str) -> bytes:
+        """See `Blobs.get`.
+
+        Raises:
+            StorageError: if the address cannot be read.
+        """
+        try:
+            with self._storage.named_errors("read"):
+                data = cast("bytes", self._storage.fs.cat_file(self.path(digest)))
+        except FileNotFoundError as error:
+            raise NotFoundError(f"no blob {digest} below {self._storage.uri}") from error
+        if sha256(data) != digest:
+            raise TamperedError(f"the blob {digest} below {self._storage.uri} holds other bytes")
+        return data
+
+    def path(self, digest: str) -> str:
+        """Where a blob lies, as a path of the storage's filesystem."""
+        if not _DIGEST.fullmatch(digest):
+            raise NotFoundError(f"{digest!r} is no SHA-256")
+        return self._storage.path("blobs", digest[:2], digest)
+
+
+def sha256(data: bytes | memoryview) -> str:
+    """Returns 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,322 @@
+"""The state of Urza as the fold of its events: pure, in memory, no clock, no storage.
+
+A *target* is one blueprint for one signature by one pipeline. Blueprints, targets and kernels are frozen records;
+`apply` replaces them. A blueprint's status is derived from its targets (`_status_of`):
+
+- COMPILING while any target is leased;
+- else VALIDATED once any target has a kernel: a design that failed elsewhere is still good here. The targets that
+  failed keep their reasons, are not compiled again for that build, and are the `reason` of the blueprint;
+- else UNVALIDATED while any target waits (or none was named that fits);
+- else INVALID: every target that fits has failed. A target that was never tried gives it another trial.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from esper.leyline import (
+    Blueprint,
+    BlueprintStatus,
+    CompiledKernelArtifact,
+    FieldReport,
+    KernelStatus,
+    NotFoundError,
+    Outcome,
+    Pipeline,
+    SiteSignature,
+    compile_key,
+)
+from esper.leyline.kernels import check_blueprint_transition, check_kernel_transition
+from esper.urza import records
+from esper.urza.records import Event, EventKind
+
+
+class TargetState(StrEnum):
+    """How far a target is."""
+
+    QUEUED = "queued"
+    LEASED = "leased"
+    COMPILED = "compiled"
+    FAILED = "failed"
+    UNFIT = "unfit"  # the blueprint cannot be built for the signature; never queued
+
+
+OPEN = frozenset({TargetState.QUEUED, TargetState.LEASED})
+"""States in which a target is still to be compiled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One blueprint for one signature by one pipeline.
+
+    Attributes:
+        job_id: its name; also the id of the compile job.
+        seq: place of the event that queued it last: first come, first served within a priority.
+        worker, fingerprint, deadline: of the lease, or of the last one.
+        attempts: leases since it was queued last.
+        settled: builds for which it was compiled or failed.
+        reason: why it does not fit or failed.
+    """
+
+    job_id: str
+    blueprint_id: str
+    signature: SiteSignature
+    pipeline: Pipeline
+    priority: int
+    seq: int
+    state: TargetState
+    worker: str = ""
+    fingerprint: str = ""
+    deadline: float = 0.0
+    attempts: int = 0
+    settled: frozenset[str] = frozenset()
+    kernel_ids: tuple[str, ...] = ()
+    reason: str = ""
+
+
+def target_id(blueprint_id: str, signature: SiteSignature, pipeline: Pipeline) -> str:
+    """The name of a target."""
+    return f"{blueprint_id}.{signature.key}.{pipeline.value}"
+
+
+class Catalog:
+    """All that is known, with the indexes that the queries need."""
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self.seq = 0
+        self.fingerprint: str | None = None
+        """The build of the last worker that leased work."""
+        self._blueprints: dict[str, Blueprint] = {}
+        self._by_name: dict[str, list[str]] = {}
+        self._targets: dict[str, Target] = {}
+        self._targets_of: dict[str, list[str]] = {}
+        self._open: dict[str, None] = {}
+        self._kernels: dict[str, CompiledKernelArtifact] = {}
+        self._by_compile_key: dict[str, str] = {}
+        self._by_signature: dict[str, list[str]] = {}
+        self._reports: dict[str, str] = {}
+        self._outcomes: dict[str, Counter[Outcome]] = {}
+        self._fold: dict[EventKind, Callable[[Event, Any], None]] = {
+            EventKind.EPOCH: self._epoch_taken,
+            EventKind.BLUEPRINT_SUBMITTED: self._blueprint_submitted,
+            EventKind.BLUEPRINT_RETIRED: self._blueprint_retired,
+            EventKind.TARGET_QUEUED: self._target_queued,
+            EventKind.TARGET_UNFIT: self._target_unfit,
+            EventKind.TARGET_LEASED: self._target_leased,
+            EventKind.TARGET_EXPIRED: self._target_expired,
+            EventKind.TARGET_COMPILED: self._target_compiled,
+            EventKind.TARGET_FAILED: self._target_failed,
+            EventKind.KERNEL_STORED: self._kernel_stored,
+            EventKind.KERNEL_MARKED: self._kernel_marked,
+            EventKind.KERNEL_REPORTED: self._kernel_reported,
+        }
+        for event in events:
+            self.apply(event)
+
+    # ------------------------------------------------------------ queries
+
+    def blueprint(self, blueprint_id: str) -> Blueprint:
+        """Raises `NotFoundError` for an unknown id."""
+        return _found(self._blueprints, blueprint_id, "blueprint")
+
+    def blueprints(self, *, status: BlueprintStatus | None = None, name: str | None = None) -> list[Blueprint]:
+        """Filtered, oldest first."""
+        ids = self._blueprints if name is None else self._by_name.get(name, ())
+        found = (self._blueprints[one] for one in ids)
+        return [blueprint for blueprint in found if status is None or blueprint.status is status]
+
+    def target(self, job_id: str) -> Target:
+        """Raises `NotFoundError` for an unknown id."""
+        return _found(self._targets, job_id, "compile job")
+
+    def targets(self, blueprint_id: str) -> list[Target]:
+        """All targets of a blueprint, those that do not fit as well, in the order in which they were named."""
+        return [self._targets[job_id] for job_id in self._targets_of.get(blueprint_id, ())]
+
+    def open_targets(self) -> list[Target]:
+        """What is queued or leased, most urgent first, then oldest first."""
+        found = [self._targets[job_id] for job_id in self._open]
+        usable = (target for target in found if not self._is_retired(target.blueprint_id))
+        return sorted(usable, key=lambda target: (-target.priority, target.seq))
+
+    def kernel(self, kernel_id: str) -> CompiledKernelArtifact:
+        """Raises `NotFoundError` for an unknown id."""
+        return _found(self._kernels, kernel_id, "kernel")
+
+    def kernel_by_compile_key(self, key: str) -> CompiledKernelArtifact | None:
+        """The kernel that this work gave, if it was done."""
+        kernel_id = self._by_compile_key.get(key)
+        return None if kernel_id is None else self._kernels[kernel_id]
+
+    def kernels(
+        self,
+        *,
+        signature: SiteSignature | None = None,
+        blueprint_id: str | None = None,
+        status: KernelStatus | None = KernelStatus.VALIDATED,
+    ) -> list[CompiledKernelArtifact]:
+        """Filtered, oldest first. A kernel that blueprints of the same IR share is found under each of them."""
+        if blueprint_id is not None:
+            ids: Iterable[str] = (one for target in self.targets(blueprint_id) for one in target.kernel_ids)
+            ids = dict.fromkeys(ids)
+        elif signature is not None:
+            ids = self._by_signature.get(signature.key, ())
+        else:
+            ids = self._kernels
+        found = (self._kernels[one] for one in ids)
+        return [
+            kernel
+            for kernel in found
+            if (status is None or kernel.status is status) and (signature is None or kernel.signature == signature)
+        ]
+
+    def has_report(self, report_id: str) -> bool:
+        """Whether this report was counted."""
+        return report_id in self._reports
+
+    def outcomes(self, kernel_id: str) -> Counter[Outcome]:
+        """How the adaptations with this kernel ended."""
+        return Counter(self._outcomes.get(kernel_id, ()))
+
+    def compile_key(self, target: Target, fingerprint: str) -> str:
+        """The key of this target's work on a worker of this build."""
+        ir_hash = self.blueprint(target.blueprint_id).ir_hash
+        return compile_key(ir_hash, target.signature, target.pipeline, fingerprint)
+
+    def _is_retired(self, blueprint_id: str) -> bool:
+        return self._blueprints[blueprint_id].status is BlueprintStatus.RETIRED
+
+    # ------------------------------------------------------------ the fold
+
+    def apply(self, event: Event) -> None:
+        """Takes one event in.
+
+        Raises:
+            ConflictError: if a status table forbids it.
+            NotFoundError: if it is about something unknown.
+        """
+        self._fold[event.kind](event, event.body)
+        self.seq = event.seq
+
+    def _epoch_taken(self, _event: Event, _body: records.EpochTaken) -> None:
+        """Says who writes; changes nothing."""
+
+    def _blueprint_submitted(self, _event: Event, body: Blueprint) -> None:
+        self._blueprints[body.blueprint_id] = body
+        self._by_name.setdefault(body.name, []).append(body.blueprint_id)
+
+    def _blueprint_retired(self, event: Event, body: records.Reason) -> None:
+        self._set_status(self.blueprint(event.id), BlueprintStatus.RETIRED, body.reason)
+
+    def _target_queued(self, event: Event, body: records.TargetNamed) -> None:
+        old = self._targets.get(event.id)
+        if old is None or old.state is TargetState.UNFIT:
+            self._name_target(event, body, TargetState.QUEUED)
+        else:
+            self._replace(replace(old, state=TargetState.QUEUED, priority=body.priority, seq=event.seq, attempts=0))
+
+    def _target_unfit(self, event: Event, body: records.TargetNamed) -> None:
+        self._name_target(event, body, TargetState.UNFIT)
+
+    def _name_target(self, event: Event, body: records.TargetNamed, state: TargetState) -> None:
+        if event.id not in self._targets:
+            self._targets_of.setdefault(body.blueprint_id, []).append(event.id)
+        self._replace(
+            Target(
+                event.id,
+                body.blueprint_id,
+                body.signature,
+                body.pipeline,
+                body.priority,
+                event.seq,
+                state,
+                reason=body.reason,
+            )
+        )
+
+    def _target_leased(self, event: Event, body: records.TargetLeased) -> None:
+        target = self.target(event.id)
+        self.fingerprint = body.fingerprint
+        self._replace(
+            replace(
+                target,
+                state=TargetState.LEASED,
+                worker=body.worker,
+                fingerprint=body.fingerprint,
+                deadline=body.deadline,
+                attempts=target.attempts + 1,
+            )
+        )
+
+    def _target_expired(self, event: Event, _body: records.TargetExpired) -> None:
+        self._replace(replace(self.target(event.id), state=TargetState.QUEUED))
+
+    def _target_compiled(self, event: Event, body: records.TargetCompiled) -> None:
+        target = self.target(event.id)
+        kernel_ids = dict.fromkeys((*target.kernel_ids, self.kernel(body.kernel_id).kernel_id))
+        settled = target.settled | {body.fingerprint}
+        self._replace(
+            replace(target, state=TargetState.COMPILED, kernel_ids=tuple(kernel_ids), settled=settled, reason="")
+        )
+
+    def _target_failed(self, event: Event, body: records.TargetFailed) -> None:
+        target = self.target(event.id)
+        settled = target.settled | {body.fingerprint}
+        self._replace(replace(target, state=TargetState.FAILED, settled=settled, reason=body.reason))
+
+    def _kernel_stored(self, _event: Event, body: CompiledKernelArtifact) -> None:
+        if body.kernel_id in self._kernels:
+            return
+        self._kernels[body.kernel_id] = body
+        self._by_compile_key.setdefault(body.compile_key, body.kernel_id)
+        self._by_signature.setdefault(body.signature.key, []).append(body.kernel_id)
+
+    def _kernel_marked(self, event: Event, body: records.KernelMarked) -> None:
+        kernel = self.kernel(event.id)
+        check_kernel_transition(kernel.status, body.status)
+        self._kernels[event.id] = kernel.model_copy(update={"status": body.status})
+
+    def _kernel_reported(self, event: Event, body: FieldReport) -> None:
+        self._reports[event.id] = body.kernel_id
+        self._outcomes.setdefault(body.kernel_id, Counter())[body.outcome] += 1
+
+    def _replace(self, target: Target) -> None:
+        self._targets[target.job_id] = target
+        if target.state in OPEN:
+            self._open[target.job_id] = None
+        else:
+            self._open.pop(target.job_id, None)
+        blueprint = self.blueprint(target.blueprint_id)
+        targets = self.targets(target.blueprint_id)
+        failed = [one for one in targets if one.state is TargetState.FAILED]
+        reason = "; ".join(f"{one.signature.key}: {one.reason}" for one in failed)
+        fitting = tuple(dict.fromkeys(one.signature for one in targets if one.state is not TargetState.UNFIT))
+        self._set_status(blueprint.model_copy(update={"targets": fitting}), _status_of(targets), reason)
+
+    def _set_status(self, blueprint: Blueprint, status: BlueprintStatus, reason: str) -> None:
+        if status is not blueprint.status:
+            check_blueprint_transition(blueprint.status, status)
+        self._blueprints[blueprint.blueprint_id] = blueprint.model_copy(update={"status": status, "reason": reason})
+
+
+def _status_of(targets: Iterable[Target]) -> BlueprintStatus:
+    """See the module's docstring."""
+    targets = list(targets)
+    states = {target.state for target in targets}
+    if TargetState.LEASED in states:
+        return BlueprintStatus.COMPILING
+    if any(target.kernel_ids for target in targets):
+        return BlueprintStatus.VALIDATED
+    if TargetState.FAILED in states and TargetState.QUEUED not in states:
+        return BlueprintStatus.INVALID
+    return BlueprintStatus.UNVALIDATED
+
+
+def _found(index: dict[str, Any], key: str, what: str) -> Any:
+    if key not in index:
+        raise NotFoundError(f"no {what} {key}")
+    return index[key]

@@ -1,0 +1,201 @@
+"""The log of events: the truth. One Delta table, one writer, one commit for all that arrives together.
+
+The writer holds its table handle and refreshes it only when it takes over: deltalake refuses a commit from a stale
+handle (`max_commit_retries=0`), and from nothing else. So whoever commits the next epoch first has taken over, and
+every later commit of the old writer is refused. Knows nothing of what the events mean.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, write_deltalake
+from deltalake.exceptions import DeltaError, TableNotFoundError
+
+from esper.leyline import FencedError, StorageError, UnavailableError, new_id
+from esper.urza.records import BODIES, SCHEMA_VERSION, EpochTaken, Event, EventKind
+from esper.urza.storage import Storage
+
+TABLE = "events"
+_TAKE_OVERS = 5
+"""Attempts to take over while another writer starts at the same moment."""
+
+
+class EventLog(Protocol):
+    """An append-only log with one writer."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of this writer."""
+        ...
+
+    def replay(self) -> list[Event]:
+        """All events up to this writer's take-over, in order."""
+        ...
+
+    def append(self, events: Sequence[Event]) -> None:
+        """Makes the events durable, all or none.
+
+        Raises:
+            FencedError: if another writer has taken over; this one must stop.
+            UnavailableError: if it is not known whether they are durable; take over again and look.
+        """
+        ...
+
+
+class MemoryLog:
+    """A log in a list."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.epoch = 1
+        self._events = [_taking_over(seq=1, epoch=1, time=clock(), writer="memory")]
+
+    def replay(self) -> list[Event]:
+        return list(self._events)
+
+    def append(self, events: Sequence[Event]) -> None:
+        self._events += events
+
+
+class DeltaLog:
+    """A log in the Delta table `<storage>/events`. Open it with `take_over`."""
+
+    def __init__(self, storage: Storage, table: DeltaTable, events: list[Event]) -> None:
+        self._storage = storage
+        self._table = table
+        self._start = events
+        self.epoch = events[-1].epoch
+
+    @classmethod
+    def take_over(cls, storage: Storage, clock: Callable[[], float], *, after_epoch: int | None = None) -> DeltaLog:
+        """Opens the log as its only writer; makes the table where there is none.
+
+        Args:
+            storage: where the table lies.
+            clock: seconds since the epoch.
+            after_epoch: take over only from this epoch: for a writer that comes back after its own failure.
+
+        Raises:
+            FencedError: if the log's epoch is another than `after_epoch`.
+            StorageError: if the address cannot be read or written, or the log is of a newer schema.
+        """
+        writer = f"{socket.gethostname()}:{os.getpid()}:{new_id()[:8]}"
+        for attempt in range(1, _TAKE_OVERS + 1):
+            table = _open(storage)
+            events = _read(storage, table)
+            last = max((event.epoch for event in events), default=0)
+            if events and _writer_of(events, last) == writer:
+                return cls(storage, table, events)  # the commit was accepted and its reply was lost
+            if after_epoch is not None and last != after_epoch:
+                raise _fenced(storage, after_epoch)
+            taking = _taking_over(seq=events[-1].seq + 1 if events else 1, epoch=last + 1, time=clock(), writer=writer)
+            try:
+                _commit(table, [taking])
+            except (DeltaError, OSError) as error:
+                # another writer may have started at the same moment: the later one wins
+                if attempt == _TAKE_OVERS:
+                    raise storage.failure("write the events of", error) from error
+                continue
+            return cls(storage, table, [*events, taking])
+        raise AssertionError("unreachable")
+
+    def replay(self) -> list[Event]:
+        return list(self._start)
+
+    def append(self, events: Sequence[Event]) -> None:
+        try:
+            _commit(self._table, events)
+        except (DeltaError, OSError) as error:
+            if self._someone_took_over():
+                raise _fenced(self._storage, self.epoch) from error
+            raise UnavailableError(f"commit to {self._storage.child(TABLE)} failed: {error}") from error
+
+    def _someone_took_over(self) -> bool:
+        """Looks with a handle of its own: this writer's must stay as it is."""
+        try:
+            events = _read(self._storage, _open(self._storage))
+        except StorageError:
+            return False  # not known; taking over again will tell
+        return any(event.epoch > self.epoch for event in events)
+
+
+def _taking_over(*, seq: int, epoch: int, time: float, writer: str) -> Event:
+    body = EpochTaken(schema_version=SCHEMA_VERSION, writer=writer)
+    return Event(seq, epoch, time, EventKind.EPOCH, str(epoch), body)
+
+
+def _writer_of(events: Sequence[Event], epoch: int) -> str | None:
+    bodies = (event.body for event in events if event.epoch == epoch)
+    return next((body.writer for body in bodies if isinstance(body, EpochTaken)), None)
+
+
+def _fenced(storage: Storage, epoch: int) -> FencedError:
+    return FencedError(
+        f"another Urza has taken over {storage.uri} from epoch {epoch}", remedy="stop one of them, or use two addresses"
+    )
+
+
+# ---------------------------------------------------------------- the table
+
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("seq", pa.int64(), nullable=False),
+        pa.field("epoch", pa.int64(), nullable=False),
+        pa.field("time", pa.float64(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("body", pa.string(), nullable=False),
+    ]
+)
+
+
+def _open(storage: Storage) -> DeltaTable:
+    uri, options = storage.child(TABLE), storage.delta_options
+    try:
+        try:
+            return DeltaTable(uri, storage_options=options)
+        except TableNotFoundError:
+            # "ignore": whoever comes second opens what the first has made
+            return DeltaTable.create(uri, _SCHEMA, mode="ignore", storage_options=options)
+    except (DeltaError, OSError) as error:
+        raise storage.failure("open the events of", error) from error
+
+
+def _commit(table: DeltaTable, events: Sequence[Event]) -> None:
+    write_deltalake(table, _encode(events), mode="append", commit_properties=CommitProperties(max_commit_retries=0))
+
+
+def _encode(events: Sequence[Event]) -> pa.Table:
+    rows = [(e.seq, e.epoch, e.time, e.kind.value, e.id, e.body.model_dump_json()) for e in events]
+    columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), _SCHEMA, strict=True)]
+    return pa.Table.from_arrays(columns, schema=_SCHEMA)
+
+
+def _read(storage: Storage, table: DeltaTable) -> list[Event]:
+    try:
+        columns = table.to_pyarrow_table().sort_by("seq").to_pydict()
+    except (DeltaError, OSError) as error:
+        raise storage.failure("read the events of", error) from error
+    rows = list(zip(*(columns[name] for name in _SCHEMA.names), strict=True))
+    _check_schema_version(storage, [body for _, _, _, kind, _, body in rows if kind == EventKind.EPOCH])
+    return [
+        Event(seq, epoch, time, EventKind(kind), id_, BODIES[EventKind(kind)].model_validate_json(body))
+        for seq, epoch, time, kind, id_, body in rows
+    ]
+
+
+def _check_schema_version(storage: Storage, epochs: Sequence[str]) -> None:
+    """Looks at the raw bodies: events of a newer schema may not parse."""
+    newest = max((json.loads(body)["schema_version"] for body in epochs), default=SCHEMA_VERSION)
+    if newest > SCHEMA_VERSION:
+        raise StorageError(
+            f"{storage.uri} was written by a newer Esper (schema {newest}, this one reads {SCHEMA_VERSION})",
+            field="storage",
+            remedy="upgrade Esper or choose another storage",
+        )

@@ -1,0 +1,270 @@
+"""What each request changes: pure functions from the catalog and a request to facts.
+
+They refuse what the catalog's state does not allow, so that a fact, once written, always applies. No facts means
+that the request was carried out before: repeating any request is harmless.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from esper.leyline import (
+    Blueprint,
+    BlueprintError,
+    BlueprintIR,
+    BlueprintStatus,
+    CompiledKernelArtifact,
+    CompileJob,
+    ConflictError,
+    FieldReport,
+    KernelRejectedError,
+    KernelStatus,
+    LeaseLostError,
+    Pipeline,
+    SiteSignature,
+    compile_key,
+)
+from esper.leyline.canonical import canonical_hash
+from esper.leyline.kernels import check_blueprint_transition, check_kernel_transition
+from esper.leyline.ops import fits
+from esper.urza import records
+from esper.urza.catalog import Catalog, Target, TargetState, target_id
+from esper.urza.records import EventKind, Fact
+
+MAX_ATTEMPTS = 5
+"""Leases of one target that may run out before it counts as failed: work that kills every worker must end."""
+
+SELF = "urza"
+"""The worker's name in the record where a target was settled without one, by a kernel that exists."""
+
+
+def blueprint_id(name: str, ir_hash: str) -> str:
+    """The id of a design under a name: the same submission, repeated, is the same blueprint."""
+    return hashlib.sha256(f"{name}\n{ir_hash}".encode()).hexdigest()[:32]
+
+
+def submit(
+    catalog: Catalog,
+    ir: BlueprintIR,
+    *,
+    name: str,
+    targets: Sequence[SiteSignature],
+    pipeline: Pipeline,
+    tags: Sequence[str],
+    priority: int,
+    submitted_by: str,
+    parent_id: str | None,
+    fingerprint: str | None,
+    time: float,
+) -> tuple[str, list[Fact]]:
+    """Registers a design and queues it where it fits and is not settled for the build `fingerprint` (None: any).
+
+    Returns:
+        The blueprint's id and the facts.
+
+    Raises:
+        BlueprintError: if the IR or a field is malformed.
+        NotFoundError: if there is no such parent.
+        ConflictError: if the blueprint is retired.
+    """
+    ir_hash = canonical_hash(ir)
+    id_ = blueprint_id(name, ir_hash)
+    if parent_id is not None:
+        catalog.blueprint(parent_id)
+    known = {one.blueprint_id: one for one in catalog.blueprints(name=name)}
+    facts = []
+    if id_ not in known:
+        try:
+            new = Blueprint(
+                blueprint_id=id_,
+                name=name,
+                version=len(known) + 1,
+                parent_id=parent_id,
+                ir=ir,
+                ir_hash=ir_hash,
+                tags=tuple(tags),
+                priority=priority,
+                submitted_by=submitted_by,
+                created_at=time,
+            )
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise BlueprintError(f"{first['msg']}, got {first['input']!r}", field=field) from error
+        facts.append(Fact(EventKind.BLUEPRINT_SUBMITTED, id_, new))
+    elif known[id_].status is BlueprintStatus.RETIRED:
+        raise ConflictError(f"blueprint {name} is retired", field="name", remedy="submit it under another name")
+    old = {target.job_id: target for target in catalog.targets(id_)}
+    for signature in dict.fromkeys(targets):
+        job_id = target_id(id_, signature, pipeline)
+        target = old.get(job_id)
+        misfit = fits(ir, signature) if target is None else None
+        if target is None or _is_wanted_again(target, priority, fingerprint):
+            body = records.TargetNamed(
+                blueprint_id=id_, signature=signature, pipeline=pipeline, priority=priority, reason=misfit or ""
+            )
+            facts.append(Fact(EventKind.TARGET_UNFIT if misfit else EventKind.TARGET_QUEUED, job_id, body))
+    return id_, facts
+
+
+def _is_wanted_again(target: Target, priority: int, fingerprint: str | None) -> bool:
+    if target.state is TargetState.QUEUED:
+        return priority > target.priority
+    if target.state in {TargetState.COMPILED, TargetState.FAILED}:
+        return fingerprint is not None and fingerprint not in target.settled
+    return False
+
+
+def claim(
+    catalog: Catalog, worker: str, *, fingerprint: str, lease_s: float, time: float
+) -> tuple[Target | None, list[Fact]]:
+    """Leases the most urgent target to `worker`, or none.
+
+    A worker holds at most one lease: one that asks again, because a reply was lost, gets what it holds. Leases that
+    ran out are ended first, and targets whose kernel exists already, from the same IR, are settled without work.
+
+    Returns:
+        The target, as it was before the facts, and the facts.
+    """
+    targets = catalog.open_targets()
+    leased = [target for target in targets if target.state is TargetState.LEASED]
+    for target in leased:
+        if (target.worker, target.fingerprint) == (worker, fingerprint) and target.deadline > time:
+            return target, []
+    facts = [_end_lease(target) for target in leased if target.deadline <= time]
+    ended = {fact.id for fact in facts if fact.kind is EventKind.TARGET_EXPIRED}
+    for target in targets:
+        if target.state is TargetState.LEASED and target.job_id not in ended:
+            continue
+        kernel = catalog.kernel_by_compile_key(catalog.compile_key(target, fingerprint))
+        if kernel is None:
+            return target, [*facts, _lease(target, worker, fingerprint, time + lease_s)]
+        facts += [_lease(target, SELF, fingerprint, time), _compiled(target, kernel)]
+    return None, facts
+
+
+def _end_lease(target: Target) -> Fact:
+    if target.attempts < MAX_ATTEMPTS:
+        return Fact(EventKind.TARGET_EXPIRED, target.job_id, records.TargetExpired(worker=target.worker))
+    reason = f"the lease ran out {target.attempts} times: the workers died or hung"
+    failed = records.TargetFailed(fingerprint=target.fingerprint, reason=reason)
+    return Fact(EventKind.TARGET_FAILED, target.job_id, failed)
+
+
+def complete(
+    catalog: Catalog, job: CompileJob, artifact: CompiledKernelArtifact, *, time: float
+) -> tuple[str, list[Fact]]:
+    """Settles a target with its kernel.
+
+    Late is not lost: a worker whose lease ran out is accepted as long as no other has the work. Where the same work
+    gave a kernel already, that one stands.
+
+    Returns:
+        The id of the kernel that stands, and the facts.
+
+    Raises:
+        LeaseLostError: if another worker has the work, or it was given up.
+        ConflictError: if the artifact is not what the job asked for, or the blueprint is retired.
+        KernelRejectedError: if a check of the artifact's report failed.
+    """
+    target = catalog.target(job.job_id)
+    _check_artifact(catalog, target, artifact)
+    stands = catalog.kernel_by_compile_key(artifact.compile_key)
+    if target.state is TargetState.COMPILED and stands is not None:
+        return stands.kernel_id, []
+    facts = [] if _holds(target, job) else [_lease(target, job.worker, artifact.fingerprint, time)]
+    _check_not_retired(catalog, target)
+    if stands is None:
+        stands = artifact
+        facts.append(Fact(EventKind.KERNEL_STORED, artifact.kernel_id, artifact))
+    return stands.kernel_id, [*facts, _compiled(target, stands)]
+
+
+def fail(catalog: Catalog, job: CompileJob, reason: str, *, time: float) -> list[Fact]:
+    """Settles a target without a kernel, for the build that tried.
+
+    Raises:
+        LeaseLostError: if another worker has the work.
+    """
+    target = catalog.target(job.job_id)
+    if target.state is TargetState.FAILED and target.worker == job.worker:
+        return []
+    _check_not_retired(catalog, target)
+    facts = [] if _holds(target, job) else [_lease(target, job.worker, target.fingerprint, time)]
+    failed = records.TargetFailed(fingerprint=target.fingerprint, reason=reason)
+    return [*facts, Fact(EventKind.TARGET_FAILED, target.job_id, failed)]
+
+
+def retire_blueprint(catalog: Catalog, id_: str, reason: str) -> list[Fact]:
+    """Takes a blueprint out of use; what is queued for it is not compiled any more.
+
+    Raises:
+        ConflictError: while it is being compiled.
+    """
+    blueprint = catalog.blueprint(id_)
+    if blueprint.status is BlueprintStatus.RETIRED:
+        return []
+    check_blueprint_transition(blueprint.status, BlueprintStatus.RETIRED)
+    return [Fact(EventKind.BLUEPRINT_RETIRED, id_, records.Reason(reason=reason))]
+
+
+def mark_kernel(catalog: Catalog, kernel_id: str, status: KernelStatus, reason: str) -> list[Fact]:
+    """Rejects or retires a kernel.
+
+    Raises:
+        ConflictError: if the status table forbids it.
+    """
+    kernel = catalog.kernel(kernel_id)
+    if kernel.status is status:
+        return []
+    check_kernel_transition(kernel.status, status)
+    return [Fact(EventKind.KERNEL_MARKED, kernel_id, records.KernelMarked(status=status, reason=reason))]
+
+
+def report(catalog: Catalog, body: FieldReport) -> list[Fact]:
+    """Counts what became of a kernel; raises `NotFoundError` for an unknown one."""
+    catalog.kernel(body.kernel_id)
+    return [] if catalog.has_report(body.report_id) else [Fact(EventKind.KERNEL_REPORTED, body.report_id, body)]
+
+
+def _holds(target: Target, job: CompileJob) -> bool:
+    """Whether the lease is the job's; False if nobody's."""
+    if target.state is TargetState.QUEUED:
+        return False
+    if target.state is TargetState.LEASED and (target.worker, target.deadline) == (job.worker, job.deadline):
+        return True
+    raise LeaseLostError(f"{target.job_id} is {target.state} and not leased to {job.worker} any more")
+
+
+def _check_artifact(catalog: Catalog, target: Target, artifact: CompiledKernelArtifact) -> None:
+    blueprint = catalog.blueprint(target.blueprint_id)
+    expected = {
+        "blueprint_id": blueprint.blueprint_id,
+        "signature": target.signature,
+        "pipeline": target.pipeline,
+        "compile_key": compile_key(blueprint.ir_hash, target.signature, target.pipeline, artifact.fingerprint),
+        "status": KernelStatus.VALIDATED,
+    }
+    for field, value in expected.items():
+        if getattr(artifact, field) != value:
+            raise ConflictError(f"the job asked for {value}, the artifact has {getattr(artifact, field)}", field=field)
+    if not artifact.report.passed:
+        raise KernelRejectedError(f"a check failed: {artifact.report.reason}", remedy="call fail with the reason")
+
+
+def _check_not_retired(catalog: Catalog, target: Target) -> None:
+    if catalog.blueprint(target.blueprint_id).status is BlueprintStatus.RETIRED:
+        raise ConflictError(f"blueprint {target.blueprint_id} was retired meanwhile")
+
+
+def _lease(target: Target, worker: str, fingerprint: str, deadline: float) -> Fact:
+    body = records.TargetLeased(worker=worker, fingerprint=fingerprint, deadline=deadline)
+    return Fact(EventKind.TARGET_LEASED, target.job_id, body)
+
+
+def _compiled(target: Target, kernel: CompiledKernelArtifact) -> Fact:
+    body = records.TargetCompiled(kernel_id=kernel.kernel_id, fingerprint=kernel.fingerprint)
+    return Fact(EventKind.TARGET_COMPILED, target.job_id, body)

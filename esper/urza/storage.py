@@ -1,0 +1,192 @@
+"""Where everything that must last lies: one address, as fsspec and as deltalake want it.
+
+Responsible for the address alone: parsing it, the options of its driver, and the one question that is asked before a
+run starts: can it be written. Knows nothing of tables and blobs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from esper.leyline import StorageError, new_id
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+S3_OPTIONS = {
+    "endpoint_url": "AWS_ENDPOINT_URL",
+    "region": "AWS_REGION",
+    "key": "AWS_ACCESS_KEY_ID",
+    "secret": "AWS_SECRET_ACCESS_KEY",
+    "token": "AWS_SESSION_TOKEN",
+}
+"""Keys of `storage_options` for S3, with deltalake's names for them. What is absent comes from the AWS environment."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One storage address.
+
+    Attributes:
+        uri: the resolved form: `file:///abs/dir` or `s3://bucket/prefix`, without a trailing slash.
+        options: of the driver; keys are those of `S3_OPTIONS`. Not shown in the repr: they may hold secrets.
+    """
+
+    uri: str
+    options: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def at(cls, address: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Storage:
+        """Parses an address: a directory (`~` is expanded), `file://` or `s3://`.
+
+        Raises:
+            StorageError: if the scheme, the form or an option is not known; names the setting.
+        """
+        text = os.fspath(address)
+        scheme, separator, rest = text.partition("://")
+        if not separator:
+            return cls(Path(text).expanduser().resolve().as_uri(), _no_options(options))
+        if scheme == "file":
+            if not rest.startswith("/"):
+                raise StorageError(f"{text} is no absolute path", field="storage", remedy="write file:///dir")
+            return cls(text.rstrip("/"), _no_options(options))
+        if scheme == "s3":
+            if not urlsplit(text).netloc:
+                raise StorageError(f"{text} names no bucket", field="storage", remedy="write s3://bucket/prefix")
+            return cls(text.rstrip("/"), _s3_options(options))
+        raise StorageError(f"unknown scheme in {text}", field="storage", remedy="a directory, file:// or s3://")
+
+    @property
+    def key(self) -> str:
+        """Eight hexadecimal digits that stand for the address in actor names."""
+        return hashlib.sha256(self.uri.encode()).hexdigest()[:8]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the address is a directory of this machine (or mounted on it)."""
+        return self.uri.startswith("file://")
+
+    @property
+    def root(self) -> str:
+        """The address as a path of `fs`."""
+        return self.path()
+
+    def path(self, *parts: str) -> str:
+        """Joins parts below the root, as a path of `fs`."""
+        base = self._directory if self.is_local else self.uri.removeprefix("s3://")
+        return "/".join((base, *parts))
+
+    def child(self, *parts: str) -> str:
+        """Joins parts below the address, as an address for deltalake."""
+        return self.path(*parts) if self.is_local else "/".join((self.uri, *parts))
+
+    @property
+    def _directory(self) -> str:
+        from urllib.request import url2pathname
+
+        return url2pathname(self.uri.removeprefix("file://")).rstrip("/")
+
+    @cached_property
+    def fs(self) -> AbstractFileSystem:
+        """The fsspec filesystem."""
+        import fsspec
+
+        if self.is_local:
+            return fsspec.filesystem("file")
+        names = {"key": "key", "secret": "secret", "token": "token", "endpoint_url": "endpoint_url"}
+        known = {names[key]: value for key, value in self.options.items() if key in names}
+        region = {"client_kwargs": {"region_name": self.options["region"]}} if "region" in self.options else {}
+        # older S3 servers refuse the checksums that newer clients send unasked
+        config = {
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+            "connect_timeout": 5,
+            "retries": {"max_attempts": 3},
+        }
+        return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=config, **known, **region)
+
+    @property
+    def delta_options(self) -> dict[str, str]:
+        """The `storage_options` of deltalake."""
+        if self.is_local:
+            return {}
+        options = {S3_OPTIONS[key]: value for key, value in self.options.items()}
+        # a commit is a PUT that fails if the version exists; this, and not a lock table, keeps a second writer out
+        options["AWS_CONDITIONAL_PUT"] = "etag"
+        if self.options.get("endpoint_url", "").startswith("http://"):
+            options["AWS_ALLOW_HTTP"] = "true"
+        return options
+
+    @contextmanager
+    def named_errors(self, doing: str) -> Iterator[None]:
+        """Turns the driver's errors into a `StorageError` that names the setting, the address and the remedy.
+
+        `FileNotFoundError` passes: what is not there is for the caller to judge.
+        """
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except self._errors as error:
+            raise self.failure(doing, error) from error
+
+    def failure(self, doing: str, error: Exception) -> StorageError:
+        """The error that a person sees."""
+        said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        remedy = "choose a directory you may write to: storage=DIR"
+        if not self.is_local:
+            remedy = "check bucket, storage_options.endpoint_url and credentials, or use a directory: storage=DIR"
+        return StorageError(f"cannot {doing} {self.uri}: {' '.join(said.split())}", field="storage", remedy=remedy)
+
+    @property
+    def _errors(self) -> tuple[type[Exception], ...]:
+        if self.is_local:
+            return (OSError,)
+        from botocore.exceptions import BotoCoreError
+
+        return (OSError, BotoCoreError)
+
+    def check_writable(self) -> None:
+        """Writes and removes a probe.
+
+        A directory that does not exist yet is made; a bucket is not.
+
+        Raises:
+            StorageError: if that fails; names the setting, the address and the remedy. Nothing is left behind.
+        """
+        probe = self.path(f".probe-{new_id()}")
+        try:
+            with self.named_errors("write"):
+                if self.is_local:
+                    self.fs.makedirs(self.root, exist_ok=True)
+                self.fs.pipe_file(probe, b"esper")
+                self.fs.rm_file(probe)
+        except FileNotFoundError as error:
+            # S3 says so of a bucket that does not exist
+            raise self.failure("write", error) from error
+
+
+def _no_options(options: Mapping[str, Any] | None) -> dict[str, str]:
+    if options:
+        name = next(iter(options))
+        raise StorageError(
+            "a directory takes no options", field=f"storage_options.{name}", remedy="options belong to s3:// addresses"
+        )
+    return {}
+
+
+def _s3_options(options: Mapping[str, Any] | None) -> dict[str, str]:
+    given = dict(options or {})
+    for name in given:
+        if name not in S3_OPTIONS:
+            known = ", ".join(S3_OPTIONS)
+            raise StorageError("no such option", field=f"storage_options.{name}", remedy=f"known options: {known}")
+    return {name: str(value) for name, value in given.items()}

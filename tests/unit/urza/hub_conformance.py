@@ -1,0 +1,267 @@
+"""What every asset hub must do. A test module inherits these classes and gives the fixtures `hub` (and `clock`)."""
+
+from __future__ import annotations
+
+import pytest
+from urza_samples import BUILD, IMAGE, NEXT_BUILD, VECTOR, WIDE, artifact_of, design, report_of
+
+from esper.leyline import (
+    BlueprintError,
+    BlueprintStatus,
+    ConflictError,
+    KernelRejectedError,
+    KernelStatus,
+    LeaseLostError,
+    Node,
+    NotFoundError,
+    TamperedError,
+)
+from esper.urza.catalog import TargetState
+from esper.urza.rules import MAX_ATTEMPTS
+
+
+class HubConformance:
+    """One design's way through the hub, and every way it is refused. No test needs time to pass."""
+
+    def test_a_design_becomes_a_kernel_that_can_be_fetched(self, hub):
+        blueprint = hub.submit_blueprint(design(), name="adapter", targets=[VECTOR], tags=["small"], submitted_by="me")
+        assert blueprint.status is BlueprintStatus.UNVALIDATED
+        assert (blueprint.targets, blueprint.version, blueprint.submitted_by) == ((VECTOR,), 1, "me")
+        assert hub.pending([VECTOR]) == 1
+        assert hub.pending([WIDE]) == 0
+
+        job = hub.claim("w1", fingerprint=BUILD)
+        assert (job.blueprint.blueprint_id, job.signature, job.worker) == (blueprint.blueprint_id, VECTOR, "w1")
+        assert hub.blueprint(blueprint.blueprint_id).status is BlueprintStatus.COMPILING
+        assert hub.pending([VECTOR]) == 1
+        assert hub.claim("w2", fingerprint=BUILD) is None
+
+        record, container = artifact_of(job)
+        assert hub.complete(job, record, container) == record
+        assert hub.pending([VECTOR]) == 0
+        assert hub.blueprint(blueprint.blueprint_id).status is BlueprintStatus.VALIDATED
+        assert hub.kernel(record.kernel_id) == record
+        assert hub.kernels(signature=VECTOR) == hub.kernels(blueprint_id=blueprint.blueprint_id) == [record]
+        assert hub.kernels(signature=WIDE) == []
+        fetched = hub.fetch(record.kernel_id)
+        assert bytes(fetched) == container
+        assert fetched.readonly
+
+    def test_submitting_again_is_the_same_blueprint_and_compiles_nothing_again(self, hub):
+        first = hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+        again = hub.submit_blueprint(design(), name="adapter", targets=[VECTOR, VECTOR])
+        assert again == first
+        job = hub.claim("w", fingerprint=BUILD)
+        hub.complete(job, *artifact_of(job))
+        done = hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+        assert done.status is BlueprintStatus.VALIDATED
+        assert hub.claim("w", fingerprint=BUILD) is None
+        assert len(hub.blueprints()) == 1
+
+    def test_another_design_under_the_name_is_its_next_version(self, hub):
+        first = hub.submit_blueprint(design(4), name="adapter", targets=[])
+        second = hub.submit_blueprint(design(6), name="adapter", targets=[], parent_id=first.blueprint_id)
+        other = hub.submit_blueprint(design(4), name="other", targets=[])
+        assert (first.version, second.version, other.version) == (1, 2, 1)
+        assert second.parent_id == first.blueprint_id
+        assert hub.blueprints(name="adapter") == [first, second]
+        assert hub.blueprints(status=BlueprintStatus.VALIDATED) == []
+
+    def test_a_target_that_does_not_fit_is_recorded_with_its_reason_and_not_queued(self, hub):
+        blueprint = hub.submit_blueprint(design(), name="adapter", targets=[IMAGE, VECTOR])
+        assert blueprint.targets == (VECTOR,)
+        misfit, fit = hub.targets(blueprint.blueprint_id)
+        assert (misfit.signature, misfit.state, fit.state) == (IMAGE, TargetState.UNFIT, TargetState.QUEUED)
+        assert "feature_map" in misfit.reason
+        assert hub.pending([IMAGE, VECTOR]) == 1
+        assert hub.claim("w", fingerprint=BUILD).signature == VECTOR
+
+    def test_malformed_submissions_change_nothing(self, hub):
+        bad = design().model_copy(update={"nodes": (Node(id="up", op="no_such_op"),)})
+        with pytest.raises(BlueprintError):
+            hub.submit_blueprint(bad, name="adapter", targets=[VECTOR])
+        with pytest.raises(BlueprintError) as caught:
+            hub.submit_blueprint(design(), name="not a name", targets=[VECTOR])
+        assert caught.value.field == "name"
+        with pytest.raises(BlueprintError) as caught:
+            hub.submit_blueprint(design(), name="adapter", targets=[VECTOR], priority=11)
+        assert caught.value.field == "priority"
+        with pytest.raises(NotFoundError):
+            hub.submit_blueprint(design(), name="adapter", targets=[VECTOR], parent_id="nobody")
+        assert hub.blueprints() == []
+        assert hub.pending([VECTOR]) == 0
+
+    def test_urgent_work_goes_first_then_the_oldest(self, hub):
+        hub.submit_blueprint(design(2), name="late", targets=[VECTOR], priority=1)
+        hub.submit_blueprint(design(3), name="first", targets=[VECTOR], priority=5)
+        hub.submit_blueprint(design(4), name="second", targets=[VECTOR], priority=5)
+        hub.submit_blueprint(design(5), name="raised", targets=[VECTOR], priority=0)
+        hub.submit_blueprint(design(5), name="raised", targets=[VECTOR], priority=9)
+        order = [hub.claim(f"w{n}", fingerprint=BUILD).blueprint.name for n in range(4)]
+        assert order == ["raised", "first", "second", "late"]
+
+    def test_a_worker_that_asks_again_gets_the_lease_it_holds(self, hub):
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR, WIDE])
+        job = hub.claim("w", fingerprint=BUILD)
+        assert hub.claim("w", fingerprint=BUILD) == job
+        assert hub.claim("other", fingerprint=BUILD).signature != job.signature
+
+    def test_completing_twice_is_harmless_and_another_result_of_the_same_work_does_not_count(self, hub):
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+        job = hub.claim("w", fingerprint=BUILD)
+        record, container = artifact_of(job)
+        assert hub.complete(job, record, container) == hub.complete(job, record, container) == record
+        assert hub.complete(job, *artifact_of(job, content=b"others")) == record
+        assert hub.kernels() == [record]
+
+    def test_an_artifact_that_is_not_what_was_asked_for_is_refused(self, hub):
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+        job = hub.claim("w", fingerprint=BUILD)
+        record, container = artifact_of(job)
+        with pytest.raises(TamperedError):
+            hub.complete(job, record, container + b"!")
+        with pytest.raises(ConflictError) as caught:
+            hub.complete(job, record.model_copy(update={"size_bytes": 1}), container)
+        assert caught.value.field == "size_bytes"
+        for field, value in {"signature": WIDE, "compile_key": "0" * 64, "blueprint_id": "another"}.items():
+            with pytest.raises(ConflictError) as caught:
+                hub.complete(job, record.model_copy(update={field: value}), container)
+            assert caught.value.field == field
+        with pytest.raises(KernelRejectedError):
+            hub.complete(job, *artifact_of(job, passed=False))
+        with pytest.raises(NotFoundError):
+            hub.complete(job.model_copy(update={"job_id": "nothing"}), record, container)
+        assert hub.kernels(status=None) == []
+        assert hub.complete(job, record, container) == record
+
+    def test_a_failure_belongs_to_its_target(self, hub):
+        blueprint = hub.submit_blueprint(design(), name="adapter", targets=[VECTOR, WIDE])
+        bad = hub.claim("w1", fingerprint=BUILD)
+        good = hub.claim("w2", fingerprint=BUILD)
+        hub.fail(bad, "the output is not finite")
+        hub.fail(bad, "said twice")
+        assert hub.blueprint(blueprint.blueprint_id).status is BlueprintStatus.COMPILING
+        hub.complete(good, *artifact_of(good))
+        found = hub.blueprint(blueprint.blueprint_id)
+        assert found.status is BlueprintStatus.VALIDATED
+        assert found.reason == f"{bad.signature.key}: the output is not finite"
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR, WIDE])
+        assert hub.claim("w1", fingerprint=BUILD) is None
+
+    def test_a_design_that_fails_everywhere_is_invalid_until_a_new_target_gives_it_another_trial(self, hub):
+        blueprint = hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+        hub.fail(hub.claim("w", fingerprint=BUILD), "the output is not finite")
+        found = hub.blueprint(blueprint.blueprint_id)
+        assert found.status is BlueprintStatus.INVALID
+        assert "not finite" in found.reason
+        assert hub.submit_blueprint(design(), name="adapter", targets=[VECTOR]).status is BlueprintStatus.INVALID
+        tried_again = hub.submit_blueprint(design(), name="adapter", targets=[WIDE])
+        assert tried_again.status is BlueprintStatus.UNVALIDATED
+        job = hub.claim("w", fingerprint=BUILD)
+        assert job.signature == WIDE
+        hub.complete(job, *artifact_of(job))
+        assert hub.blueprint(blueprint.blueprint_id).status is BlueprintStatus.VALIDATED
+
+    def test_designs_of_the_same_ir_share_one_kernel(self, hub):
+        one = hub.submit_blueprint(design(), name="one", targets=[VECTOR])
+        two = hub.submit_blueprint(design(), name="two", targets=[VECTOR])
+        assert one.blueprint_id != two.blueprint_id
+        job = hub.claim("w", fingerprint=BUILD)
+        record, container = artifact_of(job)
+        hub.complete(job, record, container)
+        assert hub.claim("w", fingerprint=BUILD) is None
+        assert hub.blueprint(two.blueprint_id).status is BlueprintStatus.VALIDATED
+        assert hub.kernels(blueprint_id=one.blueprint_id) == hub.kernels(blueprint_id=two.blueprint_id) == [record]
+
+    def test_workers_of_another_build_compile_what_is_asked_for_again(self, hub):
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+        job = hub.claim("w", fingerprint=BUILD)
+        old, container = artifact_of(job)
+        hub.complete(job, old, container)
+        assert hub.claim("w", fingerprint=NEXT_BUILD) is None
+        again = hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+        assert again.status is BlueprintStatus.VALIDATED
+        job = hub.claim("w", fingerprint=NEXT_BUILD)
+        new, container = artifact_of(job, fingerprint=NEXT_BUILD)
+        hub.complete(job, new, container)
+        assert hub.kernels(signature=VECTOR) == [old, new]
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+        assert hub.claim("w", fingerprint=NEXT_BUILD) is None
+
+    def test_status_tables_hold(self, hub):
+        blueprint = hub.submit_blueprint(design(), name="adapter", targets=[VECTOR, WIDE])
+        job = hub.claim("w", fingerprint=BUILD)
+        with pytest.raises(ConflictError):
+            hub.retire_blueprint(blueprint.blueprint_id, "too early: it is being compiled")
+        record, container = artifact_of(job)
+        hub.complete(job, record, container)
+        hub.mark_kernel(record.kernel_id, KernelStatus.REJECTED, "diverged in a run")
+        hub.mark_kernel(record.kernel_id, KernelStatus.REJECTED, "said twice")
+        with pytest.raises(ConflictError):
+            hub.mark_kernel(record.kernel_id, KernelStatus.VALIDATED, "no way back")
+        assert hub.kernels(signature=VECTOR) == []
+        assert [one.kernel_id for one in hub.kernels(status=KernelStatus.REJECTED)] == [record.kernel_id]
+        hub.retire_blueprint(blueprint.blueprint_id, "a better one exists")
+        assert hub.pending([WIDE]) == 0
+        assert hub.claim("w", fingerprint=BUILD) is None
+        with pytest.raises(ConflictError):
+            hub.submit_blueprint(design(), name="adapter", targets=[WIDE])
+
+    def test_reports_need_a_kernel_and_may_be_repeated(self, hub):
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+        job = hub.claim("w", fingerprint=BUILD)
+        record, container = artifact_of(job)
+        with pytest.raises(NotFoundError):
+            hub.report(report_of(record))
+        hub.complete(job, record, container)
+        report = report_of(record)
+        hub.report(report)
+        hub.report(report)
+        assert sum(hub.outcomes(record.kernel_id).values()) == 1
+
+    def test_what_does_not_exist_is_not_found(self, hub):
+        for ask in (hub.blueprint, hub.kernel, hub.fetch):
+            with pytest.raises(NotFoundError):
+                ask("0" * 64)
+
+
+class LeaseConformance:
+    """What every asset hub whose clock a test can move must do."""
+
+    def test_work_of_a_lost_lease_goes_to_another_and_the_first_worker_is_told(self, hub, clock):
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+        lost = hub.claim("w1", fingerprint=BUILD, lease_s=60.0)
+        clock.time += 59.0
+        assert hub.claim("w2", fingerprint=BUILD) is None
+        clock.time += 1.0
+        taken = hub.claim("w2", fingerprint=BUILD, lease_s=60.0)
+        assert (taken.job_id, taken.worker) == (lost.job_id, "w2")
+        with pytest.raises(LeaseLostError):
+            hub.complete(lost, *artifact_of(lost))
+        with pytest.raises(LeaseLostError):
+            hub.fail(lost, "too late")
+        record, container = artifact_of(taken)
+        assert hub.complete(taken, record, container) == record
+        assert hub.complete(lost, record, container) == record  # the same kernel, known by now
+
+    def test_a_late_result_counts_while_nobody_else_has_the_work(self, hub, clock):
+        blueprint = hub.submit_blueprint(design(), name="adapter", targets=[VECTOR, WIDE], priority=9)
+        late = hub.claim("w1", fingerprint=BUILD, lease_s=1.0)
+        clock.time += 2.0
+        # another's claim ends the lease, takes the older target and leaves the other waiting
+        hub.claim("w2", fingerprint=BUILD)
+        waiting = next(one for one in hub.targets(blueprint.blueprint_id) if one.state is TargetState.QUEUED)
+        lost = late.model_copy(update={"job_id": waiting.job_id, "signature": waiting.signature})
+        record, container = artifact_of(lost)
+        assert hub.complete(lost, record, container) == record
+
+    def test_work_that_kills_every_worker_ends_as_failed(self, hub, clock):
+        blueprint = hub.submit_blueprint(design(), name="poison", targets=[VECTOR])
+        for attempt in range(MAX_ATTEMPTS):
+            assert hub.claim(f"w{attempt}", fingerprint=BUILD, lease_s=1.0) is not None
+            clock.time += 1.0
+        assert hub.claim("w", fingerprint=BUILD) is None
+        found = hub.blueprint(blueprint.blueprint_id)
+        assert found.status is BlueprintStatus.INVALID
+        assert f"ran out {MAX_ATTEMPTS} times" in found.reason
+        assert hub.pending([VECTOR]) == 0

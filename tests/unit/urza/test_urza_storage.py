@@ -1,0 +1,205 @@
+"""Addresses, blobs and the table of events on a directory."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+
+import pytest
+from urza_samples import Clock
+
+from esper.leyline import FencedError, NotFoundError, StorageError, TamperedError, UnavailableError
+from esper.urza import events as events_module
+from esper.urza.blobs import MemoryBlobs, StoredBlobs
+from esper.urza.events import DeltaLog
+from esper.urza.records import SCHEMA_VERSION, EpochTaken, Event, EventKind, Reason
+from esper.urza.storage import Storage
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage.at(tmp_path / "store")
+
+
+class TestAddress:
+    def test_all_spellings_of_a_directory_are_one_address(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        spellings = [tmp_path / "s", str(tmp_path / "s"), "s", "~/s", f"file://{tmp_path}/s", f"file://{tmp_path}/s/"]
+        assert {Storage.at(spelling).uri for spelling in spellings} == {f"file://{tmp_path}/s"}
+        assert len({Storage.at(spelling).key for spelling in spellings}) == 1
+        assert Storage.at("other").key != Storage.at("s").key
+
+    def test_a_directory_with_a_space_lies_where_it_should(self, tmp_path):
+        storage = Storage.at(tmp_path / "a b")
+        storage.check_writable()
+        assert (tmp_path / "a b").is_dir()
+        assert DeltaLog.take_over(storage, Clock()).epoch == 1
+        assert (tmp_path / "a b" / "events" / "_delta_log").is_dir()
+
+    def test_s3_options_reach_both_drivers(self):
+        options = {"endpoint_url": "http://127.0.0.1:1", "key": "k", "secret": "hidden", "region": "us-east-1"}
+        storage = Storage.at("s3://bucket/prefix/", options)
+        assert storage.uri == "s3://bucket/prefix"
+        assert storage.path("blobs", "x") == "bucket/prefix/blobs/x"
+        assert storage.child("events") == "s3://bucket/prefix/events"
+        assert storage.delta_options == {
+            "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+            "AWS_ACCESS_KEY_ID": "k",
+            "AWS_SECRET_ACCESS_KEY": "hidden",
+            "AWS_REGION": "us-east-1",
+            "AWS_CONDITIONAL_PUT": "etag",
+            "AWS_ALLOW_HTTP": "true",
+        }
+        assert storage.fs.key == "k"
+        assert storage.fs.endpoint_url == "http://127.0.0.1:1"
+        assert "hidden" not in repr(storage)
+
+    @pytest.mark.parametrize(
+        ("address", "options", "field"),
+        [
+            ("gs://bucket", None, "storage"),
+            ("s3://", None, "storage"),
+            ("file://relative", None, "storage"),
+            ("s3://bucket", {"endpoint": "x"}, "storage_options.endpoint"),
+            ("dir", {"key": "x"}, "storage_options.key"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, address, options, field):
+        with pytest.raises(StorageError) as caught:
+            Storage.at(address, options)
+        assert caught.value.field == field
+        assert caught.value.remedy
+
+    def test_an_address_that_cannot_be_written_is_named_with_setting_and_remedy(self, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        storage = Storage.at(tmp_path / "file" / "store")
+        with pytest.raises(StorageError) as caught:
+            storage.check_writable()
+        assert (caught.value.field, storage.uri in str(caught.value)) == ("storage", True)
+        assert caught.value.remedy
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def test_the_probe_leaves_nothing_behind(self, storage, tmp_path):
+        storage.check_writable()
+        storage.check_writable()
+        assert list((tmp_path / "store").iterdir()) == []
+
+    def test_it_pickles_after_use(self, storage):
+        storage.check_writable()
+        assert pickle.loads(pickle.dumps(storage)) == storage
+
+
+class TestBlobs:
+    @pytest.fixture(params=["memory", "stored"])
+    def blobs(self, request, storage):
+        return MemoryBlobs() if request.param == "memory" else StoredBlobs(storage)
+
+    def test_bytes_come_back_by_their_hash(self, blobs):
+        digest = blobs.put(b"kernel")
+        assert digest == hashlib.sha256(b"kernel").hexdigest() == blobs.put(memoryview(b"kernel"))
+        assert blobs.get(digest) == b"kernel"
+
+    @pytest.mark.parametrize("digest", ["0" * 64, "../../etc/passwd", "A" * 64])
+    def test_what_is_not_there_is_not_found(self, blobs, digest):
+        with pytest.raises(NotFoundError):
+            blobs.get(digest)
+
+    def test_damage_is_noticed_and_mended_by_the_next_put(self, storage, tmp_path):
+        blobs = StoredBlobs(storage)
+        digest = blobs.put(b"kernel")
+        file = tmp_path / "store" / "blobs" / digest[:2] / digest
+        file.write_bytes(b"KERNEL")
+        with pytest.raises(TamperedError):
+            blobs.get(digest)
+        blobs.put(b"kernel")
+        assert blobs.get(digest) == b"kernel"
+        assert [path.name for path in file.parent.iterdir()] == [digest]
+
+    def test_a_store_that_cannot_be_written_says_so(self, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(StorageError):
+            StoredBlobs(Storage.at(tmp_path / "file")).put(b"kernel")
+
+
+def note(log, seq, text="x"):
+    return Event(seq, log.epoch, 5.0, EventKind.BLUEPRINT_RETIRED, "some", Reason(reason=text))
+
+
+class TestDeltaLog:
+    def test_what_was_appended_is_replayed_in_order(self, storage):
+        log = DeltaLog.take_over(storage, Clock())
+        appended = [note(log, seq, f"text {seq}") for seq in range(2, 7)]
+        log.append(appended[:3])
+        log.append(appended[3:])
+        again = DeltaLog.take_over(storage, Clock())
+        assert again.replay()[1:-1] == appended
+        assert [event.epoch for event in again.replay() if event.kind is EventKind.EPOCH] == [1, 2]
+
+    def test_a_commit_of_the_one_taken_over_from_is_refused_each_time(self, storage):
+        old = DeltaLog.take_over(storage, Clock())
+        new = DeltaLog.take_over(storage, Clock())
+        for _ in range(2):
+            with pytest.raises(FencedError):
+                old.append([note(old, 2)])
+        new.append([note(new, 3)])
+        assert [event.epoch for event in DeltaLog.take_over(storage, Clock()).replay()] == [1, 2, 2, 3]
+
+    def test_of_two_that_start_at_the_same_moment_the_later_one_wins(self, storage, monkeypatch):
+        DeltaLog.take_over(storage, Clock())
+        commit, rivals = events_module._commit, []
+
+        def overtaken(table, batch):
+            if not rivals:
+                rivals.append(None)
+                rivals[0] = DeltaLog.take_over(storage, Clock())
+            commit(table, batch)
+
+        monkeypatch.setattr(events_module, "_commit", overtaken)
+        winner = DeltaLog.take_over(storage, Clock())
+        assert (rivals[0].epoch, winner.epoch) == (2, 3)
+        winner.append([note(winner, 4)])
+        with pytest.raises(FencedError):
+            rivals[0].append([note(rivals[0], 3)])
+
+    def test_a_take_over_whose_reply_was_lost_is_recognised(self, storage, monkeypatch):
+        commit, lost = events_module._commit, []
+
+        def reply_lost(table, batch):
+            commit(table, batch)
+            if not lost:
+                lost.append(True)
+                raise OSError("connection reset")
+
+        monkeypatch.setattr(events_module, "_commit", reply_lost)
+        log = DeltaLog.take_over(storage, Clock())
+        assert lost
+        assert log.epoch == 1
+        log.append([note(log, 2)])
+        assert len(log.replay()) == 1
+
+    def test_a_commit_that_fails_without_a_rival_is_not_called_fencing(self, storage, monkeypatch):
+        log = DeltaLog.take_over(storage, Clock())
+
+        def full(_table, _batch):
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr(events_module, "_commit", full)
+        with pytest.raises(UnavailableError, match="no space left"):
+            log.append([note(log, 2)])
+
+    def test_a_newer_schema_is_refused_before_anything_is_written(self, storage, tmp_path):
+        log = DeltaLog.take_over(storage, Clock())
+        newer = EpochTaken(schema_version=SCHEMA_VERSION + 1, writer="future")
+        log.append([Event(2, 2, 5.0, EventKind.EPOCH, "2", newer)])
+        commits = tmp_path / "store" / "events" / "_delta_log"
+        before = sorted(path.name for path in commits.iterdir())
+        with pytest.raises(StorageError, match="newer Esper"):
+            DeltaLog.take_over(storage, Clock())
+        assert sorted(path.name for path in commits.iterdir()) == before
+
+    def test_a_table_that_is_not_ours_is_refused(self, tmp_path):
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store" / "events").write_text("in the way")
+        with pytest.raises(StorageError):
+            DeltaLog.take_over(Storage.at(tmp_path / "store"), Clock())
