@@ -23,6 +23,8 @@ _SETTINGS: Mapping[str, str] = {
     # half the latency of a deployment handle, and calls from plain threads
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
+    # the first of these would also open an HTTP port on every replica, and hold each back 30 s as it ends
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 """Environment of the driver and of every worker of a Ray that is started here; what the user has set stays."""
