@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from esper.config import OonaConfig
 from esper.leyline.errors import ConflictError, EsperError, NotFoundError, StorageError, UnavailableError
 from esper.leyline.summary import BusCounts
-from esper.oona import Admission, Broker, BusClient, Journal, Received
+from esper.oona import Admission, Broker, BusClient, Journal, Received, decode_batch
 
 NAMESPACE = "esper"
 DEADLINE_S = 10.0
@@ -85,9 +85,10 @@ class OonaShard:
     async def append(self, body: bytes, wait_s: float) -> bool:
         """Takes a batch in its turn; False if there was no room within `wait_s`."""
         deadline = time.monotonic() + wait_s
+        batch = decode_batch(body)
         while True:
             self._check()
-            admission = self._journal.append(body)
+            admission = self._journal.append(batch, body)
             if admission is Admission.ACCEPT:
                 self._note_change()
             if admission in (Admission.ACCEPT, Admission.DUPLICATE):

@@ -16,7 +16,7 @@ from esper.leyline.errors import TamperedError
 from esper.leyline.summary import BusCounts
 from esper.oona.broker import Admission, Broker
 from esper.oona.log import Frame, SegmentLog
-from esper.oona.wire import Leased, decode_batch
+from esper.oona.wire import Batch, Leased, decode_batch
 
 FORGET_AFTER_S = 86_400.0
 """A group that nobody used for so long loses its position, or it would hold the backlog for ever."""
@@ -65,11 +65,15 @@ class Journal:
         """No lease runs out before this time."""
         return self._broker.next_expiry
 
-    def append(self, body: bytes) -> Admission:
-        """Takes an encoded batch if the broker admits it. After ACCEPT and DUPLICATE it is safe with the log."""
+    def append(self, batch: Batch, body: bytes) -> Admission:
+        """Takes a batch if the broker admits it; after ACCEPT and DUPLICATE it is safe with the log.
+
+        Args:
+            batch: what `body` encodes; decoded once by the caller, who may have to ask again.
+            body: what is written.
+        """
         if self._log.is_full:  # here, where the log and the broker tell the same
             self._roll()
-        batch = decode_batch(body)
         admission = self._broker.admit(batch)
         if admission is Admission.ACCEPT:
             self._log.write(Kind.BATCH, body)
