@@ -1,0 +1,67 @@
+"""Every file that ships in configs/ loads, and digits.yaml documents every key."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from esper.config import RunConfig, TextData, load_config
+from esper.hosts import build_host
+
+FOLDER = Path(__file__).parents[2] / "configs"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+
+def test_the_promised_files_are_there():
+    expected = {"digits", "digits_mlp", "fashion_mnist", "cifar10", "shakespeare"}
+    assert expected <= {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_shipped_file_loads_under_a_name_of_its_own(path):
+    config = load_config(path)
+    assert config.name == path.stem.replace("_", "-")
+    assert not Path(config.storage).is_absolute()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_host_fits_its_data(path):
+    config = load_config(path)
+    shapes = {"digits": (1, 8, 8), "digits_mlp": (64,), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+    shape = (config.data.context,) if isinstance(config.data, TextData) else shapes[path.stem]
+    host = build_host(config.host, input_shape=shape, num_outputs=10, seed=config.seed)
+    assert 0 < sum(parameter.numel() for parameter in host.parameters()) < 200_000
+
+
+def keys(tree, prefix=""):
+    for key, value in tree.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from keys(value, f"{prefix}{key}.")
+
+
+def test_digits_names_every_key_there_is():
+    written = set(keys(yaml.safe_load((FOLDER / "digits.yaml").read_text())))
+    assert written == set(keys(RunConfig().model_dump(mode="json")))
+
+
+def test_digits_explains_its_keys():
+    lines = (FOLDER / "digits.yaml").read_text().splitlines()
+    bare = [line.strip() for line in lines if re.match(r" *\w+:", line) and "#" not in line]
+    # these say all by their names
+    assert {line.split(":")[0] for line in bare} <= {
+        "data", "host", "optimizer", "scheduler", "epochs", "weight_decay", "num_workers", "cpus_per_worker",
+    }  # fmt: skip
+
+
+def test_digits_leaves_time_for_a_seed_to_become_permanent():
+    config = load_config(FOLDER / "digits.yaml")
+    kasmina, tamiyo = config.kasmina, config.tamiyo
+    start = max(tamiyo.warmup_epochs, tamiyo.plateau_window) + 2  # a decision an epoch: germinate, then train
+    life = (
+        kasmina.max_training_epochs + math.ceil(kasmina.ramp_epochs)
+        + kasmina.stabilize_epochs + 1 + kasmina.fine_tune_epochs
+    )  # fmt: skip
+    assert start + life < config.tolaria.epochs
