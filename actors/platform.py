@@ -1,0 +1,266 @@
+"""The platform: Oona, Urza, Tezzeret, Nissa and Tamiyo of one storage address, brought up, found again, taken down.
+
+On a Ray that was started for one run it ends with that run's driver. On a joined cluster its actors are detached and
+runs share them. Actor names carry the storage address's key, so that platforms do not meet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import Any, NamedTuple, cast
+
+from actors import nissa, oona, tamiyo, tezzeret, urza
+from actors.cluster import NAMESPACE
+from esper.config import RunConfig
+from esper.leyline import ConflictError, EsperError, NotFoundError, UnavailableError
+from esper.leyline.keys import load, load_or_create, public_hex
+from esper.urza.storage import Storage
+
+_LOG = logging.getLogger(__name__)
+
+LOCK_FILE = "platform.lock"
+
+
+class ActorState(NamedTuple):
+    """One actor of a platform, as `esper platform status` shows it."""
+
+    name: str
+    state: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Handles of a running platform. Pickles: workers get it as it is.
+
+    Attributes:
+        storage: what it serves.
+        bus: Oona; `bus.bus()` makes a bus for the calling process.
+        hub: Urza.
+        view: Nissa; None where it did not come up, which nothing needs.
+        public_key: whose signature its kernels carry, 64 hexadecimal digits.
+    """
+
+    storage: Storage
+    bus: oona.OonaHandle
+    hub: urza.UrzaHandle
+    view: nissa.NissaHandle | None
+    public_key: str
+
+
+@contextlib.contextmanager
+def running(config: RunConfig, *, owned: bool) -> Iterator[Platform]:
+    """The platform of the run's storage: found, or brought up.
+
+    Args:
+        config: the run's configuration; the first run's settings of the bus and the pool hold for all that share it.
+        owned: whether this Ray ends with this process; then the platform is taken down at the end, else left running.
+
+    Raises:
+        ConflictError: if another Ray of this machine serves the same directory.
+        EsperError: if a system does not come up.
+    """
+    storage = Storage.at(config.storage, config.storage_options)
+    with _held(storage) if owned else contextlib.nullcontext():
+        platform = up(config, detached=not owned)
+        try:
+            yield platform
+        finally:
+            if owned:
+                _take_down(platform, config)
+
+
+def up(config: RunConfig, *, detached: bool) -> Platform:
+    """Brings up whatever of the platform does not run yet; returns once Oona and Urza answer."""
+    storage = Storage.at(config.storage, config.storage_options)
+    key = load_or_create(config.tezzeret.key_file)
+    bus = _oona(storage, config, detached=detached)
+    # Serve takes seconds; nobody asks for a decision before the first epoch has ended
+    Thread(target=_deploy, args=(config.tamiyo.startup_s,), name="tamiyo-deploy", daemon=True).start()
+    hub = urza.spawn(config.storage, config.storage_options, make_bus=bus.bus, detached=detached)
+    _compilers(storage, config, bus, hub, public_hex(key), detached=detached)
+    view = nissa.spawn(bus.bus, name=f"nissa-{storage.key}", detached=detached)
+    return Platform(storage, bus, hub, view, public_hex(key))
+
+
+def find(address: str, options: dict[str, Any] | None = None) -> list[ActorState]:
+    """Says which actors of an address's platform are there, dead ones too."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError
+
+    storage = Storage.at(address, options)
+    states = []
+    for name in sorted(name for name in _names() if f"-{storage.key}" in name):
+        actor = ray.get_actor(name, namespace=NAMESPACE)
+        try:
+            # every actor answers this, without a method of its own
+            text = str(ray.get(actor.__ray_call__.remote(repr), timeout=10.0))
+        except GetTimeoutError:
+            states.append(ActorState(name, "busy", "no answer within 10 s"))
+        except RayActorError as error:
+            states.append(ActorState(name, "dead", str(error).splitlines()[0]))
+        else:
+            states.append(ActorState(name, "alive", text))
+    return [*states, _serve_state()]
+
+
+def down(address: str, options: dict[str, Any] | None = None) -> list[ActorState]:
+    """Takes a detached platform down; what is stored stays. Returns what was ended."""
+    import ray
+
+    storage = Storage.at(address, options)
+    ended = []
+    with contextlib.suppress(UnavailableError):
+        urza.connect(address, options).close()
+    with contextlib.suppress(NotFoundError, UnavailableError):
+        oona.connect(_oona_prefix(storage)).stop()
+    for state in find(address, options):
+        if state.name == tamiyo.APP:
+            continue
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(state.name, namespace=NAMESPACE))
+        ended.append(ActorState(state.name, "ended"))
+    others = [name for name in _names() if name.startswith("urza-") and storage.key not in name]
+    if not others:  # Tamiyo keeps nothing and serves every platform of the cluster
+        tamiyo.undeploy()
+        ended.append(ActorState(tamiyo.APP, "ended"))
+    return ended
+
+
+def _names() -> list[str]:
+    """Names of all living actors of Esper on this cluster."""
+    import ray
+
+    entries = cast("list[dict[str, str]]", ray.util.list_named_actors(all_namespaces=True))
+    return [entry["name"] for entry in entries if entry["namespace"] == NAMESPACE]
+
+
+def _oona_prefix(storage: Storage) -> str:
+    return f"oona-{storage.key}"
+
+
+def _oona(storage: Storage, config: RunConfig, *, detached: bool) -> oona.OonaHandle:
+    prefix = _oona_prefix(storage)
+    try:
+        return oona.connect(prefix)
+    except NotFoundError:
+        pass
+    directory = Path(storage.path("oona")) if storage.is_local else Path("~/.cache/esper").expanduser() / prefix
+    try:
+        return oona.spawn(config.oona, directory, prefix=prefix, detached=detached)
+    except ConflictError:
+        # another driver was faster; anything else is told by this
+        return oona.connect(prefix)
+
+
+def _compilers(
+    storage: Storage,
+    config: RunConfig,
+    bus: oona.OonaHandle,
+    hub: urza.UrzaHandle,
+    public_key: str,
+    *,
+    detached: bool,
+) -> None:
+    """Starts the pool; workers that run already are left as they are."""
+    import ray
+
+    for index in range(config.tezzeret.num_workers):
+        name = f"tezzeret-{storage.key}-{index}"
+        ray.remote(tezzeret.CompileWorker).options(
+            name=name,
+            namespace=NAMESPACE,
+            get_if_exists=True,
+            lifetime="detached" if detached else None,
+            num_cpus=config.tezzeret.cpus_per_worker,
+            max_restarts=-1,
+            max_concurrency=4,
+        ).remote(
+            name,
+            hub=partial(_same, hub),
+            bus=bus.bus,
+            private_key=partial(_signer, config.tezzeret.key_file, public_key),
+            lease_s=config.tezzeret.lease_s,
+        )
+
+
+def _same(hub: urza.UrzaHandle) -> urza.UrzaHandle:
+    return hub
+
+
+def _signer(key_file: str, public_key: str) -> Any:
+    """The signing key of a compile worker, which must be the platform's own: one signer, one key."""
+    key = load(key_file)
+    if public_hex(key) != public_key:
+        raise ConflictError(
+            "this node has another signing key than the platform",
+            field="tezzeret.key_file",
+            remedy=f"copy the platform's {key_file} to every compile node, mode 0600",
+        )
+    return key
+
+
+def _deploy(timeout_s: float) -> None:
+    try:
+        tamiyo.deploy(timeout_s=timeout_s)
+    except EsperError as error:
+        # the trainer's controller finds the same out at its first decision, and says so there
+        _LOG.warning("tamiyo.deploy.failed", extra={"reason": str(error)})
+
+
+def _serve_state() -> ActorState:
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        applications = serve.status().applications
+    except RayServeException:
+        applications = {}
+    if tamiyo.APP not in applications:
+        return ActorState(tamiyo.APP, "absent", "Ray Serve has no such application")
+    return ActorState(tamiyo.APP, applications[tamiyo.APP].status.value.lower(), "Ray Serve application")
+
+
+def _take_down(platform: Platform, config: RunConfig) -> None:
+    """Makes everything durable before Ray ends. A system that does not answer any more is told of, no more."""
+    for what, end in (
+        ("urza", platform.hub.close),
+        ("oona", platform.bus.stop),
+        ("tamiyo", partial(tamiyo.undeploy, timeout_s=config.tamiyo.deadline_s)),
+    ):
+        try:
+            end()
+        except EsperError as error:
+            _LOG.warning("platform.end.failed", extra={"system": what, "reason": str(error)})
+
+
+@contextlib.contextmanager
+def _held(storage: Storage) -> Iterator[None]:
+    """Holds a directory against a second Ray of this machine; on S3 Urza's own fencing must do."""
+    if not storage.is_local:
+        yield
+        return
+    path = Path(storage.path(LOCK_FILE))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConflictError(
+                f"{path.parent} is served by the run of process {file.read().strip() or 'unknown'}",
+                field="storage",
+                remedy="wait for it, give another --storage, or share one Ray: ray start --head, RAY_ADDRESS=auto",
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
