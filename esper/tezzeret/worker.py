@@ -84,12 +84,16 @@ def work_once(
         return Idle()
     try:
         artifact, data = compile_kernel(job, fingerprint=fingerprint, private_key=private_key, examine=examine)
+    except (BlueprintError, KernelRejectedError) as error:
+        return _reject(hub, job, str(error))
+    except RuntimeError as error:
+        # torch's own refusal, such as no memory for the weights; the next worker would meet it too
+        return _reject(hub, job, f"torch: {' '.join(str(error).split())[:300]}")
+    try:
         stored = hub.complete(job, artifact, data)
     except LeaseLostError:
         _log.warning("kernel.overtaken", extra={"job": job.job_id, "blueprint": job.blueprint.name})
         return Overtaken(job)
-    except (BlueprintError, KernelRejectedError) as error:
-        return _reject(hub, job, str(error))
     _log.info(
         "kernel.compiled",
         extra={"job": job.job_id, "blueprint": job.blueprint.name, "kernel_id": stored.kernel_id},
