@@ -58,7 +58,12 @@ class Journal:
     @classmethod
     def open(cls, directory: Path, broker: Broker, *, now: float, wait_s: float = 0.0) -> Journal:
         """Opens the log in `directory`; see `SegmentLog` for what it raises."""
-        return cls(SegmentLog(directory, wait_s=wait_s), broker, now=now)
+        log = SegmentLog(directory, wait_s=wait_s)
+        try:
+            return cls(log, broker, now=now)
+        except BaseException:
+            log.close()
+            raise
 
     @property
     def next_expiry(self) -> float:

@@ -1,0 +1,164 @@
+"""The journal: a broker opened anew from the log behaves as the one that died."""
+
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esper.leyline.errors import TamperedError
+from esper.oona import Admission, Batch, Broker, Journal, Record, SegmentLog, decode_batch, encode_batch, shard_of
+
+
+def batch(seq, *keys, size=4):
+    return Batch("p", seq, 0, tuple(Record("t", key, os.urandom(size)) for key in keys))
+
+
+def append(journal, one):
+    return journal.append(one, encode_batch(one))
+
+
+def offsets(leased):
+    return [record.offset for record in leased]
+
+
+@pytest.fixture
+def reopen(tmp_path):
+    """Opens the journal of one directory again; the last one dies without a word."""
+    logs: list[SegmentLog] = []
+
+    def open_(now=0.0, segment_bytes=64 << 20, **kwargs):
+        while logs:  # what a dead process leaves: nothing flushed, nothing closed but by the kernel
+            log = logs.pop()
+            os.close(log._fd)
+            os.close(log._lock_fd)
+        logs.append(SegmentLog(tmp_path, segment_bytes=segment_bytes))
+        return Journal(logs[0], Broker(lease_s=10.0, **kwargs), now=now)
+
+    yield open_
+    for log in logs:
+        log.close()
+
+
+def test_records_positions_leases_and_counts_survive(reopen):
+    journal = reopen()
+    journal.join("g", ["t"], key=None, from_start=False, now=0.0)
+    first = batch(0, "a", "a", "b")
+    assert append(journal, first) is Admission.ACCEPT
+    assert offsets(journal.poll("g", "m", 0, 2, 0.0)) == [0, 1]
+    assert journal.ack("g", [0], 0.0) == 1
+
+    journal = reopen(now=100.0)
+    assert append(journal, first) is Admission.DUPLICATE
+    assert journal.counts("a").model_dump() == {"published": 2, "delivered": 2, "redelivered": 0}
+    # 1 is still out with m, who may be alive; b never was
+    other = journal.poll("g", "m2", 0, 9, 100.0)
+    assert [(record.offset, record.data) for record in other] == [(2, first.records[2].data)]
+    journal.ack("g", [2], 100.0)
+    journal.expire(110.0)
+    again = journal.poll("g", "m2", 1, 9, 110.0)
+    assert [(record.offset, record.attempt, record.data) for record in again] == [(1, 2, first.records[1].data)]
+    journal.ack("g", [1], 110.0)
+
+    journal = reopen(now=200.0)
+    journal.expire(300.0)
+    assert journal.poll("g", "m3", 0, 9, 300.0) == []
+
+
+def test_an_answer_lost_with_the_broker_is_given_again(reopen):
+    journal = reopen()
+    journal.join("g", ["t"], key=None, from_start=False, now=0.0)
+    append(journal, batch(0, "a", "a"))
+    lost = journal.poll("g", "m", 5, 9, 0.0)
+    assert reopen().poll("g", "m", 5, 9, 0.0) == lost
+
+
+def test_leases_that_ran_out_or_were_given_back_are_replayed(reopen):
+    journal = reopen()
+    journal.join("g", ["t"], key=None, from_start=False, now=0.0)
+    append(journal, batch(0, "a", "a", "b"))
+    journal.poll("g", "m1", 0, 1, 0.0)
+    journal.expire(20.0)
+    journal.poll("g", "m2", 0, 2, 20.0)
+    journal.leave("g", "m2")
+    journal.poll("g", "m1", 1, 1, 20.0)
+    expected = [journal.counts(key) for key in "ab"]
+    journal = reopen(now=20.0)
+    assert [journal.counts(key) for key in "ab"] == expected
+    journal.leave("g", "m1")
+    got = journal.poll("g", "m3", 0, 9, 20.0)
+    assert sorted(offsets(got)) == [0, 1, 2]
+
+
+def test_old_segments_go_when_all_in_them_is_acknowledged(reopen, tmp_path):
+    journal = reopen(segment_bytes=2000, retain=0)
+    journal.join("g", ["t"], key=None, from_start=False, now=0.0)
+    for seq in range(40):
+        append(journal, batch(seq, "a", size=300))
+        if seq >= 5:
+            journal.ack("g", offsets(journal.poll("g", "m", seq, 1, 0.0)), 0.0)
+    assert len(list(tmp_path.glob("*.log"))) < 6
+    journal = reopen(segment_bytes=2000, retain=0)
+    assert journal.counts("a").published == 40
+    assert offsets(journal.poll("g", "m", 99, 99, 0.0)) == [35, 36, 37, 38, 39]
+    assert append(journal, batch(40, "a")) is Admission.ACCEPT
+
+
+def test_a_group_nobody_uses_is_forgotten_also_after_a_restart(reopen):
+    journal = reopen()
+    journal.join("g", ["t"], key=None, from_start=False, now=0.0)
+    journal.expire(1e6)
+    journal = reopen(now=1e6)
+    journal.join("g", ["other"], key=None, from_start=False, now=1e6)  # a conflict, were it still known
+
+
+def test_a_replayed_group_starts_where_it_did(reopen):
+    journal = reopen()
+    append(journal, batch(0, "a"))
+    journal.join("end", ["t"], key=None, from_start=False, now=0.0)
+    journal.join("start", ["t"], key=None, from_start=True, now=0.0)
+    append(journal, batch(1, "a"))
+    journal = reopen()
+    assert offsets(journal.poll("end", "m", 0, 9, 0.0)) == [1]
+    assert offsets(journal.poll("start", "m", 0, 9, 0.0)) == [0, 1]
+
+
+def test_a_frame_of_another_kind_is_refused(tmp_path):
+    log = SegmentLog(tmp_path)
+    log.roll(0, 77, b"{}")
+    with pytest.raises(TamperedError, match=r"frame 0 .* cannot be understood"):
+        Journal(log, Broker(), now=0.0)
+    log.close()
+
+
+def test_a_refused_log_is_unlocked_again(tmp_path):
+    log = SegmentLog(tmp_path)
+    log.roll(0, 77, b"{}")
+    log.close()
+    for _ in range(2):
+        with pytest.raises(TamperedError):
+            Journal.open(tmp_path, Broker(), now=0.0)
+
+
+NAMES = st.text(min_size=1, max_size=8)
+
+
+@given(st.lists(st.tuples(NAMES, NAMES, st.binary(max_size=40)), max_size=8), st.integers(0, 1 << 40))
+@settings(max_examples=50, deadline=None)
+def test_batches_round_trip(records, seq):
+    one = Batch("p", seq, seq // 2, tuple(Record(*record) for record in records))
+    assert decode_batch(encode_batch(one)) == one
+
+
+@pytest.mark.parametrize(
+    "change", [lambda body: body[:-1], lambda body: body + b"x", lambda body: body[:3], lambda _: b""]
+)
+def test_a_batch_that_is_not_whole_is_refused(change):
+    with pytest.raises(TamperedError):
+        decode_batch(change(encode_batch(batch(0, "a", "b"))))
+
+
+def test_a_key_has_the_same_shard_everywhere():
+    assert [shard_of("t", key, 4) for key in "abcdefgh"] == [shard_of("t", key, 4) for key in "abcdefgh"]
+    assert shard_of("telemetry.seed.health", "run-1", 7) == 2
+    assert {shard_of("t", str(key), 4) for key in range(100)} == {0, 1, 2, 3}

@@ -1,0 +1,120 @@
+"""The log: what was written comes back, a torn tail is cut, damage elsewhere is refused, one writer at a time."""
+
+import errno
+import os
+import re
+
+import pytest
+
+from esper.leyline.errors import FencedError, StorageError
+from esper.oona import log as log_module
+from esper.oona.log import Frame, SegmentLog
+
+
+@pytest.fixture
+def filled(tmp_path):
+    log = SegmentLog(tmp_path)
+    log.roll(0, 0, b"state")
+    for body in (b"one", b"", b"three" * 1000):
+        log.write(1, body)
+    log.close()
+    return tmp_path
+
+
+FRAMES = [Frame(0, b"state"), Frame(1, b"one"), Frame(1, b""), Frame(1, b"three" * 1000)]
+
+
+def read(directory):
+    log = SegmentLog(directory)
+    try:
+        return list(log.replay()), log.cut_bytes
+    finally:
+        log.close()
+
+
+def test_frames_come_back_in_order(filled):
+    assert read(filled) == (FRAMES, 0)
+
+
+@pytest.mark.parametrize("keep", [1, 8, 9, 10, 500])
+def test_a_torn_last_frame_is_cut_and_the_rest_stays(filled, keep):
+    path = next(filled.glob("*.log"))
+    last = 9 + 5000
+    size = path.stat().st_size
+    os.truncate(path, size - last + keep)
+    assert read(filled) == (FRAMES[:3], keep)
+    assert read(filled) == (FRAMES[:3], 0)
+
+
+def test_a_last_frame_with_a_wrong_byte_is_cut(filled):
+    path = next(filled.glob("*.log"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert read(filled) == (FRAMES[:3], 9 + 5000)
+
+
+def test_damage_before_the_last_segment_is_refused(filled):
+    log = SegmentLog(filled)
+    log.roll(3, 0, b"later")
+    log.close()
+    path = min(filled.glob("*.log"))
+    data = bytearray(path.read_bytes())
+    data[12] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StorageError, match="is damaged at byte 0"):
+        read(filled)
+
+
+def test_a_segment_that_was_never_finished_is_not_read(filled):
+    (filled / "00000001-00000000000000000003.new").write_bytes(b"half a fra")
+    assert read(filled) == (FRAMES, 0)
+
+
+def test_segments_below_an_offset_are_dropped_but_never_the_last(tmp_path):
+    log = SegmentLog(tmp_path, segment_bytes=64)
+    for offset in (0, 10, 10, 20):
+        log.roll(offset, 0, str(offset).encode())
+        assert not log.is_full
+    log.drop_below(9)
+    assert len(log.segments) == 4
+    log.drop_below(19)
+    assert [frame.body for frame in log.replay()] == [b"10", b"20"]
+    log.drop_below(1000)
+    assert [frame.body for frame in log.replay()] == [b"20"]
+    log.write(1, b"x" * 64)
+    assert log.is_full
+    log.close()
+
+
+def test_a_second_writer_is_kept_out_until_the_first_ends(tmp_path):
+    first = SegmentLog(tmp_path)
+    with pytest.raises(FencedError, match=re.escape(str(tmp_path))):
+        SegmentLog(tmp_path)
+    first.close()
+    SegmentLog(tmp_path).close()
+
+
+def test_a_full_disk_leaves_the_log_as_it_was(filled, monkeypatch):
+    log = SegmentLog(filled)
+    log.roll(3, 0, b"state")
+    write = os.write
+
+    def short(fd, data):
+        if len(data) < 50:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, bytes(data)[:60])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log_module.os, "write", short)
+        with pytest.raises(StorageError, match="No space left"):
+            log.write(1, b"y" * 80)
+    log.write(1, b"fits")
+    log.close()
+    assert read(filled)[0][-2:] == [Frame(0, b"state"), Frame(1, b"fits")]
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot use"):
+        SegmentLog(tmp_path / "file" / "log")

@@ -1,0 +1,129 @@
+"""The bus of one process: the conformance suite, and leases on an injected clock."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+from bus_conformance import WAIT_S, BusConformance, numbers, step, take
+
+from esper.config import OonaConfig
+from esper.leyline import Delivery, NotFoundError, TamperedError, Topic, UnavailableError
+from esper.oona import Batch, MemoryBus, Record, encode_batch
+from esper.oona import consumer as consumer_module
+
+
+class Clock:
+    """Time that a test moves."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def make_bus():
+    made = []
+
+    def make(config, **kwargs):
+        made.append(MemoryBus(config, **kwargs))
+        return made[-1], made[-1]
+
+    yield make
+    for bus in made:
+        bus.close()
+
+
+class TestMemoryBus(BusConformance):
+    def test_what_is_not_acknowledged_within_the_lease_comes_again(self, make_bus):
+        clock = Clock()
+        bus, _ = make_bus(OonaConfig(lease_s=30.0), clock=clock)
+        slow = bus.subscribe([Topic.STEPS], group="g")
+        other = bus.subscribe([Topic.STEPS], group="g")
+        bus.publish([step(0), step(1)])
+        held = take(slow, 2, ack=False)
+        clock.now = 29.9
+        assert other.poll(timeout_s=0.0) == []
+        clock.now = 30.0
+        again = other.poll(timeout_s=0.0)
+        assert [(delivery.attempt, delivery.offset) for delivery in again] == [(2, 0), (2, 1)]
+        assert [delivery.message for delivery in again] == [delivery.message for delivery in held]
+        assert bus.counts("run").redelivered == 2
+
+    def test_a_waiting_poll_wakes_when_a_lease_runs_out(self, make_bus):
+        bus, _ = make_bus(OonaConfig(lease_s=0.2))
+        slow = bus.subscribe([Topic.STEPS], group="g")
+        other = bus.subscribe([Topic.STEPS], group="g")
+        bus.publish([step(0)])
+        take(slow, 1, ack=False)
+        assert [delivery.attempt for delivery in other.poll(timeout_s=WAIT_S)] == [2]
+
+    def test_what_this_member_acknowledged_does_not_come_again(self, make_bus, monkeypatch):
+        """The acknowledgement is lost until the lease has run out."""
+        clock = Clock()
+        bus, _ = make_bus(OonaConfig(lease_s=30.0), clock=clock)
+        subscription = bus.subscribe([Topic.STEPS], group="g")
+        monkeypatch.setattr(consumer_module, "RETRY_S", 0.01)
+        may_ack, ack = threading.Event(), bus._transport.ack
+
+        def unreliable(group, offsets):
+            if not may_ack.is_set():
+                raise UnavailableError("lost")
+            ack(group, offsets)
+
+        monkeypatch.setattr(bus._transport, "ack", unreliable)
+        bus.publish([step(0)])
+        take(subscription, 1)
+        clock.now = 30.0
+        assert subscription.poll(timeout_s=0.0) == []
+        assert bus.counts("run").redelivered == 1
+        may_ack.set()
+        subscription.close()
+        clock.now = 60.0
+        assert bus.subscribe([Topic.STEPS], group="g").poll(timeout_s=0.0) == []
+
+    def test_a_group_that_is_gone_is_said_to_be(self, make_bus):
+        bus, _ = make_bus(OonaConfig())
+        subscription = bus.subscribe([Topic.STEPS], group="g")
+        bus.publish([step(0)])
+        taken = take(subscription, 1, ack=False)
+        bus._transport._broker.forget("g")
+        with pytest.raises(NotFoundError, match="no group g"):
+            subscription.poll()
+        subscription.ack(taken)
+        with pytest.raises(NotFoundError, match="no group g"):
+            subscription.close()
+
+    def test_a_message_that_cannot_be_decoded_is_named(self, make_bus):
+        bus, _ = make_bus(OonaConfig())
+        subscription = bus.subscribe([Topic.STEPS], group="g")
+        body = encode_batch(Batch("p", 0, 0, (Record(Topic.STEPS, "run", b'{"bad": 1}'),)))
+        assert bus._transport.append(0, body).result(0)
+        with pytest.raises(TamperedError, match="message 0 of shard 0"):
+            subscription.poll()
+
+    def test_a_closed_bus_takes_nothing(self):
+        bus = MemoryBus()
+        subscription = bus.subscribe([Topic.STEPS], group="g")
+        bus.publish([step(0)])
+        bus.close()
+        bus.close()
+        with pytest.raises(UnavailableError, match="closed"):
+            bus.publish([step(1)])
+        with pytest.raises(UnavailableError, match="closed"):
+            subscription.poll()
+
+    def test_a_delivery_is_the_contract(self, make_bus):
+        bus, _ = make_bus(OonaConfig())
+        subscription = bus.subscribe([Topic.STEPS], group="g")
+        bus.publish([step(3)])
+        (delivery,) = take(subscription, 1)
+        assert Delivery.model_validate_json(delivery.model_dump_json()) == delivery
+        assert numbers([delivery]) == [3]
+
+
+def test_the_bus_needs_neither_torch_nor_ray():
+    code = "import esper.oona, sys; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
