@@ -7,6 +7,7 @@ from esper.nissa.follow import Follower, follow
 from esper.nissa.live import Live
 from esper.nissa.logs import bind, configure
 from esper.nissa.outcome import outcome, table
+from esper.nissa.report import write_report
 from esper.nissa.terminal import LiveTerminal, PlainView, QuietView, View, view_for
 from esper.nissa.viewmodel import LiveView, Note, Point, SeedView, Tone
 
@@ -28,4 +29,5 @@ __all__ = [
     "outcome",
     "table",
     "view_for",
+    "write_report",
 ]

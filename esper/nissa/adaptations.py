@@ -55,6 +55,11 @@ class Adaptation:
         return self._last.reason
 
     @property
+    def motive(self) -> str:
+        """Why it was begun: the words of its first transition."""
+        return self.events[0].reason
+
+    @property
     def evidence(self) -> Evidence | None:
         """The last paired evidence of worth; without one, the last evidence of any kind."""
         taken = [event.evidence for event in self.events if event.evidence is not None]
