@@ -1,0 +1,237 @@
+"""A host with sites: the handle that a trainer holds. It implements `esper.leyline.growth.Growable`.
+
+The user's model stays what it is, with the same class and keys; wrapping gives it one child, `_esper`, and nothing
+else. The handle delegates what people call on a model to that model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import nn
+
+from esper.config import KasminaConfig
+from esper.kasmina import snapshot
+from esper.kasmina.cache import KernelCache
+from esper.kasmina.layer import Layers, all_layers, layer_at, own_parameters, unobserved
+from esper.kasmina.lifecycle import Lifecycle, Moment
+from esper.kasmina.loader import KernelLoader
+from esper.kasmina.reports import layer_report
+from esper.kasmina.shadow import AllReduce, train_shadow
+from esper.kasmina.sites import find_sites
+from esper.leyline.errors import ConflictError
+from esper.leyline.growth import PREFIX, Change, SeedView, ShadowStep
+from esper.leyline.kernels import SiteSignature
+from esper.leyline.ports import AssetHub
+from esper.leyline.seeds import SeedStage
+from esper.leyline.signals import Evidence, KasminaControlCommand, LayerHealthReport
+
+
+def wrap(
+    model: nn.Module,
+    *,
+    example: tuple[Any, ...],
+    sites: str | Sequence[str] = "auto",
+    causal: bool = False,
+    config: KasminaConfig | None = None,
+) -> Host:
+    """Makes a model able to grow. Until it does, it computes exactly what it did, and is as fast.
+
+    Args:
+        model: any module; it keeps its class, its weights and its keys.
+        example: positional inputs of the model, such as one batch; one forward finds the sites and changes nothing.
+        sites: `auto` (block outputs), a module path or glob, or several.
+        causal: whether sequence sites may only look back, as in language models.
+        config: limits and rates; `sites` there is not read.
+
+    Raises:
+        SiteError: if a site does not exist or cannot carry a seed.
+        ConflictError: if the model is wrapped already.
+    """
+    if hasattr(model, PREFIX):
+        raise ConflictError("this model is wrapped already", remedy="use the handle that wrap() returned")
+    wanted = sites if sites == "auto" else (sites,) if isinstance(sites, str) else tuple(sites)
+    signatures = find_sites(model, example, sites=wanted, causal=causal)
+    layers = Layers(signatures).train(model.training)
+    model.add_module(PREFIX, layers)
+    return Host(model, layers, config or KasminaConfig())
+
+
+class Host:
+    """A wrapped model. See `Growable` for the order in which a trainer calls it."""
+
+    def __init__(self, module: nn.Module, layers: Layers, config: KasminaConfig) -> None:
+        self._module = module
+        self._layers = layers
+        self._life = Lifecycle(module, layers, config)
+        self._observing = False
+        self.cache = KernelCache(config.cache_mb << 20)
+        for layer in all_layers(layers):
+            self._life.plant(layer)
+
+    # ---- what people call on a model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._module(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"Host({type(self._module).__name__}, sites={list(self.sites)})"
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self._module.parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._module.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> Any:
+        return self._module.load_state_dict(state, strict=strict)
+
+    def train(self, mode: bool = True) -> Host:
+        self._module.train(mode)
+        return self
+
+    def eval(self) -> Host:
+        return self.train(mode=False)
+
+    def to(self, *args: Any, **kwargs: Any) -> Host:
+        """Moves or casts the model, and the optimizers of kernels in TRAINING with it."""
+        self._module.to(*args, **kwargs)
+        for layer in all_layers(self._layers):
+            optimizer = layer.current.optimizer
+            if optimizer is not None:
+                optimizer.load_state_dict(optimizer.state_dict())
+        return self
+
+    # ---- what the port asks
+
+    @property
+    def sites(self) -> Mapping[str, SiteSignature]:
+        return {layer.site: layer.signature for layer in all_layers(self._layers)}
+
+    @property
+    def topology_version(self) -> int:
+        return self._life.version
+
+    def seeds(self) -> list[SeedView]:
+        """All seeds, site by site in forward order, oldest first at each."""
+        return [seed.view(layer.signature) for layer in all_layers(self._layers) for seed in layer.seeds]
+
+    def live_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from own_parameters(self._module)
+        blended = [(layer, seed) for layer in all_layers(self._layers) for seed in layer.blended()]
+        for layer, seed in sorted(blended, key=lambda pair: pair[1].figure("graft_order")):
+            for name, parameter in layer.kernel(seed).named_parameters():
+                yield f"{PREFIX}.{layer.key}.{seed.seed_id}.{name}", parameter
+
+    def prepare(self, step: int, *, epoch: int, steps_per_epoch: int, observe: bool) -> Change:
+        change = self._life.step(Moment(self._life.moment.run_id, epoch, step), steps_per_epoch)
+        if observe != self._observing:
+            self._observe(observe)
+        return change
+
+    def train_shadows(
+        self,
+        args: tuple[Any, ...],
+        loss_of: Callable[[Any], torch.Tensor],
+        *,
+        all_reduce: AllReduce | None = None,
+    ) -> ShadowStep:
+        if not self._life.shadows:
+            return ShadowStep()
+        losses: dict[str, float] = {}
+        with unobserved(self._layers):
+            for layer, seed in self._life.shadows:
+                loss = train_shadow(self._module, layer, seed, args, loss_of, all_reduce=all_reduce)
+                if isfinite(loss):
+                    losses[seed.seed_id] = loss
+                    seed.losses = (seed.losses[0] + loss, seed.losses[1] + 1)
+        return ShadowStep(losses)
+
+    @contextmanager
+    def shadowed(self, seed_id: str) -> Iterator[None]:
+        layer, seed = self._life.find(seed_id)
+        if seed.stage is not SeedStage.TRAINING:
+            raise ConflictError(f"seed {seed_id} is {seed.stage}: only one in TRAINING has a shadow")
+        with unobserved(self._layers), layer.shadow(seed, self._module.get_submodule(layer.site)):
+            yield
+
+    def record_evidence(self, seed_id: str, evidence: Evidence) -> None:
+        """Keeps what was measured of a seed in TRAINING; its gate reads it at the end of the interval.
+
+        Raises:
+            ConflictError: in any other stage: the host may lean on the kernel, and worth cannot be told any more.
+        """
+        _, seed = self._life.find(seed_id)
+        if seed.stage is not SeedStage.TRAINING:
+            raise ConflictError(f"seed {seed_id} is {seed.stage}: evidence of worth is taken in TRAINING")
+        seed.evidence = evidence
+
+    def close_epoch(self, *, run_id: str, epoch: int, step: int, val_loss: float | None) -> list[LayerHealthReport]:
+        moment = Moment(run_id, epoch, step)
+        self._life.close_interval(moment, val_loss)
+        reports = [layer_report(layer, moment, self._life.gate) for layer in all_layers(self._layers)]
+        for layer in all_layers(self._layers):
+            layer.observer.reset()
+            layer.current.losses = (0.0, 0)
+        return reports
+
+    def check(self, command: KasminaControlCommand) -> str | None:
+        return self._life.check(command)
+
+    def apply(self, command: KasminaControlCommand, *, run_id: str, epoch: int, step: int) -> Change:
+        return self._life.apply(command, Moment(run_id, epoch, step))
+
+    def growth_state(self) -> dict[str, Any]:
+        return snapshot.save(self._life)
+
+    def load_growth_state(self, state: Mapping[str, Any]) -> None:
+        snapshot.restore(self._life, state)
+
+    # ---- kernels
+
+    def attach(self, hub: AssetHub, public_key: bytes, *, wait: bool) -> None:
+        """Says where kernels come from and whose signature they must bear.
+
+        Args:
+            hub: the asset hub.
+            public_key: Ed25519, the raw 32 bytes, from the run's configuration.
+            wait: GERMINATE loads at once and within the call (deterministic mode, DDP), not in the background.
+        """
+        self.close()
+        self._life.loader = KernelLoader(hub, public_key, self.cache)
+        self._life.wait = wait
+        self._life.restore_requests()
+
+    def load_kernel(self, site: str, seed_id: str, kernel_id: str) -> SeedView:
+        """Pulls a kernel, verifies it and puts it into a DORMANT seed, which becomes GERMINATED.
+
+        Raises:
+            NotFoundError: if there is no such site, seed or kernel, or no hub is attached.
+            IllegalTransitionError: if the seed is not DORMANT.
+            TamperedError, KernelRejectedError: if the kernel fails a check.
+        """
+        layer = layer_at(self._layers, site)
+        seed = layer.seed(seed_id)
+        self._life.load(layer, seed, kernel_id)
+        return seed.view(layer.signature)
+
+    def close(self) -> None:
+        """Lets the loader's thread end. The model goes on as it is."""
+        self._life.forget_requests()
+        if self._life.loader is not None:
+            self._life.loader.close()
+            self._life.loader = None
+
+    def _observe(self, observe: bool) -> None:
+        self._observing = observe
+        for layer in all_layers(self._layers):
+            layer.observing = observe
+            layer.sync(self._module.get_submodule(layer.site))

@@ -1,0 +1,207 @@
+"""What stands at a site: the seeds of one layer, the modules of their kernels, and the one hook that applies them.
+
+A layer is a child of the host's `_esper` module, so that `state_dict`, `to`, `train` and `deepcopy` reach the kernels.
+The hook is a bound method of the layer and stands on the site only while there is something to do: a dormant layer
+leaves no trace on the host's forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from esper.kasmina.blending import blend
+from esper.kasmina.health import Observer
+from esper.kasmina.seed import KernelFacts, Seed
+from esper.kasmina.table import SeedTable
+from esper.leyline.errors import NotFoundError, SiteError
+from esper.leyline.growth import PREFIX
+from esper.leyline.kernels import SiteSignature
+
+
+def key_of(site: str) -> str:
+    """The site's name as a module key, which may hold no dot."""
+    return site.replace(".", "/")
+
+
+class Layer(nn.Module):
+    """The seeds of one site, oldest first: fossils, then the one seed that may still change."""
+
+    def __init__(self, site: str, signature: SiteSignature) -> None:
+        super().__init__()
+        self.site = site
+        self.signature = signature
+        self.table = SeedTable()
+        self.seeds: list[Seed] = []
+        self.observer = Observer(site, signature)
+        self.observing = False
+        self._shadow: Seed | None = None
+        self._handle: RemovableHandle | None = None
+
+    # ---- seeds and kernels
+
+    @property
+    def key(self) -> str:
+        """Its name among the host's layers."""
+        return key_of(self.site)
+
+    @property
+    def current(self) -> Seed:
+        """The seed on top, the only one that is not a fossil."""
+        return self.seeds[-1]
+
+    def plant(self, seed_id: str) -> Seed:
+        """Sets a DORMANT seed on top."""
+        seed = Seed(seed_id, self.site, self.table, self.table.append())
+        self.seeds.append(seed)
+        return seed
+
+    def seed(self, seed_id: str) -> Seed:
+        """Returns the seed of this id; raises `NotFoundError` if the site has none."""
+        for seed in self.seeds:
+            if seed.seed_id == seed_id:
+                return seed
+        known = ", ".join(seed.seed_id for seed in self.seeds)
+        raise NotFoundError(f"site {self.site} has no seed {seed_id}", remedy=f"it has {known}")
+
+    def has_kernel(self, seed: Seed) -> bool:
+        """Whether the seed's kernel is here."""
+        return seed.seed_id in self._modules
+
+    def kernel(self, seed: Seed) -> nn.Module:
+        """The module of a seed's kernel; raises `NotFoundError` if it has none."""
+        if not self.has_kernel(seed):
+            raise NotFoundError(f"seed {seed.seed_id} of site {self.site} has no kernel")
+        return self.get_submodule(seed.seed_id)
+
+    def put_kernel(self, seed: Seed, facts: KernelFacts, module: nn.Module) -> None:
+        """Gives a seed its kernel, closed to autograd and in the host's training mode."""
+        seed.facts = facts
+        self.add_module(seed.seed_id, module.requires_grad_(requires_grad=False).train(self.training))
+
+    def take_kernel(self, seed: Seed) -> tuple[nn.Parameter, ...]:
+        """Removes a seed's kernel, if it has one, and returns the parameters that were open to the optimizer."""
+        if not self.has_kernel(seed):
+            return ()
+        parameters = tuple(p for p in self.kernel(seed).parameters() if p.requires_grad)
+        del self._modules[seed.seed_id]
+        return parameters
+
+    def clear(self) -> None:
+        """Forgets all seeds and kernels, without a word to anyone: what follows is a restore."""
+        self.seeds = []
+        self._modules.clear()
+
+    def blended(self) -> list[Seed]:
+        """The seeds whose kernels are on the live path, in graft order."""
+        return [seed for seed in self.seeds if seed.stage.is_blended]
+
+    # ---- the forward
+
+    @contextmanager
+    def shadow(self, seed: Seed, site: nn.Module) -> Iterator[None]:
+        """Within it, the site's output runs through this seed's kernel too, cut off from what lies upstream."""
+        self._shadow = seed
+        self.sync(site)
+        try:
+            yield
+        finally:
+            self._shadow = None
+            self.sync(site)
+
+    def sync(self, site: nn.Module) -> None:
+        """Puts the hook on the site if there is something to do there, and else takes it off."""
+        busy = self.observing or self._shadow is not None or any(seed.stage.is_blended for seed in self.seeds)
+        if busy and self._handle is None:
+            self._handle = site.register_forward_hook(self._on_output)
+        elif not busy and self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def release(self) -> None:
+        """Takes the hook off for good: what remains of the site is the host's own."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _on_output(self, _site: nn.Module, _args: Any, h: torch.Tensor) -> torch.Tensor:
+        for seed in self.seeds:
+            if seed.stage.is_blended:
+                h = self._through(seed, h, seed.alpha)
+        if self._shadow is not None:
+            return self._through(self._shadow, h.detach(), 1.0)
+        if self.observing and self.training and torch.is_grad_enabled():
+            self.observer.watch(h)
+        return h
+
+    def _through(self, seed: Seed, h: torch.Tensor, alpha: float) -> torch.Tensor:
+        assert seed.facts is not None
+        return blend(h, self.get_submodule(seed.seed_id)(h), alpha, replaces=seed.facts.replaces)
+
+
+class Layers(nn.Module):
+    """The host's `_esper` child: all layers, by key, in forward order.
+
+    Its forward is the identity, so that a host which runs through its own children (`nn.Sequential`) is unharmed. It
+    has no methods of its own: they would take names from sites.
+
+    Raises:
+        SiteError: if a site is called as an attribute of every `nn.Module` (`type`, `half`).
+    """
+
+    def __init__(self, sites: Mapping[str, SiteSignature]) -> None:
+        super().__init__()
+        for site, signature in sites.items():
+            if hasattr(self, key_of(site)):
+                raise SiteError(
+                    f"{site} is also the name of a torch.nn.Module attribute", remedy="rename the submodule"
+                )
+            self.add_module(key_of(site), Layer(site, signature))
+
+    def forward(self, x: Any) -> Any:
+        """Returns what it is given."""
+        return x
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # a checkpoint of the host alone says nothing of the kernels: they stay as they are, and nothing is missing.
+        # torch hands the children what is in this very dictionary
+        if not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update(self.state_dict(prefix=prefix, keep_vars=True))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def all_layers(layers: Layers) -> list[Layer]:
+    """The layers in forward order."""
+    return [layer for layer in layers.children() if isinstance(layer, Layer)]
+
+
+def layer_at(layers: Layers, site: str) -> Layer:
+    """Returns the layer at a site; raises `NotFoundError` if there is none."""
+    for layer in all_layers(layers):
+        if layer.site == site:
+            return layer
+    known = ", ".join(layer.site for layer in all_layers(layers))
+    raise NotFoundError(f"no site {site!r} in this host", remedy=f"it has {known}")
+
+
+@contextmanager
+def unobserved(layers: Layers) -> Iterator[None]:
+    """Within it, no layer takes health: the forward is not the host's own."""
+    observing = [layer for layer in all_layers(layers) if layer.observing]
+    for layer in observing:
+        layer.observing = False
+    try:
+        yield
+    finally:
+        for layer in observing:
+            layer.observing = True
+
+
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The host's parameters without those of seeds."""
+    return ((name, p) for name, p in module.named_parameters() if not name.startswith(f"{PREFIX}."))

@@ -1,0 +1,458 @@
+"""How seeds move from stage to stage: commands, the taking in of kernels, ramps and removals.
+
+It changes layers and reports what it did as a `Change`; it knows nothing of the loop, the optimizer or the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from esper.config import KasminaConfig
+from esper.kasmina.blending import alpha_at
+from esper.kasmina.gates import Gate, GateFacts, gate, target_of
+from esper.kasmina.layer import Layer, Layers, all_layers, layer_at
+from esper.kasmina.loader import KernelLoader, LoadedKernel
+from esper.kasmina.neighbour import copy_neighbours
+from esper.kasmina.seed import Retirement, Seed
+from esper.leyline.errors import (
+    EsperError,
+    IllegalTransitionError,
+    NotFoundError,
+    PermanentError,
+    SafetyError,
+    UserError,
+)
+from esper.leyline.growth import Change
+from esper.leyline.seeds import TRANSITIONS, SeedStage
+from esper.leyline.signals import (
+    Action,
+    BlendStrategy,
+    Evidence,
+    EvidenceKind,
+    KasminaControlCommand,
+    LifecycleEvent,
+)
+
+RETIRABLE = frozenset({SeedStage.GRAFTING, SeedStage.STABILIZING, SeedStage.EVALUATING, SeedStage.FINE_TUNING})
+CANCELLED_EPOCHS = 1
+"""Control intervals after which a seed whose kernel was refused is DORMANT again."""
+_REFUSED = (PermanentError, UserError, SafetyError)
+"""What a loader says of a kernel that will never do. A transient error says nothing of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When something happens, and in which run."""
+
+    run_id: str
+    epoch: int
+    step: int
+
+
+class Lifecycle:
+    """The seeds of one host.
+
+    Attributes:
+        version: grows with every change of the live path or of the set of shadows.
+        clock: steps that were prepared.
+        val_loss: the last finite validation loss that was told; None before the first.
+        moment: the last one that was told.
+        shadows: the seeds in TRAINING with their layers.
+        pending: events that happened outside `apply` and `prepare` and are reported by the next of either.
+    """
+
+    def __init__(self, module: nn.Module, layers: Layers, config: KasminaConfig) -> None:
+        self.module = module
+        self.layers = layers
+        self.config = config
+        self.loader: KernelLoader | None = None
+        self.wait = True
+        self.version = 0
+        self.clock = 0
+        self.num_planted = 0
+        self.num_grafts = 0
+        self.moment = Moment("", 0, 0)
+        self.val_loss: float | None = None
+        self.pending: list[LifecycleEvent] = []
+        self._loading: dict[str, Future[LoadedKernel]] = {}
+        self.shadows: list[tuple[Layer, Seed]] = []
+        self._busy = False
+
+    # ---- views
+
+    def plant(self, layer: Layer) -> Seed:
+        """Sets a fresh DORMANT seed at a site; ids are never used again."""
+        seed = layer.plant(f"s{self.num_planted}")
+        self.num_planted += 1
+        seed.put("entered", self.clock)
+        return seed
+
+    def find(self, seed_id: str) -> tuple[Layer, Seed]:
+        """Returns a seed and its layer; raises `NotFoundError`."""
+        for layer in all_layers(self.layers):
+            for seed in layer.seeds:
+                if seed.seed_id == seed_id:
+                    return layer, seed
+        raise NotFoundError(f"no seed {seed_id} in this host")
+
+    def gate(self, layer: Layer, seed: Seed) -> Gate:
+        """The gate of a seed's present stage."""
+        stage = seed.stage
+        facts = GateFacts(
+            loaded=seed.facts is not None,
+            zero_at_birth=seed.facts is not None and seed.facts.zero_at_birth,
+            has_baseline=self.val_loss is not None,
+            val_finite=seed.val_finite,
+            retiring=seed.retirement is not None,
+            errors=seed.figure("errors"),
+        )
+        evidence = seed.harm if stage.is_blended else seed.evidence
+        return gate(seed.view(layer.signature), evidence, self.config, facts)
+
+    # ---- commands
+
+    def check(self, command: KasminaControlCommand) -> str | None:
+        """Why a command cannot be applied now; None if it can. Where kernels are waited for, this loads it.
+
+        Raises:
+            TransientError: if a kernel is to be waited for and the hub does not answer.
+        """
+        try:
+            layer, seed, target = self._target(command)
+            refusal = self._refusal(layer, seed, command, target)
+            if refusal is None and command.action is Action.GERMINATE and self.wait:
+                self._load_now(layer, command.kernel_id or "")
+        except (NotFoundError, IllegalTransitionError, *_REFUSED) as error:
+            return str(error)
+        return refusal
+
+    def apply(self, command: KasminaControlCommand, moment: Moment) -> Change:
+        """Carries out one command.
+
+        Raises:
+            IllegalTransitionError: if the table has no such step.
+            NotFoundError: if there is no such seed.
+            TransientError: if a kernel is to be waited for and the hub does not answer; nothing has changed then.
+        """
+        self.moment = moment
+        layer, seed, target = self._target(command)
+        told = Change(events=self._take_pending())
+        refusal = self._refusal(layer, seed, command, target)
+        if refusal is not None:
+            reason = f"refused: {refusal} (asked for: {command.reason})"
+            return told + Change((self._event(layer, seed, seed.stage, target, reason, moment, refused=True),))
+        act = self._advance
+        if command.action is Action.GERMINATE:
+            act = self._germinate
+        elif command.action is Action.RETIRE:
+            act = self._retire
+        elif command.action is Action.CULL:
+            act = self._cull
+        change = told + act(layer, seed, target, command, moment)
+        self._refresh(layer)
+        return change
+
+    def _target(self, command: KasminaControlCommand) -> tuple[Layer, Seed, SeedStage]:
+        layer = layer_at(self.layers, command.site)
+        seed = layer.seed(command.seed_id)
+        stage = seed.stage
+        target = {
+            Action.GERMINATE: SeedStage.GERMINATED,
+            Action.CULL: SeedStage.CULLED,
+            Action.RETIRE: SeedStage.CULLED,
+        }.get(command.action) or target_of(seed.view(layer.signature))
+        if target is None or target not in TRANSITIONS[stage]:
+            allowed = ", ".join(sorted(TRANSITIONS[stage])) or "nothing"
+            raise IllegalTransitionError(
+                f"{command.action} does not apply to seed {seed.seed_id}, which is {stage}; it can become {allowed}",
+                field="stage",
+            )
+        if command.action is Action.RETIRE and stage not in RETIRABLE:
+            raise IllegalTransitionError(f"a seed in {stage} is not blended in: cull it instead", field="stage")
+        return layer, seed, target
+
+    def _refusal(self, layer: Layer, seed: Seed, command: KasminaControlCommand, target: SeedStage) -> str | None:
+        match command.action:
+            case Action.GERMINATE:
+                if self.loader is None:
+                    return "no asset hub is attached"
+                return None if command.kernel_id else "the command names no kernel"
+            case Action.ADVANCE:
+                found = self.gate(layer, seed)
+                return None if found.open else f"the gate to {target} is shut: {found.words}"
+            case Action.RETIRE:
+                return "it is retiring already" if seed.retirement else None
+            case Action.CULL:
+                return None
+
+    # ---- the acts; each returns what it changed
+
+    def _germinate(
+        self, layer: Layer, seed: Seed, target: SeedStage, command: KasminaControlCommand, moment: Moment
+    ) -> Change:
+        kernel_id = command.kernel_id or ""
+        outcome = self._outcome(lambda: self._load_now(layer, kernel_id)) if self.wait else None
+        seed.strategy = command.strategy
+        seed.requested, seed.requested_blueprint = kernel_id, command.blueprint
+        change = Change((self._enter(layer, seed, target, command.reason, moment),))
+        if outcome is None:
+            self._request(layer, seed)
+            return change
+        return change + self._take_in(layer, seed, outcome, moment)
+
+    def _advance(
+        self, layer: Layer, seed: Seed, target: SeedStage, command: KasminaControlCommand, moment: Moment
+    ) -> Change:
+        words = f"{command.reason}; {self.gate(layer, seed).words}"
+        if target is SeedStage.TRAINING:
+            seed.begin_training(layer.kernel(seed), self.config.shadow_lr)
+            self.version += 1
+        elif target is SeedStage.GRAFTING:
+            return self._graft(layer, seed, words, moment)
+        event = self._enter(layer, seed, target, words, moment)
+        if target is SeedStage.FOSSILIZED:
+            self.plant(layer)
+        return Change((event,))
+
+    def _graft(self, layer: Layer, seed: Seed, reason: str, moment: Moment) -> Change:
+        direct = seed.strategy is BlendStrategy.DIRECT
+        if direct:
+            seed.evidence = Evidence(
+                kind=EvidenceKind.NONE,
+                reason="direct: trained with the host from its first step, so nothing was compared",
+            )
+        seed.optimizer = None
+        seed.baseline = self.val_loss
+        seed.val_finite = True
+        seed.alpha = 1.0 if direct else 0.0
+        self.num_grafts += 1
+        seed.put("graft_order", self.num_grafts)
+        self.version += 1
+        kernel = layer.kernel(seed).requires_grad_(requires_grad=True)
+        event = self._enter(layer, seed, SeedStage.GRAFTING, reason, moment)
+        return Change((event,), joined=((seed.seed_id, tuple(kernel.parameters())),), path_changed=True)
+
+    def _cull(
+        self, layer: Layer, seed: Seed, _target: SeedStage, command: KasminaControlCommand, moment: Moment
+    ) -> Change:
+        return self._remove(layer, seed, SeedStage.CULLED, command.reason, moment)
+
+    def _retire(
+        self, _layer: Layer, seed: Seed, _target: SeedStage, command: KasminaControlCommand, _moment: Moment
+    ) -> Change:
+        seed.retirement = Retirement(seed.alpha, command.reason)
+        seed.reason = f"retiring: {command.reason}"
+        seed.put("ramp_done", 0)
+        seed.put("ramp_total", 0)
+        return Change()
+
+    def _remove(self, layer: Layer, seed: Seed, to: SeedStage, reason: str, moment: Moment) -> Change:
+        blended, had_shadow = seed.stage.is_blended, seed.stage is SeedStage.TRAINING
+        pending = self._loading.pop(seed.seed_id, None)
+        if pending is not None:
+            pending.cancel()
+        event = self._enter(layer, seed, to, reason, moment)
+        left = layer.take_kernel(seed)
+        seed.drop_kernel()
+        self.version += int(blended or had_shadow)
+        self._refresh(layer)
+        return Change((event,), left=left, path_changed=blended)
+
+    # ---- kernels
+
+    def _load_now(self, layer: Layer, kernel_id: str) -> LoadedKernel:
+        if self.loader is None:
+            raise NotFoundError("no asset hub is attached", remedy="call attach() first")
+        loaded = self.loader.load(kernel_id, layer.signature, self.device())
+        copy_neighbours(self.module, layer.site, loaded.module, loaded.facts.ir)
+        return loaded
+
+    def load(self, layer: Layer, seed: Seed, kernel_id: str) -> None:
+        """Loads a kernel into a DORMANT seed, which becomes GERMINATED.
+
+        Raises:
+            IllegalTransitionError: if the seed is not DORMANT.
+            EsperError: what the loader raises; the seed is as it was.
+        """
+        if seed.stage is not SeedStage.DORMANT:
+            raise IllegalTransitionError(f"seed {seed.seed_id} is {seed.stage}; only a DORMANT one takes a kernel")
+        loaded = self._load_now(layer, kernel_id)
+        seed.requested = kernel_id
+        reason = "a kernel was loaded by hand"
+        self.pending.append(self._enter(layer, seed, SeedStage.GERMINATED, reason, self.moment))
+        layer.put_kernel(seed, loaded.facts, loaded.module)
+        self._refresh(layer)
+
+    def _request(self, layer: Layer, seed: Seed) -> None:
+        if self.loader is not None and seed.requested is not None:
+            self._loading[seed.seed_id] = self.loader.request(seed.requested, layer.signature, self.device())
+
+    def _outcome(self, load: Callable[[], LoadedKernel]) -> LoadedKernel | EsperError:
+        try:
+            return load()
+        except _REFUSED as error:
+            return error
+
+    def _take_in(self, layer: Layer, seed: Seed, outcome: LoadedKernel | EsperError, moment: Moment) -> Change:
+        if isinstance(outcome, EsperError):
+            return self._remove(layer, seed, SeedStage.CANCELLED, f"kernel refused: {outcome}", moment)
+        layer.put_kernel(seed, outcome.facts, outcome.module)
+        return Change()
+
+    # ---- at a step
+
+    def step(self, moment: Moment, steps_per_epoch: int) -> Change:
+        """Takes in finished kernels and moves every ramp by one step."""
+        self.moment = moment
+        self.clock += 1
+        change = Change(events=self._take_pending())
+        if not self._busy:
+            return change
+        for layer in all_layers(self.layers):
+            seed = layer.current
+            if seed.seed_id in self._loading and self._loading[seed.seed_id].done():
+                change += self._collect(layer, seed, moment)
+            elif seed.retirement is not None or seed.stage is SeedStage.GRAFTING:
+                change += self._ramp(layer, seed, moment, steps_per_epoch)
+        self._refresh()
+        return change
+
+    def _collect(self, layer: Layer, seed: Seed, moment: Moment) -> Change:
+        future = self._loading.pop(seed.seed_id)
+
+        def ready() -> LoadedKernel:
+            loaded = future.result()
+            copy_neighbours(self.module, layer.site, loaded.module, loaded.facts.ir)
+            return loaded
+
+        try:
+            outcome: LoadedKernel | EsperError = ready()
+        except EsperError as error:  # whatever the hub or the checks said; a bug is raised as it is
+            outcome = error
+        return self._take_in(layer, seed, outcome, moment)
+
+    def _ramp(self, layer: Layer, seed: Seed, moment: Moment, steps_per_epoch: int) -> Change:
+        if seed.strategy is BlendStrategy.DIRECT and seed.retirement is None:
+            return Change()
+        if seed.figure("ramp_total") == 0:
+            seed.put("ramp_total", max(1, round(self.config.ramp_epochs * steps_per_epoch)))
+        done, total = seed.figure("ramp_done") + 1, seed.figure("ramp_total")
+        seed.put("ramp_done", min(done, total))
+        alpha = alpha_at(self.config.ramp, done, total)
+        if seed.retirement is None:
+            seed.alpha = alpha
+            return Change()
+        if done >= total:
+            return self._remove(layer, seed, SeedStage.CULLED, f"retired: {seed.retirement.reason}", moment)
+        seed.alpha = seed.retirement.from_alpha * (1.0 - alpha)
+        return Change()
+
+    # ---- at an interval
+
+    def close_interval(self, moment: Moment, val_loss: float | None) -> None:
+        """Counts one control interval, compares blended seeds with their pre-graft level, and ends embargoes."""
+        self.moment = moment
+        finite = val_loss is not None and -float("inf") < val_loss < float("inf")
+        if finite:
+            self.val_loss = val_loss
+        for layer in all_layers(self.layers):
+            layer.table.fields["epochs"] += 1
+            seed = layer.current
+            if seed.stage.is_blended and val_loss is not None:
+                self._compare(seed, val_loss, finite=finite)
+            self._end_embargo(layer, seed, moment)
+
+    def _compare(self, seed: Seed, val_loss: float, *, finite: bool) -> None:
+        seed.val_finite = finite
+        if not finite or seed.baseline is None:
+            seed.harm = None
+            return
+        seed.harm = Evidence(
+            kind=EvidenceKind.HARM,
+            gain=seed.baseline - val_loss,
+            baseline=seed.baseline,
+            candidate=val_loss,
+            num_pairs=1,
+            reason="validation against its level before the graft; says nothing of worth",
+        )
+
+    def _end_embargo(self, layer: Layer, seed: Seed, moment: Moment) -> None:
+        limits = {
+            SeedStage.CULLED: self.config.embargo_epochs,
+            SeedStage.ROLLED_BACK: self.config.embargo_epochs,
+            SeedStage.CANCELLED: CANCELLED_EPOCHS,
+        }
+        limit = limits.get(seed.stage)
+        if limit is not None and seed.figure("epochs") >= limit:
+            self.pending.append(self._enter(layer, seed, SeedStage.DORMANT, "the embargo is over", moment))
+
+    # ---- helpers
+
+    def restore_requests(self) -> None:
+        """Asks again for the kernels that GERMINATED seeds still wait for."""
+        for layer in all_layers(self.layers):
+            seed = layer.current
+            if seed.stage is SeedStage.GERMINATED and seed.facts is None and seed.seed_id not in self._loading:
+                self._request(layer, seed)
+        self._refresh()
+
+    def forget_requests(self) -> None:
+        """Drops all loads that are under way."""
+        for future in self._loading.values():
+            future.cancel()
+        self._loading.clear()
+
+    def _refresh(self, layer: Layer | None = None) -> None:
+        if layer is not None:
+            layer.sync(self.module.get_submodule(layer.site))
+        current = [(layer, layer.current) for layer in all_layers(self.layers)]
+        self.shadows = [(layer, seed) for layer, seed in current if seed.stage is SeedStage.TRAINING]
+        self._busy = bool(self._loading) or any(
+            seed.stage is SeedStage.GRAFTING or seed.retirement is not None for _, seed in current
+        )
+
+    def device(self) -> torch.device:
+        """Where the host's weights lie."""
+        parameter = next(self.module.parameters(), None)
+        return parameter.device if parameter is not None else torch.device("cpu")
+
+    def _take_pending(self) -> tuple[LifecycleEvent, ...]:
+        events, self.pending = tuple(self.pending), []
+        return events
+
+    def _enter(self, layer: Layer, seed: Seed, stage: SeedStage, reason: str, moment: Moment) -> LifecycleEvent:
+        event = self._event(layer, seed, seed.stage, stage, reason, moment)
+        seed.enter(stage, reason, clock=self.clock)
+        return event
+
+    def _event(
+        self,
+        layer: Layer,
+        seed: Seed,
+        old: SeedStage,
+        new: SeedStage,
+        reason: str,
+        moment: Moment,
+        *,
+        refused: bool = False,
+    ) -> LifecycleEvent:
+        view = seed.view(layer.signature)
+        return LifecycleEvent(
+            run_id=moment.run_id,
+            step=moment.step,
+            epoch=moment.epoch,
+            site=layer.site,
+            seed=seed.seed_id,
+            blueprint=view.blueprint,
+            kernel_id=view.kernel_id,
+            from_stage=old,
+            to_stage=new,
+            evidence=seed.harm if seed.harm is not None else seed.evidence,
+            reason=reason,
+            refused=refused,
+        )

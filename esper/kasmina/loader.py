@@ -1,0 +1,131 @@
+"""From a kernel's id to a module that is ready to stand at a site: fetch, verify, rebuild, warm up.
+
+All of it happens in a background thread, never in a step; a step boundary only picks up what is finished. Nothing in a
+container is executed and nothing is compiled: the module is rebuilt from its IR. torch's global random state is neither
+read nor moved, since the thread shares it with the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from torch import nn
+
+from esper.kasmina.cache import KernelCache
+from esper.kasmina.seed import KernelFacts
+from esper.leyline.container import Kernel, KernelManifest, kernel_id_of, unpack
+from esper.leyline.errors import KernelRejectedError, TamperedError
+from esper.leyline.kernels import SiteSignature
+from esper.leyline.lower import lower
+from esper.leyline.ports import AssetHub
+
+WARM_UP_BATCH = 2
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedKernel:
+    """A kernel that passed every check, and its module on the host's device."""
+
+    facts: KernelFacts
+    module: nn.Module
+
+
+class KernelLoader:
+    """Loads kernels from a hub.
+
+    Args:
+        hub: where containers are.
+        public_key: the signer's raw 32 bytes, pinned by the run's configuration.
+        cache: of verified kernels.
+    """
+
+    def __init__(self, hub: AssetHub, public_key: bytes, cache: KernelCache) -> None:
+        self._hub = hub
+        self._key = Ed25519PublicKey.from_public_bytes(public_key)
+        self._cache = cache
+        self._pool: ThreadPoolExecutor | None = None
+
+    def load(self, kernel_id: str, signature: SiteSignature, device: torch.device) -> LoadedKernel:
+        """Loads a kernel in the calling thread.
+
+        Raises:
+            NotFoundError: if the hub has no such kernel.
+            UnavailableError: if the hub does not answer.
+            TamperedError: if the bytes are not what the id or the signer say.
+            KernelRejectedError: if the kernel does not fit the site, or fails its warm-up.
+        """
+        kernel = self._cache.get(kernel_id, lambda: self._fetch(kernel_id))
+        if kernel.manifest.signature != signature:
+            raise KernelRejectedError(f"was made for {kernel.manifest.signature.key}, the site is {signature.key}")
+        module = build(kernel.manifest, kernel.weights).to(device)
+        _warm_up(module, signature, device)
+        return LoadedKernel(_facts(kernel), module)
+
+    def request(self, kernel_id: str, signature: SiteSignature, device: torch.device) -> Future[LoadedKernel]:
+        """Loads a kernel in the background; the future raises what `load` raises."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="esper-loader")
+        return self._pool.submit(self.load, kernel_id, signature, device)
+
+    def close(self) -> None:
+        """Lets the thread end; what was requested and not begun is cancelled."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def _fetch(self, kernel_id: str) -> tuple[Kernel, int]:
+        data = self._hub.fetch(kernel_id)
+        if kernel_id_of(data) != kernel_id:
+            raise TamperedError(f"the bytes that came for kernel {kernel_id[:12]} have another hash")
+        return unpack(data, self._key), len(data)
+
+
+def build(manifest: KernelManifest, weights: Mapping[str, np.ndarray]) -> nn.Module:
+    """Rebuilds a kernel's module with its initial weights.
+
+    Raises:
+        KernelRejectedError: if the weights are not those of the design.
+    """
+    module = lower(manifest.ir, manifest.signature)
+    expected = module.state_dict()
+    if {key: tuple(tensor.shape) for key, tensor in expected.items()} != {
+        key: array.shape for key, array in weights.items()
+    }:
+        raise KernelRejectedError("the weights in the container are not those of its design")
+    module.load_state_dict({key: torch.from_numpy(np.array(array)) for key, array in weights.items()})
+    return module
+
+
+def _facts(kernel: Kernel) -> KernelFacts:
+    manifest = kernel.manifest
+    return KernelFacts(
+        kernel_id=kernel.kernel_id,
+        blueprint=manifest.blueprint_name,
+        blueprint_id=manifest.blueprint_id,
+        ir=manifest.ir,
+        signature=manifest.signature,
+        num_parameters=manifest.num_parameters,
+        flops_per_sample=manifest.flops_per_sample,
+        replaces=manifest.replaces,
+        zero_at_birth=manifest.zero_at_birth,
+    )
+
+
+def _warm_up(module: nn.Module, signature: SiteSignature, device: torch.device) -> None:
+    """One forward and backward, so that the first step with the kernel pays for no first call; checks both."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, signature.dtype)
+    h = torch.randn(signature.shape(WARM_UP_BATCH), generator=generator).to(device, dtype).requires_grad_()
+    with torch.enable_grad():
+        y = module(h)
+        if y.shape != h.shape:
+            raise KernelRejectedError(f"puts out {tuple(y.shape)} for {tuple(h.shape)}")
+        # a replacement that does not look at h is odd but legal, so an unused input is no error
+        gradients = torch.autograd.grad(y.sum(), [h, *module.parameters()], allow_unused=True)
+    if not all(bool(torch.isfinite(t).all()) for t in (y, *gradients) if t is not None):
+        raise KernelRejectedError("its output or gradient is not finite at warm-up")

@@ -1,0 +1,97 @@
+"""Training a kernel behind the host: the whole forward again, for the kernel alone.
+
+The replay reads the host's weights without their gradient, writes to clones of its buffers and draws from a forked
+RNG; the site's input is cut off; `torch.autograd.grad` reaches the kernel's parameters and nothing else. So the host's
+weights, buffers, gradients, optimizer and RNG are bit-identical afterwards. It runs the module itself, never a DDP
+wrapper, and so reduces the kernel's gradients over ranks explicitly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from esper.kasmina.layer import Layer, key_of
+from esper.kasmina.probe import detached, forked_rng
+from esper.kasmina.seed import Seed
+from esper.leyline.errors import SiteError
+from esper.leyline.growth import PREFIX
+
+CLIP_NORM = 1.0
+"""Limit of the gradient norm of one kernel, counted apart from the host's."""
+
+AllReduce = Callable[[Sequence[torch.Tensor]], None]
+
+
+def train_shadow(
+    module: nn.Module,
+    layer: Layer,
+    seed: Seed,
+    args: tuple[Any, ...],
+    loss_of: Callable[[Any], torch.Tensor],
+    *,
+    all_reduce: AllReduce | None = None,
+) -> float:
+    """Trains one kernel on one batch and returns its loss, which may be infinite or NaN.
+
+    An update whose gradient (over all ranks) is not finite is left out and counted in the seed's `errors`.
+
+    Raises:
+        SiteError: if the loss does not depend on the site.
+    """
+    kernel = layer.kernel(seed)
+    leaves = {name: p.detach().requires_grad_() for name, p in kernel.named_parameters()}
+    loss = _replay(module, layer, seed, args, loss_of, leaves)
+    if not leaves:
+        return float(loss)
+    if not loss.requires_grad:
+        raise SiteError(f"the loss does not depend on site {layer.site}", remedy="choose another site")
+    gradients = list(torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True))
+    if all_reduce is not None:
+        all_reduce(gradients)
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if math.isfinite(norm):
+        _update(seed, list(kernel.parameters()), gradients, norm)
+    else:
+        seed.put("errors", seed.figure("errors") + 1)
+    return float(loss.detach())
+
+
+def _replay(
+    module: nn.Module,
+    layer: Layer,
+    seed: Seed,
+    args: tuple[Any, ...],
+    loss_of: Callable[[Any], torch.Tensor],
+    leaves: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    prefix = f"{PREFIX}.{key_of(layer.site)}.{seed.seed_id}."
+    tensors = detached(module) | {prefix + name: leaf for name, leaf in leaves.items()}
+    site = module.get_submodule(layer.site)
+    with torch.enable_grad(), forked_rng(module), _no_autocast_cache(), layer.shadow(seed, site):
+        return loss_of(torch.func.functional_call(module, tensors, args))
+
+
+def _update(seed: Seed, parameters: list[nn.Parameter], gradients: list[torch.Tensor], norm: float) -> None:
+    assert seed.optimizer is not None
+    scale = min(1.0, CLIP_NORM / (norm + 1e-6))
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient * scale
+    seed.optimizer.step()
+    seed.optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Within it, autocast keeps no casts: those of the replay's detached weights must not serve the host."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)

@@ -1,0 +1,232 @@
+"""Where a host can grow: finds sites, and gives each the signature that a kernel must fit.
+
+A site is a submodule that is called exactly once a forward and whose output is one float tensor of a known layout, but
+not the host's own output. `auto` takes the outputs of blocks:
+
+- containers (`Sequential`, `ModuleList`, `ModuleDict`), the host itself and modules that hold a container of blocks
+  are walked through;
+- any other module with children is a block: its output is a site;
+- leaves in a run (convolution or linear layer, norm, activation, pool) give one site: the output of the activation, or
+  of the pool after it, else of the layer with its norm. The last layer of all is the head, and no site.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from esper.kasmina.probe import Call, Probe, is_output, probe
+from esper.leyline.errors import SiteError
+from esper.leyline.kernels import SiteKind, SiteSignature
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_LAYERS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,  # noqa: SLF001 - the one base of all convolutions
+)
+_POOLS = ("MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool", "FractionalMaxPool", "LPPool")
+_KINDS = {2: SiteKind.VECTOR, 3: SiteKind.SEQUENCE, 4: SiteKind.FEATURE_MAP}
+
+
+def find_sites(
+    module: nn.Module,
+    example: tuple[Any, ...],
+    *,
+    sites: Literal["auto"] | Sequence[str] = "auto",
+    causal: bool = False,
+) -> dict[str, SiteSignature]:
+    """Finds the sites of a host by one forward that changes nothing.
+
+    Args:
+        module: the host, not yet wrapped.
+        example: positional inputs of the host, such as one batch; the first tensor's first dim is the batch.
+        sites: `auto`, or module paths and globs (`blocks.*`; a star stays within one part of a path).
+        causal: whether sequences may only look back.
+
+    Returns:
+        Module path to signature, in forward order.
+
+    Raises:
+        SiteError: if a named site does not exist or cannot carry a seed, or if none is found.
+    """
+    seen = probe(module, example)
+    if sites == "auto":
+        names = _automatic(module, seen)
+        remedy = "name the sites yourself: module paths or globs"
+    else:
+        names = [name for pattern in sites for name in _named(module, seen, pattern)]
+        remedy = None
+    ordered = sorted(set(names), key=lambda name: seen.calls[name].order)
+    if not ordered:
+        raise SiteError("this model has no place where a seed could stand", field="sites", remedy=remedy)
+    return {name: _signature(seen.calls[name].output, causal=causal) for name in ordered}
+
+
+# ---------------------------------------------------------------- named
+
+
+def _named(module: nn.Module, seen: Probe, pattern: str) -> list[str]:
+    paths = [name for name, _ in module.named_modules() if name]
+    if pattern in paths:
+        reason = _unfit(seen, pattern)
+        if reason is not None:
+            raise SiteError(f"{pattern} cannot carry a seed: {reason}", field="sites")
+        return [pattern]
+    fitting = [path for path in paths if _matches(path, pattern) and _unfit(seen, path) is None]
+    if not fitting:
+        available = [path for path in paths if _unfit(seen, path) is None]
+        close = difflib.get_close_matches(pattern, available, n=3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise SiteError(
+            f"no site {pattern!r} in this model",
+            field="sites",
+            remedy=f"{hint}it has {', '.join(available) or 'no fitting place'}",
+        )
+    return fitting
+
+
+def _matches(path: str, pattern: str) -> bool:
+    parts, wanted = path.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def _unfit(seen: Probe, name: str) -> str | None:  # noqa: PLR0911 - one line a reason reads best
+    """Why a submodule cannot be a site; None if it can."""
+    call = seen.calls.get(name)
+    if call is None:
+        return "the forward does not call it"
+    if call.count != 1:
+        return f"the forward calls it {call.count} times"
+    h = call.output
+    if not isinstance(h, torch.Tensor):
+        return f"it puts out {type(h).__name__}, not one tensor"
+    if not h.is_floating_point() or h.layout != torch.strided or h.is_nested:
+        return f"it puts out a tensor of {h.dtype}, {h.layout}, which no kernel computes"
+    if h.ndim not in _KINDS:
+        return f"its output has {h.ndim} dims; a vector has 2, a sequence 3, a feature map 4"
+    if h.shape[0] != seen.batch:
+        return f"its output does not begin with the batch ({h.shape[0]} instead of {seen.batch})"
+    if h.device.type not in {"cpu", "cuda"}:
+        return f"it computes on {h.device.type}"
+    if is_output(seen, h):
+        return "it is the model's own output"
+    return None
+
+
+def _signature(h: torch.Tensor, *, causal: bool) -> SiteSignature:
+    kind = _KINDS[h.ndim]
+    channels = h.shape[2] if kind is SiteKind.SEQUENCE else h.shape[1]
+    extent = {SiteKind.VECTOR: (), SiteKind.SEQUENCE: (h.shape[1],), SiteKind.FEATURE_MAP: tuple(h.shape[2:])}[kind]
+    return SiteSignature(
+        kind=kind,
+        channels=channels,
+        extent=extent,
+        dtype=str(h.dtype).removeprefix("torch."),
+        device=h.device.type,
+        causal=causal and kind is SiteKind.SEQUENCE,
+    )
+
+
+# ---------------------------------------------------------------- automatic
+
+
+def _automatic(module: nn.Module, seen: Probe) -> list[str]:
+    layers = [name for name, m in module.named_modules() if name in seen.calls and isinstance(m, _LAYERS)]
+    head = max(layers, key=lambda name: seen.calls[name].order, default=None)
+    found: list[str] = []
+    _walk(module, "", seen, head, found)
+    return found
+
+
+def _walk(module: nn.Module, path: str, seen: Probe, head: str | None, found: list[str]) -> None:
+    run: list[tuple[str, str]] = []  # path and role of the leaves since the last layer
+    for name, child in _in_call_order(module, path, seen):
+        role = _role(child)
+        if role == "layer":
+            found.extend(_site_of_run(run, seen, head))
+            run = [(name, role)]
+        elif _is_leaf(child):
+            # a leaf without a role (dropout, flatten) does not end the run
+            run.extend([(name, role)] if run and role is not None else [])
+        else:
+            found.extend(_site_of_run(run, seen, head))
+            run = []
+            if _walks_through(child):
+                _walk(child, name, seen, head, found)
+            elif _is_useful(seen, name):
+                found.append(name)
+    found.extend(_site_of_run(run, seen, head))
+
+
+def _site_of_run(run: Sequence[tuple[str, str]], seen: Probe, head: str | None) -> list[str]:
+    """The one site of a run of leaves: the latest that fits, the activation (or the pool after it) before the layer.
+
+    None for the head: no layer with weights comes after it, so what it puts out are the logits.
+    """
+    if not run or run[0][0] == head:
+        return []
+    roles = [role for _, role in run]
+    after = roles.index("activation") if "activation" in roles else 0
+    wanted = ({"activation", "pool"}, {"layer", "norm"})
+    for kinds in wanted:
+        for place in range(len(run) - 1, -1, -1):
+            name, role = run[place]
+            # a pool is taken only where it follows an activation
+            if role in kinds and (role != "pool" or 0 < after < place) and _is_useful(seen, name):
+                return [name]
+    return []
+
+
+def _is_useful(seen: Probe, name: str) -> bool:
+    """Whether a module can be a site and there is something to learn there: more than one channel and position."""
+    if _unfit(seen, name) is not None:
+        return False
+    signature = _signature(seen.calls[name].output, causal=False)
+    return signature.channels > 1 and signature.extent != (1, 1)
+
+
+def _in_call_order(module: nn.Module, path: str, seen: Probe) -> list[tuple[str, nn.Module]]:
+    children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+    first = {name: _first_call(name, seen.calls) for name, _ in children}
+    return sorted((item for item in children if first[item[0]] is not None), key=lambda item: first[item[0]] or 0)
+
+
+def _first_call(name: str, calls: Mapping[str, Call]) -> int | None:
+    """When a module or anything in it was first called: containers such as `ModuleList` are not called themselves."""
+    orders = [call.order for path, call in calls.items() if path == name or path.startswith(f"{name}.")]
+    return min(orders, default=None)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None and not isinstance(module, _CONTAINERS)
+
+
+def _walks_through(module: nn.Module) -> bool:
+    """Whether a module is a frame around blocks: a container, or a module that holds a container of blocks."""
+    if isinstance(module, _CONTAINERS):
+        return True
+    return any(
+        not _is_leaf(block)
+        for child in module.children()
+        if isinstance(child, _CONTAINERS)
+        for block in child.children()
+    )
+
+
+def _role(module: nn.Module) -> str | None:
+    kind = type(module).__name__
+    if isinstance(module, _LAYERS):
+        return "layer"
+    if kind.startswith(_POOLS):
+        return "pool"
+    if "Norm" in kind:
+        return "norm"
+    if type(module).__module__ == "torch.nn.modules.activation" and kind != "MultiheadAttention":
+        return "activation"
+    return None
