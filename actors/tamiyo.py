@@ -9,6 +9,7 @@ HTTP is off. The two settings of Serve that halve a handle's latency are in `act
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
@@ -16,8 +17,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import esper.leyline
+import esper.tamiyo
 from esper.config import TamiyoConfig
 from esper.leyline import (
     AdaptationSignal,
@@ -41,11 +45,21 @@ Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 
+def code_digest() -> str:
+    """Returns a hash of the sources that decide, so that a platform left from yesterday is not taken for today's."""
+    digest = hashlib.sha256()
+    for package in (esper.tamiyo, esper.leyline):
+        for path in sorted(Path(package.__path__[0]).glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class Tamiyo:
     """The deployment. Arguments and results are JSON, validated at this edge."""
 
     def __init__(self) -> None:
         self._num_decisions = 0
+        self._code = code_digest()
 
     def __repr__(self) -> str:
         return f"Tamiyo(decisions={self._num_decisions})"
@@ -59,14 +73,19 @@ class Tamiyo:
         return after, signal.model_dump_json()
 
     def about(self) -> dict[str, Any]:
-        """Returns the replica's process id, its decisions so far, and whether torch came into its process."""
-        return {"pid": os.getpid(), "decisions": self._num_decisions, "imports_torch": "torch" in sys.modules}
+        """Returns its code's digest, process id, decisions so far, and whether torch came into the process."""
+        return {
+            "code": self._code,
+            "pid": os.getpid(),
+            "decisions": self._num_decisions,
+            "imports_torch": "torch" in sys.modules,
+        }
 
 
 def deploy(*, name: str = APP, timeout_s: float = 60.0) -> None:
     """Starts Serve without its HTTP proxy, if none runs, and deploys Tamiyo; returns once it answers.
 
-    Deploying again what is deployed already changes nothing.
+    Where the same code runs already and answers, nothing changes.
 
     Args:
         name: of the Serve application.
@@ -82,6 +101,8 @@ def deploy(*, name: str = APP, timeout_s: float = 60.0) -> None:
         # it logs every step of a deployment to the terminal, where the live view is
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="Disabled")
+        if _runs_already(name):
+            return  # running it again would replace the replica that other runs are asking
         make_deployment = serve.deployment(
             name=DEPLOYMENT,
             num_replicas=1,
@@ -106,8 +127,14 @@ def deploy(*, name: str = APP, timeout_s: float = 60.0) -> None:
         ) from error
 
 
-def undeploy(*, name: str = APP, timeout_s: float = 30.0) -> None:
-    """Removes Tamiyo, and Serve with it if no other application runs there. Harmless where nothing is deployed.
+def undeploy(*, name: str = APP, timeout_s: float = 30.0, stop_serve: bool = False) -> None:
+    """Removes Tamiyo. Harmless where nothing is deployed.
+
+    Args:
+        name: of the Serve application.
+        timeout_s: for everything together.
+        stop_serve: whether to stop Serve too, if no other application runs there. On a Ray that ends with its driver
+            that is not needed, and the raylet prints two lines about it.
 
     Raises:
         UnavailableError: if that was not done within `timeout_s`.
@@ -121,7 +148,7 @@ def undeploy(*, name: str = APP, timeout_s: float = 30.0) -> None:
             serve.delete(name)
         except RayServeException:
             return  # no Serve runs here
-        if not serve.status().applications:
+        if stop_serve and not serve.status().applications:
             serve.shutdown()
 
     if not _ray_is_up():
@@ -220,6 +247,23 @@ class ServeController:
         # it asks Serve's controller without a deadline of its own
         self._handle = _within(timeout_s, lambda: serve.get_app_handle(self._name))
         return self._handle
+
+
+def _runs_already(name: str) -> bool:
+    """Whether the code of this checkout runs as `name` and answers."""
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    application = serve.status().applications.get(name)
+    if application is None or application.status != "RUNNING":
+        return False
+    try:
+        about = serve.get_app_handle(name).about.remote().result(timeout_s=5.0)
+    except (RayError, RayServeException, TimeoutError):
+        _log.warning("tamiyo.replica.silent", extra={"app": name})
+        return False
+    return about.get("code") == code_digest()
 
 
 def _revive(config: TamiyoConfig, seed: int, name: str) -> ServeController:

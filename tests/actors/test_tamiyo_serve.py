@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import statistics
+import threading
+import time
+
+import pytest
+
+from actors.cluster import connected, prepare_environment
+from esper.config import TamiyoConfig
+from esper.leyline import (
+    BudgetState,
+    ConflictError,
+    EpochRecord,
+    HealthSignal,
+    KernelOption,
+    LayerHealthReport,
+    SiteKind,
+    SiteSignature,
+    SystemStatePacket,
+    UnavailableError,
+)
+from esper.tamiyo import initial_state, step
+
+prepare_environment()
+
+import ray  # noqa: E402 - its environment comes first
+
+from actors import tamiyo  # noqa: E402
+
+pytestmark = [
+    pytest.mark.ray,
+    # Ray Serve's own schema, as it is imported
+    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning"),
+]
+
+CONFIG = TamiyoConfig(warmup_epochs=0, plateau_window=2, deadline_s=5.0, startup_s=30.0)
+
+
+def packet(epoch: int, val_loss: float = 1.0) -> SystemStatePacket:
+    signature = SiteSignature(kind=SiteKind.FEATURE_MAP, channels=8, extent=(8, 8))
+    layers = [
+        LayerHealthReport(
+            run_id="run",
+            layer_id=site,
+            signature=signature,
+            epoch=epoch,
+            step=epoch,
+            seeds=(HealthSignal(layer_id=site, seed_id="s0", epoch=epoch, grow_potential=potential),),
+        )
+        for site, potential in (("a", 0.1), ("b", 0.3))
+    ]
+    option = KernelOption(
+        site="b",
+        kernel_id="k",
+        blueprint_id="i",
+        blueprint="conv",
+        num_parameters=9,
+        flops_per_sample=9,
+        zero_at_birth=True,
+    )
+    return SystemStatePacket(
+        run_id="run",
+        epoch=EpochRecord(run_id="run", epoch=epoch, num_epochs=20, step=epoch, train_loss=1.0, val_loss=val_loss),
+        layers=tuple(layers),
+        options=(option,),
+        budget=BudgetState(params_used=10, params_limit=100, flops_used=10),
+    )
+
+
+@pytest.fixture(scope="module")
+def deployed():
+    with connected(dashboard=False):
+        tamiyo.deploy(timeout_s=120.0)
+        yield
+        tamiyo.undeploy(timeout_s=60.0, stop_serve=True)
+        tamiyo.undeploy()  # harmless where nothing is left
+
+
+@pytest.fixture(scope="module")
+def controller(deployed):
+    return tamiyo.ServeController(CONFIG, seed=3)
+
+
+def test_decisions_through_the_handle_equal_the_local_step(controller):
+    remote_state = local_state = initial_state(CONFIG, 3)
+    commanded = []
+    for epoch in range(5):
+        seen = packet(epoch)
+        local_state, expected = step(local_state, seen, CONFIG)
+        remote_state, decided = controller.decide(remote_state, seen)
+        assert decided == expected
+        assert remote_state == local_state
+        commanded += [command.site for command in decided.commands]
+    assert commanded == ["b"]  # the comparison was not of waits alone
+    assert controller.decide({}, packet(0)) == step(initial_state(CONFIG, 3), packet(0), CONFIG)
+
+
+def test_the_replica_imports_no_torch_and_the_app_is_named(controller):
+    from ray import serve
+
+    about = controller.about()
+    assert about["pid"] != os.getpid()
+    assert about["imports_torch"] is False
+    status = serve.status()
+    assert status.proxies == {}  # no HTTP
+    assert list(status.applications["tamiyo"].deployments) == ["Tamiyo"]
+
+
+def test_an_error_of_the_step_comes_back_as_itself(controller):
+    with pytest.raises(ConflictError, match=r"state\.version: cannot read Tamiyo's state"):
+        controller.decide({"version": 9, "seed": 0}, packet(0))
+
+
+def test_it_works_from_threads_and_workers(controller):
+    expected = step(initial_state(CONFIG, 3), packet(0), CONFIG)
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(controller.decide({}, packet(0)))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert answers == [expected] * 4
+    revived = pickle.loads(pickle.dumps(controller))
+    remote_decide = ray.remote(num_cpus=0.1)(lambda asked, seen: asked.decide({}, seen))
+    assert ray.get(remote_decide.remote(revived, packet(0)), timeout=60) == expected
+
+
+def test_a_decision_is_quick(controller, record_property):
+    state = initial_state(CONFIG, 3)
+    milliseconds = []
+    for _ in range(100):
+        begin = time.perf_counter()
+        controller.decide(state, packet(0))
+        milliseconds.append(1e3 * (time.perf_counter() - begin))
+    p50 = statistics.median(milliseconds)
+    record_property("decide_p50_ms", round(p50, 2))
+    record_property("decide_worst_ms", round(max(milliseconds), 2))
+    assert p50 < 1e3 * CONFIG.deadline_s / 10
+
+
+def test_a_killed_replica_is_replaced_and_no_call_hangs(controller):
+    """Every call ends by its deadline: with the right answer, or with UnavailableError."""
+    impatient = tamiyo.ServeController(CONFIG.model_copy(update={"deadline_s": 2.0, "startup_s": 2.0}), seed=3)
+    expected = step(initial_state(CONFIG, 3), packet(0), CONFIG)
+    assert impatient.decide({}, packet(0)) == expected
+    pid = impatient.about()["pid"]
+    os.kill(pid, signal.SIGKILL)
+    give_up = time.monotonic() + 90
+    while time.monotonic() < give_up:
+        begin = time.monotonic()
+        try:
+            answer = impatient.decide({}, packet(0))
+        except UnavailableError:
+            answer = None
+        assert time.monotonic() - begin < 6.0
+        assert answer in (None, expected)
+        if answer is not None:
+            break
+    else:
+        pytest.fail("no replica came back")
+    assert impatient.about()["pid"] != pid
+    patient = tamiyo.ServeController(CONFIG.model_copy(update={"deadline_s": 60.0}), seed=3)
+    os.kill(patient.about()["pid"], signal.SIGKILL)
+    assert patient.decide({}, packet(0)) == expected  # repeated within the deadline, unseen by the trainer
+
+
+def test_what_is_not_deployed_is_unavailable_by_the_deadline(deployed):
+    config = CONFIG.model_copy(update={"deadline_s": 0.5, "startup_s": 0.5})
+    nobody = tamiyo.ServeController(config, name="nobody")
+    begin = time.monotonic()
+    with pytest.raises(UnavailableError, match=r"tried \d+ times in 0\.5 s.*'nobody' does not exist"):
+        nobody.decide({}, packet(0))
+    assert time.monotonic() - begin < 5.0
+
+
+def test_deploying_again_keeps_the_replica(controller):
+    pid = controller.about()["pid"]
+    tamiyo.deploy(timeout_s=60.0)
+    assert controller.about()["pid"] == pid
