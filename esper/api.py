@@ -9,15 +9,16 @@ without one: `train_local`, the one function that trains a workload in this proc
         *,
         directory: str,                          # address of <storage>/runs/<run_id>, any fsspec address
         run_id: str,
-        hub: AssetHub,
-        bus: Bus,
-        controller: Controller,
-        public_key: bytes,                       # Ed25519, raw 32 bytes: whose kernels may be grafted
-        ranks: Ranks = SoloRanks(),              # esper.tolaria.ranks; TorchRanks under torch.distributed
+        hub: AssetHub | None,
+        bus: Bus | None,
+        controller: Controller | None,
+        public_key: bytes | None,                # Ed25519, raw 32 bytes: whose kernels may be grafted
+        ranks: Ranks | None = None,              # None is alone; else TorchRanks (esper.tolaria.ranks)
         stop: Callable[[], str | None] = never,  # asked at every step; a reason ends the run cleanly
-        faults: FaultPlan = NoFaults(),
+        faults: FaultPlan | None = None,
         resume: bool = False,                    # go on from the last whole checkpoint in `directory`, if there is one
         on_epoch: Callable[[EpochRecord], None] | None = None,   # after each epoch, on every rank (ray.train.report)
+        device: torch.device | None = None,      # None follows tolaria.use_gpu
     ) -> RunSummary
 
 It writes `summary.json`, `history.json`, `checkpoints/` and, in deterministic mode, `commands.jsonl` below
@@ -29,3 +30,505 @@ The runtime is found through the entry point group `esper.runtime`, name `ray`; 
 
 which brings up whatever it needs, calls `train_local` in its trainers and returns where the run lies.
 """
+
+from __future__ import annotations
+
+import copy
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from esper import kasmina
+from esper.config import Budget, RunConfig, parse_config
+from esper.leyline.errors import ConfigError, NotFoundError
+from esper.leyline.growth import SeedView
+from esper.leyline.kernels import SiteSignature
+from esper.leyline.ports import AssetHub, Bus, Controller, FaultPlan, NoFaults
+from esper.leyline.signals import EpochRecord
+from esper.leyline.summary import HISTORY_FILE, REPORT_FILE, RunHistory, RunSummary
+from esper.tolaria.checkpoint import Checkpoints, Restored
+from esper.tolaria.course import Ports, never
+from esper.tolaria.files import Folder
+from esper.tolaria.loop import Trainer
+from esper.tolaria.numerics import numerics
+from esper.tolaria.optim import Optimization, OptimizerFactory, SchedulerFactory
+from esper.tolaria.ranks import Ranks, SoloRanks
+from esper.tolaria.schedules import optimizer_factory, scheduler_factory
+from esper.tolaria.session import Session
+from esper.tolaria.task import Task, resolve_task
+from esper.tolaria.workload import Data, Workload, evaluation_batches, example_of, to_device
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+RUNTIME_GROUP, RUNTIME = "esper.runtime", "ray"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a runtime returns: where the run lies, and what it came to."""
+
+    run_id: str
+    directory: str
+    summary: RunSummary
+
+
+WorkloadFactory = Callable[[], Workload]
+Runtime = Callable[[WorkloadFactory, RunConfig], RunResult]
+
+# ---------------------------------------------------------------- grow
+
+
+def grow(
+    model: nn.Module,
+    train_data: Data,
+    val_data: Data,
+    *,
+    task: Task | str = "classification",
+    optimizer: OptimizerFactory | None = None,
+    epochs: int | None = None,
+    sites: str | Sequence[str] | None = None,
+    budget: Budget | None = None,
+    test_data: Data | None = None,
+    scheduler: SchedulerFactory | None = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    example: tuple[Any, ...] | None = None,
+    config: RunConfig | None = None,
+    overrides: Iterable[str] = (),
+) -> Run:
+    """Trains a model that may grow, on Ray, and returns the finished run. Your `model` itself is not changed.
+
+    Args:
+        model: any `nn.Module`.
+        train_data: (inputs, targets) tensors, a `Dataset`, or a factory `(rank, world, epoch) -> DataLoader`. Several
+            inputs are given as a tuple, in the order of `forward`.
+        val_data: likewise; evidence is taken on it.
+        test_data: likewise; looked at once, after the last epoch.
+        task: `classification`, `regression`, `language_model`, or an `esper.Task`.
+        optimizer: from a list of parameters; None is AdamW as the configuration has it.
+        epochs: `tolaria.epochs`; like the next ones it wins over `config`.
+        sites: `kasmina.sites`.
+        budget: `budget`.
+        batch_size: `tolaria.batch_size`.
+        num_workers: `tolaria.num_workers`.
+        scheduler: from (optimizer, total steps), stepped each step; None is what the configuration has.
+        example: positional inputs of the model for a few samples; None takes them from `train_data`.
+        config: everything else; None is the defaults.
+        overrides: dotted settings that win over all, such as `tolaria.patience=5`.
+
+    Raises:
+        ConfigError: if a setting is wrong, or no runtime is installed.
+        DataError: if the data are of no known kind.
+        SiteError: if a site does not exist or cannot carry a seed.
+    """
+    chosen = resolve_task(task)
+    resolved = _resolve(
+        config or RunConfig(),
+        {
+            "task": chosen.name if isinstance(task, str) else "custom",
+            "data": {"type": "given"},
+            "host": {"type": "given"},
+            "budget": None if budget is None else budget.model_dump(),
+            "tolaria.epochs": epochs,
+            "tolaria.batch_size": batch_size,
+            "tolaria.num_workers": num_workers,
+            "kasmina.sites": sites
+            if sites is None or sites == "auto"
+            else [sites]
+            if isinstance(sites, str)
+            else sites,
+        },
+        overrides,
+    )
+    workload = Workload(
+        model=model,
+        example=example or example_of(train_data),
+        train=train_data,
+        val=val_data,
+        test=test_data,
+        task=chosen,
+        optimizer=optimizer or optimizer_factory(resolved.tolaria.optimizer),
+        scheduler=scheduler or scheduler_factory(resolved.tolaria.scheduler),
+    )
+
+    def fresh() -> Workload:
+        return Workload(**{**vars(workload), "model": copy.deepcopy(workload.model)})
+
+    return Run(find_runtime()(fresh, resolved), fresh, resolved)
+
+
+def find_runtime() -> Runtime:
+    """The function that brings up the systems and trains; see the module.
+
+    Raises:
+        ConfigError: if none is installed, or it does not load.
+    """
+    found = next(iter(entry_points(group=RUNTIME_GROUP, name=RUNTIME)), None)
+    if found is None:
+        raise ConfigError(
+            "no runtime is installed", field=RUNTIME_GROUP, remedy="install the distribution: pip install -e ."
+        )
+    try:
+        return found.load()
+    except ImportError as error:
+        raise ConfigError(f"the runtime {found.value} does not load: {error}", field=RUNTIME_GROUP) from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that ended.
+
+    Attributes:
+        result: where it lies, and what it came to.
+        workload_factory: makes the workload anew, with the host as it was at the start.
+        config: as resolved.
+    """
+
+    result: RunResult
+    workload_factory: WorkloadFactory
+    config: RunConfig
+
+    @property
+    def summary(self) -> RunSummary:
+        return self.result.summary
+
+    @property
+    def directory(self) -> str:
+        return self.result.directory
+
+    def table(self) -> str:
+        """What happened to each seed, as text."""
+        from esper import nissa
+
+        return nissa.table(self.summary)
+
+    def report(self) -> Path:
+        """Writes `report.html` beside the summary (in the working folder, if that is not on this machine)."""
+        from esper import nissa
+
+        folder = Folder(self.directory, self.config.storage_options)
+        history = RunHistory.model_validate_json(folder.read(HISTORY_FILE))
+        target = (folder.local or Path.cwd() / self.summary.run_id) / REPORT_FILE
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return nissa.write_report(self.summary, history, target)
+
+    def export(self, *, best: bool = False) -> nn.Module:
+        """The grown model as a plain `nn.Module` on the CPU, without a trace of Esper.
+
+        Args:
+            best: as it was at the best epoch instead of the last.
+
+        Raises:
+            NotFoundError: if the run left no checkpoint.
+        """
+        return export_checkpoint(self.workload_factory(), self.config, directory=self.directory, best=best)
+
+
+# ---------------------------------------------------------------- wrap
+
+
+def wrap(
+    model: nn.Module,
+    *,
+    example: tuple[Any, ...],
+    sites: str | Sequence[str] = "auto",
+    causal: bool = False,
+    config: RunConfig | None = None,
+    overrides: Iterable[str] = (),
+) -> Grown:
+    """Makes a model able to grow in one's own loop. The model stays what it is; go on calling it.
+
+    Args:
+        model: any `nn.Module`; it gets one child, `_esper`.
+        example: positional inputs of the model for a few samples.
+        sites: `auto`, a module path or glob, or several.
+        causal: whether sequence sites may only look back, as in language models.
+        config: limits and rates; None is the defaults.
+        overrides: dotted settings, such as `kasmina.shadow_lr=1e-3`.
+
+    Raises:
+        ConfigError: if a setting is wrong.
+        SiteError: if a site does not exist or cannot carry a seed.
+    """
+    resolved = _resolve(config or RunConfig(), {"data": {"type": "given"}, "host": {"type": "given"}}, overrides)
+    host = kasmina.wrap(model, example=example, sites=sites, causal=causal, config=resolved.kasmina)
+    return Grown(host, example, resolved)
+
+
+class Grown:
+    """A model that can grow. Call it, or the model itself, as ever."""
+
+    def __init__(self, host: kasmina.Host, example: tuple[Any, ...], config: RunConfig) -> None:
+        self.host = host
+        self._example = example
+        self._config = config
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.host.module(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"Grown({type(self.host.module).__name__}, sites={list(self.host.sites)})"
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return self.host.module
+
+    @property
+    def sites(self) -> Mapping[str, SiteSignature]:
+        """Name and signature of each site, in forward order."""
+        return self.host.sites
+
+    def seeds(self) -> list[SeedView]:
+        """Every seed as it stands."""
+        return self.host.seeds()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters on the live path: what an optimizer is made with."""
+        return (parameter for _, parameter in self.host.live_parameters())
+
+    def export(self) -> nn.Module:
+        """The model as it is now, as a plain `nn.Module`; this one is not changed."""
+        return kasmina.export(self.host)
+
+    @contextmanager
+    def session(
+        self,
+        *,
+        optimizer: Optimizer,
+        val_data: Data,
+        task: Task | str = "classification",
+        scheduler: LRScheduler | None = None,
+        epochs: int | None = None,
+        steps_per_epoch: int = 0,
+        batch_size: int | None = None,
+        budget: Budget | None = None,
+        overrides: Iterable[str] = (),
+        hub: AssetHub | None = None,
+        public_key: bytes | None = None,
+        bus: Bus | None = None,
+        controller: Controller | None = None,
+    ) -> Iterator[Session]:
+        """Growth around one's own loop: `s.step(batch, loss)` after each step, `s.end_epoch(metrics)` after each epoch.
+
+        Without a `hub`, the library's kernels are built here, in this process, before the first step; nothing of the
+        session outlives it but the model.
+
+        Args:
+            optimizer: of the model's parameters; kernels join it when they are grafted.
+            val_data: what evidence is taken on.
+            task: by name, or an `esper.Task`; its loss trains kernels in shadow.
+            scheduler: yours to step; it follows the growth.
+            epochs: how many there will be; policies plan with it.
+            steps_per_epoch: if known; else it is taken from the first epoch.
+            batch_size: of validation.
+            budget: of growth.
+            overrides: dotted settings, such as `tamiyo.policy=none`.
+            hub: where kernels come from, with `public_key`, the signer's raw 32 bytes.
+            public_key: see `hub`.
+            bus: where telemetry goes; None is nowhere.
+            controller: who decides; None is the configured policy in this process.
+
+        Raises:
+            ConfigError: if a setting is wrong, the scheduler cannot grow, or a hub comes without its key.
+        """
+        from esper.tamiyo.controller import LocalController
+
+        chosen = resolve_task(task)
+        settings = {
+            "task": chosen.name if isinstance(task, str) else "custom",
+            "tolaria.epochs": epochs,
+            "tolaria.batch_size": batch_size,
+            "budget": None if budget is None else budget.model_dump(),
+        }
+        config = _resolve(self._config, settings, overrides)
+        if hub is None:
+            hub, public_key = local_hub(self.host.sites.values(), config)
+        elif public_key is None:
+            raise ConfigError("a hub comes with its signer's key", field="public_key")
+        self.host.attach(hub, public_key, wait=config.deterministic)
+        ports = Ports(hub=hub, bus=bus, controller=controller or LocalController(config.tamiyo, seed=config.seed))
+        first = next(self.parameters(), None)
+        device = torch.device("cpu") if first is None else first.device
+        try:
+            with Session(
+                self.host,
+                Optimization(optimizer, scheduler),
+                chosen,
+                example=to_device(self._example, device),
+                config=config,
+                run_id=new_run_id(config),
+                ports=ports,
+                val=evaluation_batches(val_data, batch_size=config.tolaria.batch_size),
+                steps_per_epoch=steps_per_epoch,
+                device=device,
+            ) as session:
+                yield session
+        finally:
+            self.host.close()
+
+
+def export(grown: Grown | Run) -> nn.Module:
+    """The grown model as a plain `nn.Module`: see `Grown.export` and `Run.export`."""
+    return grown.export()
+
+
+# ---------------------------------------------------------------- in this process
+
+
+def train_local(
+    workload: Workload,
+    config: RunConfig,
+    *,
+    directory: str,
+    run_id: str,
+    hub: AssetHub | None,
+    bus: Bus | None,
+    controller: Controller | None,
+    public_key: bytes | None,
+    ranks: Ranks | None = None,
+    stop: Callable[[], str | None] = never,
+    faults: FaultPlan | None = None,
+    resume: bool = False,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+    device: torch.device | None = None,
+) -> RunSummary:
+    """Trains a workload in this process; see the module. The workload's model is wrapped and trained in place.
+
+    Raises:
+        UserError: if a setting, the data or the storage cannot be used.
+        NonFiniteError: if the host diverges again and again.
+    """
+    ranks = ranks or SoloRanks()
+    device = device or _device(config)
+    ports = Ports(hub, bus, controller, ranks, stop, faults or NoFaults())
+    threads = config.tolaria.num_threads
+    # ranks draw different dropout masks; what must be equal on all comes from rank 0
+    with numerics(seed=config.seed + 7919 * ranks.rank, deterministic=config.deterministic, num_threads=threads):
+        host = _wrap_workload(workload, config, device)
+        if hub is not None and public_key is not None:
+            # several ranks must hold a kernel at the same step: none may depend on its own loader's pace
+            host.attach(hub, public_key, wait=config.deterministic or ranks.world > 1)
+        try:
+            trainer = Trainer(
+                host,
+                workload,
+                config,
+                directory=directory,
+                run_id=run_id,
+                ports=ports,
+                resume=resume,
+                on_epoch=on_epoch,
+            )
+            return trainer.run()
+        finally:
+            host.close()
+
+
+def export_checkpoint(workload: Workload, config: RunConfig, *, directory: str, best: bool = False) -> nn.Module:
+    """The plain model of a run's checkpoint.
+
+    Args:
+        workload: with a fresh host, of the same shape as the run's.
+        config: of the run.
+        directory: of the run.
+        best: the best checkpoint instead of the last.
+
+    Raises:
+        NotFoundError: if there is no such checkpoint.
+    """
+    checkpoints = Checkpoints(Folder(directory, config.storage_options))
+    found: Restored | None = checkpoints.best() if best else checkpoints.latest()
+    if found is None:
+        raise NotFoundError(f"{directory} holds no {'best ' if best else ''}checkpoint")
+    host = _wrap_workload(workload, config, torch.device("cpu"))
+    host.load_growth_state(found.state["session"]["growth"])
+    host.module.load_state_dict(found.state["session"]["module"], strict=True)
+    return kasmina.export(host)
+
+
+def local_hub(
+    signatures: Iterable[SiteSignature], config: RunConfig, *, private_key: Ed25519PrivateKey | None = None
+) -> tuple[AssetHub, bytes]:
+    """An asset hub in memory with the library's kernels for these sites, built and checked here; and its public key.
+
+    Args:
+        signatures: of the sites.
+        config: says which blueprints.
+        private_key: the signer's; None makes one that is forgotten.
+
+    Raises:
+        ConfigError: if a configured blueprint is not in the library.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from esper.tezzeret.fingerprint import target_fingerprint
+    from esper.tezzeret.worker import Idle, work_once
+    from esper.urabrask.gauntlet import examine
+    from esper.urza.library import designs_for, load_library
+    from esper.urza.memory import MemoryHub
+
+    key = private_key or Ed25519PrivateKey.generate()
+    library, names = load_library(), config.tezzeret.blueprints
+    unknown = [] if names == "library" else [name for name in names if name not in library]
+    if unknown:
+        raise ConfigError(f"no blueprint {unknown[0]!r} in the library", field="tezzeret.blueprints")
+    hub = MemoryHub()
+    for signature in dict.fromkeys(signatures):
+        for design in designs_for(signature):
+            if names == "library" or design.name in names:
+                hub.submit_blueprint(design.ir, name=design.name, targets=[signature], tags=design.tags)
+    fingerprint = target_fingerprint()
+    with torch.random.fork_rng(devices=[]):
+        turn = None
+        while not isinstance(turn, Idle):
+            turn = work_once(hub, worker="local", fingerprint=fingerprint, private_key=key, examine=examine)
+    return hub, key.public_key().public_bytes_raw()
+
+
+def new_run_id(config: RunConfig) -> str:
+    """A name for a run: sorts by time, and does not repeat."""
+    return f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def _wrap_workload(workload: Workload, config: RunConfig, device: torch.device) -> kasmina.Host:
+    return kasmina.wrap(
+        workload.model.to(device),
+        example=to_device(workload.example, device),
+        sites=config.kasmina.sites,
+        causal=workload.task.name == "language_model",
+        config=config.kasmina,
+    )
+
+
+def _device(config: RunConfig) -> torch.device:
+    if not config.tolaria.use_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("there is no GPU here", field="tolaria.use_gpu", remedy="set it to false")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _resolve(config: RunConfig, settings: Mapping[str, Any], overrides: Iterable[str]) -> RunConfig:
+    """The configuration with dotted settings over it; None leaves what is there."""
+    tree = config.model_dump(mode="json")
+    for key, value in settings.items():
+        if value is None:
+            continue
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = list(value) if isinstance(value, tuple) else value
+    return parse_config(tree, overrides)

@@ -66,7 +66,13 @@ class TextData(Section):
     val_samples: PositiveInt = 512
 
 
-Data = Annotated[DigitsData | ParquetImageData | TextData, Field(discriminator="type")]
+class GivenData(Section):
+    """Data handed over in Python (`esper.grow`): they cannot be named in a file."""
+
+    type: Literal["given"] = "given"
+
+
+Data = Annotated[DigitsData | ParquetImageData | TextData | GivenData, Field(discriminator="type")]
 
 # ---------------------------------------------------------------- hosts
 
@@ -106,7 +112,13 @@ class ImportedHost(Section):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
-Host = Annotated[MlpHost | CnnHost | GptHost | ImportedHost, Field(discriminator="type")]
+class GivenHost(Section):
+    """A model handed over in Python (`esper.grow`)."""
+
+    type: Literal["given"] = "given"
+
+
+Host = Annotated[MlpHost | CnnHost | GptHost | ImportedHost | GivenHost, Field(discriminator="type")]
 
 # ---------------------------------------------------------------- the systems
 
@@ -272,7 +284,8 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_\-]{0,40}$")] = "run"
     """First part of the run id."""
-    task: Literal["classification", "regression", "language_model"] = "classification"
+    task: Literal["classification", "regression", "language_model", "custom"] = "classification"
+    """`custom`: an `esper.Task` handed over in Python."""
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     deterministic: bool = False
     """Fixed threads and algorithms; the trainer waits for Tamiyo, kernels and storage; a resumed run is bit-equal."""
@@ -292,6 +305,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _task_fits_data(self) -> RunConfig:
+        if isinstance(self.data, GivenData):
+            return self
         is_text = isinstance(self.data, TextData)
         if is_text != (self.task == "language_model"):
             raise ValueError(f"task {self.task} does not go with data of type {self.data.type}")

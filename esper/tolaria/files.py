@@ -31,6 +31,11 @@ class Folder:
             raise StorageError(f"cannot open {address}: {error}", field="storage") from error
         self.is_local = "file" in _protocols(self._fs.protocol)
 
+    @property
+    def local(self) -> Path | None:
+        """The folder on this machine; None at another address."""
+        return Path(self._root) if self.is_local else None
+
     def path(self, name: str) -> str:
         """The name's full path within its file system."""
         return f"{self._root.rstrip('/')}/{name}"

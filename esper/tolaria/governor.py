@@ -28,6 +28,9 @@ class Limits:
         z: robust z-score above which a loss is suspect.
         strikes: consecutive suspect losses that make a verdict; one bad batch is no reason to go back.
         min_spread: share of the median that always counts as noise, so that a flat history does not flag a whisper.
+        watch_steps: steps after a change of the live path on which the norm of the weights is watched.
+        norm_growth: factor by which it may grow meanwhile, or over an epoch. A grower was seen to write 2e15 into
+            weights while the loss right after was normal.
         max_rollbacks: rollbacks without a new good snapshot between them; after that going back cannot help.
     """
 
@@ -36,6 +39,8 @@ class Limits:
     z: float = 8.0
     strikes: int = 5
     min_spread: float = 0.05
+    watch_steps: int = 10
+    norm_growth: float = 10.0
     max_rollbacks: int = 3
 
 
@@ -82,6 +87,15 @@ def judge(vitals: Vitals, loss: float, limits: Limits) -> tuple[Vitals, Judgemen
     words = f"loss {loss:.4g} stands {score:.1f} deviations above its own history, {strikes} steps in a row"
     verdict = Verdict.ROLLBACK if strikes >= limits.strikes else Verdict.SUSPECT
     return replace(vitals, strikes=strikes), Judgement(verdict, words)
+
+
+def judge_norm(before: float, after: float, limits: Limits) -> str | None:
+    """What is wrong with the norm of the weights, compared with one that was sound; None if it is fit."""
+    if not math.isfinite(after):
+        return "the weights are not finite"
+    if before > 0 and after > limits.norm_growth * before:
+        return f"the norm of the weights went from {before:.4g} to {after:.4g}"
+    return None
 
 
 def after_rollback(vitals: Vitals) -> Vitals:

@@ -1,0 +1,96 @@
+"""Carrying out commands: on every rank or on none, with the optimizer, the scheduler and the DDP wrapper following."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from esper.leyline.growth import Change
+from esper.leyline.signals import KasminaControlCommand
+from esper.tolaria import governor
+from esper.tolaria.chronicle import Chronicle
+from esper.tolaria.course import Course
+from esper.tolaria.reach import Reach
+
+log = logging.getLogger(__name__)
+
+
+class Adaptation:
+    """The hands of one run.
+
+    Args:
+        course: the run.
+        chronicle: told of every event.
+        reach: asks for kernels that are waited for.
+        limits: of the governor; they say for how long the weights are watched after a change.
+
+    Attributes:
+        norm: norm of the live weights when the live path last changed, or at the last snapshot.
+        watch_until: step until which it is compared at every step.
+    """
+
+    def __init__(self, course: Course, *, chronicle: Chronicle, reach: Reach, limits: governor.Limits) -> None:
+        self._course = course
+        self._chronicle = chronicle
+        self._reach = reach
+        self._limits = limits
+        self.norm = 0.0
+        self.watch_until = 0
+
+    def apply(self, command: KasminaControlCommand) -> None:
+        """Carries out a command, or tells why not. Collective."""
+        course = self._course
+        refusal = course.ports.ranks.agree(self._refusal(command))
+        if refusal is None:
+            change = self._reach.ask(
+                "Urza",
+                lambda: course.growable.apply(command, run_id=course.run_id, epoch=course.epoch, step=course.step),
+            )
+            if change is not None:
+                self.absorb(change)
+                return
+            refusal = "Urza does not answer"
+        log.info("command.refused", extra={"site": command.site, "seed": command.seed_id, "reason": refusal})
+        seed = course.seed(command.seed_id)
+        if seed is not None:
+            event = self._chronicle.event(seed, seed.stage, refusal, refused=True, blueprint=command.blueprint)
+            self._chronicle.tell(event)
+
+    def absorb(self, change: Change) -> None:
+        """Takes in what a call did to the seeds."""
+        optimization, growable = self._course.optimization, self._course.growable
+        if change.left:
+            optimization.leave(change.left)
+        for seed_id, parameters in change.joined:
+            optimization.join(seed_id, parameters, live=growable.live_parameters())
+        if change.path_changed or change.joined or change.left:
+            self.path_changed()
+        for event in change.events:
+            self._chronicle.tell(event)
+        if change.events:
+            self._chronicle.look()
+
+    def path_changed(self) -> None:
+        """The live path is another one from the next step on."""
+        self._chronicle.recorder.graft(self._course.step)
+        self._chronicle.outbox.mark(self._course.step)
+        self.norm = self.weight_norm()
+        self.watch_until = self._course.step + self._limits.watch_steps
+        self.rebuild_parallel()
+
+    def rebuild_parallel(self) -> None:
+        """Wraps the model anew for its present live path."""
+        growable = self._course.growable
+        live = [name for name, _ in growable.live_parameters()]
+        self._course.model = self._course.ports.ranks.parallel(growable.module, live)
+
+    def weight_norm(self) -> float:
+        """Norm of all live weights together."""
+        tensors = [parameter.detach() for _, parameter in self._course.growable.live_parameters()]
+        return float(torch.nn.utils.get_total_norm(tensors)) if tensors else 0.0
+
+    def _refusal(self, command: KasminaControlCommand) -> str | None:
+        # a tuple, since None means "may be applied" here and "no answer" there
+        answer = self._reach.ask("Urza", lambda: (self._course.growable.check(command),))
+        return "Urza does not answer" if answer is None else answer[0]

@@ -1,0 +1,100 @@
+"""Telling what happened to the seeds: into the run's record, over the bus, and to Urza when an adaptation ends."""
+
+from __future__ import annotations
+
+import logging
+
+from esper.leyline.growth import SeedView
+from esper.leyline.messages import Topic
+from esper.leyline.seeds import SeedStage
+from esper.leyline.signals import LifecycleEvent, Outcome
+from esper.tolaria.course import Course
+from esper.tolaria.outbox import Outbox
+from esper.tolaria.reach import Reach
+from esper.tolaria.recorder import Recorder
+
+log = logging.getLogger(__name__)
+
+_OUTCOMES = {
+    SeedStage.FOSSILIZED: Outcome.FOSSILIZED,
+    SeedStage.CULLED: Outcome.CULLED,
+    SeedStage.CANCELLED: Outcome.CANCELLED,
+    SeedStage.ROLLED_BACK: Outcome.ROLLED_BACK,
+}
+
+
+class Chronicle:
+    """The teller of one run.
+
+    Args:
+        course: the run.
+        recorder: its record.
+        outbox: to the bus.
+        reach: to Urza.
+    """
+
+    def __init__(self, course: Course, *, recorder: Recorder, outbox: Outbox, reach: Reach) -> None:
+        self._course = course
+        self.recorder = recorder
+        self.outbox = outbox
+        self._reach = reach
+        self._seen: dict[str, SeedView] = {}
+
+    def look(self) -> None:
+        """Remembers the seeds that are under way: one that ends is reported as it was last seen with its kernel."""
+        seeds = self._course.growable.seeds()
+        self._seen.update({seed.seed_id: seed for seed in seeds if seed.stage.is_active and seed.kernel_id})
+
+    def event(
+        self, seed: SeedView, to: SeedStage, reason: str, *, refused: bool = False, blueprint: str | None = None
+    ) -> LifecycleEvent:
+        """An event of this moment.
+
+        Args:
+            seed: as it stood before.
+            to: where it went, or would have gone.
+            reason: why.
+            refused: whether it stayed where it was.
+            blueprint: what was asked for, where the seed has none yet.
+        """
+        return LifecycleEvent(
+            run_id=self._course.run_id,
+            step=self._course.step,
+            epoch=self._course.epoch,
+            site=seed.site,
+            seed=seed.seed_id,
+            blueprint=seed.blueprint or blueprint,
+            kernel_id=seed.kernel_id,
+            from_stage=seed.stage,
+            to_stage=to,
+            evidence=seed.evidence,
+            reason=reason,
+            refused=refused,
+        )
+
+    def tell(self, event: LifecycleEvent) -> None:
+        """Records and publishes an event; one that ends an adaptation also makes its field report."""
+        self.recorder.event(event)
+        self.outbox.publish(Topic.LIFECYCLE, event)
+        outcome = _OUTCOMES.get(event.to_stage)
+        if outcome is not None and not event.refused:
+            self._report(event.seed, outcome, event.reason)
+
+    def close(self, reason: str) -> None:
+        """Ends what is still under way as UNFINISHED."""
+        self.look()
+        for seed in self._course.growable.seeds():
+            if seed.stage.is_active:
+                self._report(seed.seed_id, Outcome.UNFINISHED, reason)
+
+    def _report(self, seed_id: str, outcome: Outcome, reason: str) -> None:
+        now, before = self._course.seed(seed_id), self._seen.pop(seed_id, None)
+        view = now if now is not None and now.blueprint_id is not None else before
+        if view is None or view.blueprint_id is None or view.kernel_id is None:
+            return  # its kernel never came: there is nothing to say of it
+        report = self.recorder.report(view, outcome, reason=reason)
+        hub = self._course.ports.hub
+        if self._course.is_first:
+            self.outbox.publish(Topic.FIELD_REPORTS, report)
+            if hub is not None:
+                self._reach.ask("Urza", lambda: hub.report(report))

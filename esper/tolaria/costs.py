@@ -1,0 +1,113 @@
+"""What a step of the host costs in FLOPs, without disturbing it: counted on copies, once for each kind of step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from esper.leyline.growth import PREFIX, Growable
+from esper.leyline.kernels import SiteSignature
+from esper.tolaria.flops import StepCosts
+from esper.tolaria.workload import model_args
+
+HEALTH_OPS = 8
+"""FLOPs an element of h on a sampled step: mean and variance (5), threshold (1), norm of the gradient (2)."""
+
+
+class HostCosts:
+    """Counts the live path of a growable.
+
+    Args:
+        growable: whose live path.
+        loss_of: (outputs, targets) to a scalar.
+    """
+
+    def __init__(self, growable: Growable, loss_of: Callable[[Any, Any], torch.Tensor]) -> None:
+        self._growable = growable
+        self._loss_of = loss_of
+        self._costs = StepCosts()
+        self._shadow = StepCosts()
+
+    def training_step(self, inputs: Any, targets: Any) -> int:
+        """FLOPs of forward and backward for this batch."""
+        args = model_args(inputs)
+        return self._costs.cost(
+            lambda: self._train_on_copies(args, targets),
+            topology_version=self._growable.topology_version,
+            shapes=_shapes(args),
+            mode="train",
+        )
+
+    def known_training_step(self, inputs: Any) -> int | None:
+        """The same, if it was counted before."""
+        version = self._growable.topology_version
+        return self._costs.known(topology_version=version, shapes=_shapes(model_args(inputs)), mode="train")
+
+    def forward(self, args: tuple[Any, ...]) -> int:
+        """FLOPs of an inference forward for these arguments."""
+        return self._costs.cost(
+            lambda: self._infer(args),
+            topology_version=self._growable.topology_version,
+            shapes=_shapes(args),
+            mode="eval",
+        )
+
+    def counting(self, args: tuple[Any, ...], run: Callable[[], Any], *, mode: str) -> tuple[Any, int]:
+        """Runs `run`, counting it if this kind of run is new; returns its result and its FLOPs."""
+        key = {"topology_version": self._growable.topology_version, "shapes": _shapes(args), "mode": mode}
+        known = self._shadow.known(**key)
+        if known is not None:
+            return run(), known
+        result: list[Any] = []
+        cost = self._shadow.cost(lambda: result.append(run()), **key)
+        return result[0], cost
+
+    def _train_on_copies(self, args: tuple[Any, ...], targets: Any) -> None:
+        module = self._growable.module
+        with _forked_rng(), _in_eval(module.get_submodule(PREFIX)), torch.enable_grad():
+            tensors = {
+                name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in module.named_parameters()
+            }
+            buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+            outputs = torch.func.functional_call(module, {**tensors, **buffers}, args)
+            wanted = [tensor for tensor in tensors.values() if tensor.requires_grad]
+            torch.autograd.grad(self._loss_of(outputs, targets), wanted, allow_unused=True)
+
+    def _infer(self, args: tuple[Any, ...]) -> None:
+        module = self._growable.module
+        with _forked_rng(), _in_eval(module), torch.no_grad():
+            module(*args)
+
+
+def health_flops(signature: SiteSignature, batch: int) -> int:
+    """Estimated FLOPs of taking one site's health on one batch: element-wise figures and the C x C correlations."""
+    elements = 1
+    for extent in signature.shape(batch):
+        elements *= extent
+    return elements * HEALTH_OPS + 2 * elements * signature.channels
+
+
+def _shapes(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(tuple(arg.shape) if isinstance(arg, torch.Tensor) else None for arg in args)
+
+
+@contextmanager
+def _forked_rng() -> Iterator[None]:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+
+
+@contextmanager
+def _in_eval(module: nn.Module) -> Iterator[None]:
+    """Sites in eval mode take no health, so what is counted does not enter their figures."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training

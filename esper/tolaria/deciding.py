@@ -1,0 +1,124 @@
+"""One decision an epoch: rank 0 asks Tamiyo, or replays what was logged, and all ranks hear."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from esper.leyline.errors import UnavailableError
+from esper.leyline.kernels import SiteSignature
+from esper.leyline.ports import AssetHub
+from esper.leyline.signals import AdaptationSignal, EpochRecord, LayerHealthReport, SystemStatePacket
+from esper.tolaria.commands import CommandLog, LoggedDecision
+from esper.tolaria.course import Course
+from esper.tolaria.packet import HostSize, budget_state, kernel_options
+from esper.tolaria.reach import Reach
+
+
+class Deciding:
+    """Tamiyo's place in one run.
+
+    Args:
+        course: the run.
+        reach: to Tamiyo and Urza.
+        commands: the durable log, in deterministic mode on rank 0.
+
+    Attributes:
+        memory: Tamiyo's state, opaque.
+    """
+
+    def __init__(self, course: Course, *, reach: Reach, commands: CommandLog | None) -> None:
+        self._course = course
+        self._reach = reach
+        self._commands = commands
+        self.memory: dict[str, Any] = {}
+
+    def decide(
+        self,
+        record: EpochRecord,
+        reports: Sequence[LayerHealthReport],
+        *,
+        host: HostSize,
+        embargoed: Sequence[str],
+        governor: str,
+    ) -> AdaptationSignal | None:
+        """Returns the answer on every rank; None if there is no controller, or none that answers. Collective.
+
+        Args:
+            record: the epoch's row.
+            reports: health of every site.
+            host: size of the host before it grew.
+            embargoed: `site` or `site:blueprint` that must not grow.
+            governor: its words.
+        """
+        course = self._course
+        answer = None
+        if course.is_first:
+            answer = self._replay() or self._ask(record, reports, host, embargoed, governor)
+        answer = course.ports.ranks.broadcast(answer)
+        if answer is None:
+            return None
+        self.memory, signal = answer
+        return signal
+
+    def kernels(self) -> tuple[int, int]:
+        """How many kernels are ready for the sites, and how many on their way; in deterministic mode the latter are
+        waited for, so that what Tamiyo can choose from does not depend on the clock. Zeros on other ranks.
+        """
+        hub = self._course.ports.hub
+        if hub is None or not self._course.is_first:
+            return 0, 0
+        signatures = list(dict.fromkeys(self._course.growable.sites.values()))
+        if self._course.config.deterministic:
+            self._reach.ask("Tezzeret", lambda: _require_compiled(hub, signatures))
+        pending = self._reach.ask("Urza", lambda: hub.pending(signatures))
+        ready = self._reach.ask("Urza", lambda: sum(len(hub.kernels(signature=each)) for each in signatures))
+        return ready or 0, pending or 0
+
+    def _replay(self) -> tuple[dict[str, Any], AdaptationSignal] | None:
+        logged = None if self._commands is None else self._commands.at(self._course.epoch)
+        return None if logged is None else (logged.state, logged.signal)
+
+    def _ask(
+        self,
+        record: EpochRecord,
+        reports: Sequence[LayerHealthReport],
+        host: HostSize,
+        embargoed: Sequence[str],
+        governor: str,
+    ) -> tuple[dict[str, Any], AdaptationSignal] | None:
+        course, controller = self._course, self._course.ports.controller
+        if controller is None:
+            return None
+        budget = budget_state(course.config.budget, host, params_used=record.params, flops_used=record.flops_per_sample)
+        packet = SystemStatePacket(
+            run_id=course.run_id,
+            epoch=record,
+            layers=tuple(reports),
+            options=self._options(),
+            budget=budget,
+            embargoed=tuple(embargoed),
+            governor=governor,
+            missing=self._reach.missing,
+        )
+        answer = self._reach.ask("Tamiyo", lambda: controller.decide(self.memory, packet))
+        if answer is not None and self._commands is not None:
+            state, signal = answer
+            self._commands.append(LoggedDecision(course.epoch, course.step, signal, state))
+            course.ports.faults.at("logged", course.epoch)
+        return answer
+
+    def _options(self) -> tuple[Any, ...]:
+        hub, names = self._course.ports.hub, self._course.config.tezzeret.blueprints
+        if hub is None:
+            return ()
+        allowed = None if names == "library" else names
+        sites = self._course.growable.sites
+        return self._reach.ask("Urza", lambda: kernel_options(hub, sites, blueprints=allowed)) or ()
+
+
+def _require_compiled(hub: AssetHub, signatures: Sequence[SiteSignature]) -> bool:
+    pending = hub.pending(signatures)
+    if pending:
+        raise UnavailableError(f"{pending} kernels are still being compiled")
+    return True

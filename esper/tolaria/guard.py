@@ -1,0 +1,154 @@
+"""The governor at work: holds the last good snapshot, feeds the vitals to the pure core, and goes back when told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from esper.leyline.errors import NonFiniteError
+from esper.leyline.growth import SeedView
+from esper.leyline.seeds import SeedStage
+from esper.leyline.signals import Action, KasminaControlCommand
+from esper.tolaria import governor, snapshot
+from esper.tolaria.adaptation import Adaptation
+from esper.tolaria.chronicle import Chronicle
+from esper.tolaria.course import Course
+
+log = logging.getLogger(__name__)
+
+AGREE_EVERY = 8
+"""Steps between agreements of several ranks on whether to go back: each costs a round trip."""
+
+
+class Guard:
+    """The governor of one run.
+
+    Args:
+        course: the run.
+        adaptation: removes the seeds that are blamed.
+        chronicle: told of every rollback.
+        limits: when to go back.
+
+    Attributes:
+        words: `ok`, or what was last done; for Tamiyo.
+        embargo: `site` or `site:blueprint` to the first epoch at which it may grow again.
+    """
+
+    def __init__(
+        self, course: Course, *, adaptation: Adaptation, chronicle: Chronicle, limits: governor.Limits
+    ) -> None:
+        self._course = course
+        self._adaptation = adaptation
+        self._chronicle = chronicle
+        self._limits = limits
+        self._vitals = governor.Vitals()
+        self._complaint: str | None = None
+        self._snapshot: dict[str, Any] = {}
+        self.words = "ok"
+        self.embargo: dict[str, int] = {}
+
+    def watch(self, loss: float) -> None:
+        """Takes in the loss of a step."""
+        course, adaptation = self._course, self._adaptation
+        self._vitals, judgement = governor.judge(self._vitals, loss, self._limits)
+        if judgement.verdict is governor.Verdict.ROLLBACK:
+            self._complaint = self._complaint or judgement.reason
+        if course.step < adaptation.watch_until and self._complaint is None:
+            self._complaint = governor.judge_norm(adaptation.norm, adaptation.weight_norm(), self._limits)
+
+    def act(self) -> bool:
+        """Goes back if there is a reason, and says whether it did. For several ranks only every `AGREE_EVERY` steps."""
+        ranks = self._course.ports.ranks
+        if ranks.world > 1:
+            if self._course.step % AGREE_EVERY:
+                return False
+            self._complaint = ranks.agree(self._complaint)
+        if self._complaint is None:
+            return False
+        self.roll_back(self._complaint)
+        return True
+
+    def examine(self) -> str | None:
+        """At the end of an epoch: goes back if there is a reason, and returns it. Collective."""
+        reason = self._course.ports.ranks.agree(self._complaint or self._ailment())
+        if reason is not None:
+            self.roll_back(reason)
+        return reason
+
+    def remember(self) -> None:
+        """Takes the snapshot to go back to."""
+        self._snapshot = snapshot.take(self._course.growable, self._course.optimization)
+        self._adaptation.norm = self._adaptation.weight_norm()
+
+    def passed(self) -> None:
+        """An epoch ended in health."""
+        self._vitals = governor.after_snapshot(self._vitals)
+
+    def roll_back(self, reason: str) -> None:
+        """Restores the last good snapshot bit by bit, and puts the blame on the seeds that were blended meanwhile.
+
+        A seed that was grafted since is culled (the restored host never met it); one that was blended already is
+        retired. Their sites are under embargo for `kasmina.embargo_epochs`. Collective.
+
+        Raises:
+            NonFiniteError: if this happened `max_rollbacks` times without a healthy epoch between.
+        """
+        course = self._course
+        self._complaint = None
+        self._vitals = governor.after_rollback(self._vitals)
+        if self._vitals.rollbacks > self._limits.max_rollbacks:
+            raise NonFiniteError(
+                f"set back {self._limits.max_rollbacks} times in a row, and again: {reason}",
+                remedy="the host itself diverges; lower the learning rate",
+            )
+        log.warning("run.rolled_back", extra={"step": course.step, "reason": reason})
+        self.words = f"rolled back at step {course.step}: {reason}"
+        self._chronicle.recorder.decision(course.epoch, self.words)
+        blamed = [seed for seed in course.growable.seeds() if seed.stage.is_blended and seed.stage.is_active]
+        for seed in blamed:
+            self._chronicle.tell(self._chronicle.event(seed, SeedStage.ROLLED_BACK, reason))
+            self._put_under_embargo(seed)
+        snapshot.give_back(self._snapshot, course.growable, course.optimization)
+        self._adaptation.path_changed()
+        for seed in blamed:
+            self._remove(seed.seed_id, f"rolled back: {reason}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state but for the snapshot, which is the checkpoint itself."""
+        return {
+            "vitals": governor.vitals_state(self._vitals),
+            "words": self.words,
+            "embargo": dict(self.embargo),
+            "norm": self._adaptation.norm,
+            "watch_until": self._adaptation.watch_until,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self._vitals = governor.vitals_from(state["vitals"])
+        self.words = str(state["words"])
+        self.embargo = {key: int(until) for key, until in state["embargo"].items()}
+        self._adaptation.norm = float(state["norm"])
+        self._adaptation.watch_until = int(state["watch_until"])
+
+    def _ailment(self) -> str | None:
+        """What is wrong with the weights; None if they are fit for a snapshot."""
+        for name, tensor in self._course.growable.module.state_dict().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                return f"{name} is not finite"
+        return governor.judge_norm(self._adaptation.norm, self._adaptation.weight_norm(), self._limits)
+
+    def _put_under_embargo(self, seed: SeedView) -> None:
+        until = self._course.epoch + 1 + self._course.config.kasmina.embargo_epochs
+        self.embargo[seed.site] = until
+        if seed.blueprint:
+            self.embargo[f"{seed.site}:{seed.blueprint}"] = until
+
+    def _remove(self, seed_id: str, reason: str) -> None:
+        seed = self._course.seed(seed_id)
+        if seed is None or not seed.stage.is_active:
+            return
+        action = Action.RETIRE if seed.stage.is_blended else Action.CULL
+        command = KasminaControlCommand(action=action, site=seed.site, seed_id=seed_id, reason=reason)
+        self._adaptation.apply(command)

@@ -1,0 +1,292 @@
+"""The training loop: epochs and batches around a `Session`, checkpoints between measuring and deciding.
+
+Knows no kernel and no policy. What is written where, below the run's folder:
+
+    summary.json, history.json     after every epoch, whole each time
+    checkpoints/                   see `esper.tolaria.checkpoint`
+    commands.jsonl                 deterministic mode: see `esper.tolaria.commands`
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from esper.config import RunConfig
+from esper.leyline.errors import ConfigError, EsperError
+from esper.leyline.growth import Growable
+from esper.leyline.messages import Topic
+from esper.leyline.signals import EpochRecord, RunStarted
+from esper.leyline.summary import HISTORY_FILE, SUMMARY_FILE, RunStatus, RunSummary
+from esper.tolaria.checkpoint import Checkpoints
+from esper.tolaria.commands import CommandLog
+from esper.tolaria.course import Ports
+from esper.tolaria.evidence import Evaluation
+from esper.tolaria.files import Folder
+from esper.tolaria.optim import SEED_KEY, Optimization, clip_norms
+from esper.tolaria.session import Session
+from esper.tolaria.workload import Workload, evaluation_batches, model_args, to_device, training_batches
+
+log = logging.getLogger(__name__)
+
+OnEpoch = Callable[[EpochRecord], None]
+
+
+@dataclass
+class Best:
+    """The best epoch so far, and for how long nothing was better."""
+
+    value: float | None = None
+    epochs_since: int = 0
+
+    def see(self, value: float, *, higher_is_better: bool, counts: bool) -> bool:
+        """Takes in an epoch's value; returns whether it is the best.
+
+        Args:
+            value: of the metric.
+            higher_is_better: which way it points.
+            counts: whether an epoch without progress counts against patience.
+        """
+        better = self.value is None or (value > self.value if higher_is_better else value < self.value)
+        if better:
+            self.value, self.epochs_since = value, 0
+        elif counts:
+            self.epochs_since += 1
+        return better
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: somebody asked for it
+    """The run was told to stop; carries the reason."""
+
+
+class Trainer:
+    """Trains one workload to its end.
+
+    Args:
+        growable: the workload's model, wrapped, on its device.
+        workload: data, task, optimizer.
+        config: of the run.
+        directory: the run's folder, any fsspec address.
+        run_id: of the run.
+        ports: the systems around.
+        resume: go on from the last whole checkpoint, where there is one.
+        on_epoch: called after each epoch, on every rank.
+
+    Raises:
+        UserError: if the configuration, data or storage cannot be used.
+    """
+
+    def __init__(
+        self,
+        growable: Growable,
+        workload: Workload,
+        config: RunConfig,
+        *,
+        directory: str,
+        run_id: str,
+        ports: Ports,
+        resume: bool = False,
+        on_epoch: OnEpoch | None = None,
+    ) -> None:
+        tolaria = config.tolaria
+        if tolaria.best_metric == "val_metric" and workload.task.headline is None:
+            raise ConfigError(f"task {workload.task.name} has no metric", field="tolaria.best_metric")
+        self._config, self._workload, self._ports, self._on_epoch = config, workload, ports, on_epoch
+        self._run_id, self._directory = run_id, directory
+        self._is_first = ports.ranks.rank == 0
+        self._folder = Folder(directory, config.storage_options)
+        self._checkpoints = Checkpoints(self._folder, keep=tolaria.keep_checkpoints)
+        self._train = training_batches(workload.train, batch_size=tolaria.batch_size, seed=config.seed)
+        self._val = evaluation_batches(workload.val, batch_size=tolaria.batch_size)
+        self._num_batches = self._train.num_batches(world=ports.ranks.world)
+        self._device = _device_of(growable)
+        if ports.ranks.world > 1:  # the wrapper of the live path takes equal weights for granted
+            growable.module.load_state_dict(ports.ranks.broadcast(growable.module.state_dict()))
+        parameters = [parameter for _, parameter in growable.live_parameters() if parameter.requires_grad]
+        optimizer = workload.optimizer(parameters)
+        total_steps = self._num_batches * tolaria.epochs
+        scheduler = None if workload.scheduler is None else workload.scheduler(optimizer, total_steps)
+        commands = None
+        if config.deterministic and self._is_first:
+            commands = CommandLog(self._folder, fresh=not resume)
+        self.session = Session(
+            growable,
+            Optimization(optimizer, scheduler),
+            workload.task,
+            example=to_device(workload.example, self._device),
+            config=config,
+            run_id=run_id,
+            ports=ports,
+            val=self._val,
+            steps_per_epoch=self._num_batches,
+            device=self._device,
+            commands=commands,
+        )
+        self._best = Best()
+        self._resumed_from: int | None = None
+        if resume:
+            self._restore()
+
+    # ---------------------------------------------------------------- the run
+
+    def run(self) -> RunSummary:
+        """Trains until the last epoch, patience, or a reason to stop.
+
+        Raises:
+            EsperError: what made the run fail; the summary says so too.
+        """
+        try:
+            self._announce()
+            self._epochs()
+        except Interrupted as stop:
+            log.info("run.interrupted", extra={"reason": str(stop)})
+            return self._end(RunStatus.INTERRUPTED, reason=str(stop))
+        except Exception as error:
+            self._fail(error)
+            raise
+        return self._end(RunStatus.FINISHED, reason="the run ended first")
+
+    def _epochs(self) -> None:
+        session = self.session
+        if session.between:
+            session.control()  # resumed: the decision of the saved epoch was taken after the checkpoint
+        else:
+            session.begin()
+        last = self._config.tolaria.epochs
+        while session.course.epoch < last and not self._out_of_patience():
+            metrics = self._train_epoch()
+            record = session.measure(metrics)
+            self._save(record, final=False)
+            session.control()
+            if session.course.epoch >= last or self._out_of_patience():
+                self._save(record, final=True)
+            self._write(RunStatus.RUNNING)
+            if self._on_epoch is not None:
+                self._on_epoch(record)
+
+    def _train_epoch(self) -> dict[str, float]:
+        session, ranks = self.session, self._ports.ranks
+        session.course.growable.module.train()
+        headline = self._workload.task.headline
+        total, count = torch.zeros((), device=self._device), 0
+        for batch in self._train.epoch(session.course.epoch, rank=ranks.rank, world=ranks.world):
+            self._check_stop()
+            outputs, targets = self._train_step(to_device(batch, self._device))
+            if headline is not None:
+                with torch.no_grad():
+                    total += self._workload.task.metrics[headline](outputs, targets)
+                count += 1
+        return {"train_metric": float(total) / count} if count else {}
+
+    def _train_step(self, batch: Any) -> tuple[Any, Any]:
+        session, optimization = self.session, self.session.course.optimization
+        inputs, targets = batch
+        optimization.optimizer.zero_grad(set_to_none=True)
+        outputs = session.course.model(*model_args(inputs))
+        loss = self._workload.task.loss_fn(outputs, targets)
+        loss.backward()
+        if self._config.tolaria.clip_norm is not None:
+            clip_norms(_host_and_seeds(optimization), self._config.tolaria.clip_norm)
+        optimization.step()
+        session.step((inputs, targets), loss.detach())
+        return outputs, targets
+
+    def _check_stop(self) -> None:
+        ranks = self._ports.ranks
+        if ranks.world > 1 and self.session.course.step % 8:
+            return
+        reason = ranks.agree(self._ports.stop())
+        if reason is not None:
+            raise Interrupted(reason)
+
+    def _out_of_patience(self) -> bool:
+        patience = self._config.tolaria.patience
+        active = any(seed.stage.is_active for seed in self.session.course.growable.seeds())
+        return patience is not None and self._best.epochs_since >= patience and not active
+
+    # ---------------------------------------------------------------- files
+
+    def _save(self, record: EpochRecord, *, final: bool) -> None:
+        tolaria = self._config.tolaria
+        if not final:
+            value = record.val_loss if tolaria.best_metric == "val_loss" else record.val_metric
+            higher = tolaria.best_metric == "val_metric" and self._workload.task.higher_is_better
+            active = any(seed.stage.is_active for seed in self.session.course.growable.seeds())
+            best = value is not None and self._best.see(value, higher_is_better=higher, counts=not active)
+        else:
+            best = False
+        if not (final or best or (record.epoch + 1) % tolaria.checkpoint_every == 0):
+            return
+        with self.session.course.ledger.timed("checkpoint"):
+            state = {"session": self.session.state_dict(), "best": [self._best.value, self._best.epochs_since]}
+            if self._is_first:
+                self._checkpoints.save(record.epoch, state, best=best)
+        self._ports.faults.at("checkpoint", record.epoch)
+
+    def _restore(self) -> None:
+        found = self._checkpoints.latest()
+        if found is None:
+            return
+        state = to_device(found.state, torch.device("cpu"))
+        self.session.load_state_dict(state["session"])
+        self._best.value, self._best.epochs_since = state["best"]
+        self._resumed_from = found.epoch
+        log.info("run.resumed", extra={"epoch": found.epoch})
+
+    def _write(self, status: RunStatus, *, test: Evaluation | None = None, error: str | None = None) -> RunSummary:
+        last = self._checkpoints.last_name()
+        summary = self.session.summary(status, test=test, last_checkpoint=last, error=error)
+        if self._is_first:
+            self._folder.write(HISTORY_FILE, self.session.recorder.history().model_dump_json().encode())
+            self._folder.write(SUMMARY_FILE, summary.model_dump_json(indent=1).encode())
+        return summary
+
+    # ---------------------------------------------------------------- begin and end
+
+    def _announce(self) -> None:
+        session = self.session
+        started = RunStarted(
+            run_id=self._run_id,
+            task=self._workload.task.name,
+            num_epochs=self._config.tolaria.epochs,
+            sites=dict(session.course.growable.sites),
+            params=session.host_size.params,
+            directory=self._directory,
+            resumed_from_epoch=self._resumed_from,
+        )
+        session.outbox.publish(Topic.RUN_STARTED, started)
+        self._write(RunStatus.RUNNING)
+
+    def _end(self, status: RunStatus, *, reason: str) -> RunSummary:
+        self.session.finish(reason)
+        test = None
+        if status is RunStatus.FINISHED and self._workload.test is not None:
+            batches = evaluation_batches(
+                self._workload.test, batch_size=self._config.tolaria.batch_size, field="test_data"
+            )
+            test = self.session.evaluate(batches, purpose="validation", mode="eval")
+        return self._write(status, test=test)
+
+    def _fail(self, error: Exception) -> None:
+        log.error("run.failed", extra={"error": str(error)})
+        try:
+            self._write(RunStatus.FAILED, error=f"{type(error).__name__}: {error}")
+        except EsperError as second:  # the first error is what people must see
+            log.error("summary.unwritten", extra={"error": str(second)})  # noqa: TRY400 - the first one is raised
+
+
+def _host_and_seeds(optimization: Optimization) -> list[list[torch.nn.Parameter]]:
+    host: list[torch.nn.Parameter] = []
+    seeds: list[torch.nn.Parameter] = []
+    for group in optimization.optimizer.param_groups:
+        (seeds if SEED_KEY in group else host).extend(group["params"])
+    return [host, seeds]
+
+
+def _device_of(growable: Growable) -> torch.device:
+    first = next(growable.live_parameters(), None)
+    return torch.device("cpu") if first is None else first[1].device

@@ -1,0 +1,73 @@
+"""The packet that Tamiyo decides on: what kernels there are, what growth may still spend. Decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from esper.config import Budget
+from esper.leyline.growth import Growable, SeedView
+from esper.leyline.kernels import SiteSignature
+from esper.leyline.ports import AssetHub
+from esper.leyline.signals import BudgetState, KernelOption
+
+
+@dataclass(frozen=True, slots=True)
+class HostSize:
+    """The host before it grew: trainable parameters, and forward FLOPs of one sample."""
+
+    params: int
+    flops: int
+
+
+def live_params(growable: Growable) -> int:
+    """Trainable parameters on the live path."""
+    return sum(parameter.numel() for _, parameter in growable.live_parameters() if parameter.requires_grad)
+
+
+def live_flops(host: HostSize, seeds: Iterable[SeedView]) -> int:
+    """Forward FLOPs of the live path for one sample."""
+    return host.flops + sum(seed.flops_per_sample for seed in seeds if seed.stage.is_blended)
+
+
+def budget_state(budget: Budget, host: HostSize, *, params_used: int, flops_used: int) -> BudgetState:
+    """The budget as absolute figures."""
+    return BudgetState(
+        params_used=params_used,
+        params_limit=None if budget.params is None else int(budget.params * host.params),
+        flops_used=flops_used,
+        flops_limit=None if budget.flops is None else int(budget.flops * host.flops),
+    )
+
+
+def kernel_options(
+    hub: AssetHub, sites: Mapping[str, SiteSignature], *, blueprints: Sequence[str] | None
+) -> tuple[KernelOption, ...]:
+    """The validated kernels that fit each site, in an order that depends on nothing but what they are.
+
+    Args:
+        hub: where they are.
+        sites: name to signature.
+        blueprints: names that may be used; None for any.
+
+    Raises:
+        UnavailableError: if the hub does not answer.
+    """
+    kernels = {signature: hub.kernels(signature=signature) for signature in dict.fromkeys(sites.values())}
+    options = [
+        KernelOption(
+            site=site,
+            kernel_id=kernel.kernel_id,
+            blueprint_id=kernel.blueprint_id,
+            blueprint=kernel.blueprint_name,
+            num_parameters=kernel.num_parameters,
+            flops_per_sample=kernel.flops_per_sample,
+            zero_at_birth=kernel.zero_at_birth,
+            tags=kernel.tags,
+        )
+        for site, signature in sites.items()
+        for kernel in kernels[signature]
+        if blueprints is None or kernel.blueprint_name in blueprints
+    ]
+    places = {site: place for place, site in enumerate(sites)}
+    return tuple(sorted(options, key=lambda option: (places[option.site], option.blueprint, option.kernel_id)))

@@ -1,0 +1,489 @@
+"""Growth around a training step: for the trainer's loop, and for one's own.
+
+    with grown.session(optimizer=optimizer, task="classification", val_data=val) as s:
+        for epoch in range(epochs):
+            for inputs, targets in loader:
+                ...forward, backward, optimizer.step() as ever...
+                s.step((inputs, targets), loss)
+            s.end_epoch({"train_loss": mean_loss})
+
+A step trains what is in shadow and watches the vitals. The end of an epoch is in two parts: `measure` validates, takes
+evidence and a snapshot; `control` asks Tamiyo and applies its answer on every rank at once. A checkpoint belongs
+between them: whoever resumes from it decides again, or replays the decision that was logged.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from esper.config import RunConfig
+from esper.leyline.growth import Growable
+from esper.leyline.messages import Topic
+from esper.leyline.seeds import SeedStage
+from esper.leyline.signals import AdaptationSignal, EpochRecord, LayerHealthReport, Severity
+from esper.leyline.summary import Params, RunStatus, RunSummary
+from esper.tolaria import governor, snapshot
+from esper.tolaria.adaptation import Adaptation
+from esper.tolaria.chronicle import Chronicle
+from esper.tolaria.commands import CommandLog
+from esper.tolaria.costs import HostCosts, health_flops
+from esper.tolaria.course import Course, Ports
+from esper.tolaria.deciding import Deciding
+from esper.tolaria.evidence import Evaluation, compare, evaluate
+from esper.tolaria.guard import Guard
+from esper.tolaria.numerics import rng_state, set_rng_state
+from esper.tolaria.optim import Optimization
+from esper.tolaria.outbox import Outbox
+from esper.tolaria.packet import HostSize, live_flops, live_params
+from esper.tolaria.reach import Reach
+from esper.tolaria.recorder import Recorder, metrics_of
+from esper.tolaria.task import Task
+from esper.tolaria.workload import Batch, Batches, batch_len, model_args
+
+
+@dataclass
+class Boundary:
+    """What `measure` found and `control` needs; part of a checkpoint.
+
+    Attributes:
+        skip: why no decision is taken at this boundary; None where one is.
+    """
+
+    record: EpochRecord
+    reports: tuple[LayerHealthReport, ...]
+    skip: str | None = None
+
+
+class Session:
+    """See the module.
+
+    Args:
+        growable: the host with its sites.
+        optimization: its optimizer and scheduler.
+        task: the loss and metrics.
+        example: the model's positional arguments, to size the host with.
+        config: of the run.
+        run_id: of the run.
+        ports: the systems around.
+        val: validation batches; without them there is no evidence and no seed can pass its gate.
+        steps_per_epoch: 0 if unknown until the first epoch has ended.
+        device: where the model lies.
+        commands: the durable log of decisions, in deterministic mode.
+        limits: of the governor.
+
+    Attributes:
+        course: where the run stands.
+        recorder: what it will leave behind.
+        host_size: parameters and FLOPs before it grew.
+    """
+
+    def __init__(
+        self,
+        growable: Growable,
+        optimization: Optimization,
+        task: Task,
+        *,
+        example: tuple[Any, ...],
+        config: RunConfig,
+        run_id: str,
+        ports: Ports,
+        val: Batches | None = None,
+        steps_per_epoch: int = 0,
+        device: torch.device | None = None,
+        commands: CommandLog | None = None,
+        limits: governor.Limits | None = None,
+    ) -> None:
+        where, limits = device or torch.device("cpu"), limits or governor.Limits()
+        self.course = Course(growable, optimization, task, config, run_id, ports, where, growable.module)
+        self.recorder = Recorder(
+            run_id=run_id,
+            task=task.name,
+            seed=config.seed,
+            deterministic=config.deterministic,
+            num_epochs=config.tolaria.epochs,
+        )
+        self.reach = Reach(patient=config.deterministic, stop=ports.stop)
+        self.outbox = Outbox(ports.bus if self.course.is_first else None, run_id=run_id, reach=self.reach)
+        self._chronicle = Chronicle(self.course, recorder=self.recorder, outbox=self.outbox, reach=self.reach)
+        self._adaptation = Adaptation(self.course, chronicle=self._chronicle, reach=self.reach, limits=limits)
+        self._guard = Guard(self.course, adaptation=self._adaptation, chronicle=self._chronicle, limits=limits)
+        self._deciding = Deciding(self.course, reach=self.reach, commands=commands)
+        self._costs = HostCosts(growable, task.loss_fn)
+        self.host_size = HostSize(live_params(growable), self._costs.forward(example) // len(example[0]))
+        self._val = val
+        self._steps_per_epoch = steps_per_epoch
+        self._boundary: Boundary | None = None
+        self._losses: list[float] = []
+        self._milliseconds: list[float] = []
+        self._last_batch: Batch | None = None
+        self._observing = False
+        self._prepared_for = -1
+        self._mark = time.perf_counter()
+
+    @property
+    def between(self) -> bool:
+        """Whether an epoch was measured and not decided about yet: `control` is next."""
+        return self._boundary is not None
+
+    # ---------------------------------------------------------------- begin and end
+
+    def __enter__(self) -> Self:
+        self.begin()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish("the session ended first")
+
+    def begin(self) -> None:
+        """Takes the first snapshot and readies the first step."""
+        self._adaptation.rebuild_parallel()
+        self._guard.remember()
+        self._ready()
+
+    def finish(self, reason: str) -> None:
+        """Ends adaptations that are under way as UNFINISHED, and sends what waits."""
+        self._chronicle.close(reason)
+        self.outbox.send_steps(steps_per_epoch=self._steps_per_epoch)
+        self.outbox.flush()
+
+    # ---------------------------------------------------------------- a step
+
+    def step(self, batch: Batch, loss: torch.Tensor | float) -> None:
+        """To be called after each optimizer step.
+
+        Args:
+            batch: (inputs, targets) of the step, on the model's device.
+            loss: its loss.
+
+        Raises:
+            NonFiniteError: if the host diverges again and again, though each time it was set back.
+        """
+        course = self.course
+        course.ports.faults.at("step", course.step)
+        course.ledger.add("host", seconds=time.perf_counter() - self._mark)
+        value = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
+        self._last_batch = batch
+        self._book(batch)
+        self._train_shadows(batch)
+        self._guard.watch(value)
+        milliseconds = (time.perf_counter() - self._mark) * 1e3
+        self.recorder.step(milliseconds)
+        self._milliseconds.append(milliseconds)
+        if math.isfinite(value):
+            self._losses.append(value)
+            self.outbox.step(course.step, value, milliseconds, steps_per_epoch=self._steps_per_epoch)
+        else:
+            self.outbox.send_steps(steps_per_epoch=self._steps_per_epoch)  # a batch holds consecutive steps
+        course.step += 1
+        if self._guard.act():
+            self._prepared_for = -1  # what was readied went with the state that was given up
+        if len(self._milliseconds) != self._steps_per_epoch:  # else `control` readies the next, after the decision
+            self._ready()
+
+    def end_epoch(self, metrics: Mapping[str, float] | None = None) -> EpochRecord:
+        """Ends an epoch: `measure`, then `control`.
+
+        Args:
+            metrics: `train_loss` and `train_metric`, where the caller has better figures than the mean of `step`'s.
+        """
+        record = self.measure(metrics)
+        self.control()
+        return record
+
+    def _book(self, batch: Batch) -> None:
+        inputs, targets = batch
+        ledger = self.course.ledger
+        if self._observing:
+            num = batch_len(batch)
+            ledger.add("telemetry", flops=sum(health_flops(s, num) for s in self.course.growable.sites.values()))
+        known = self._costs.known_training_step(inputs)
+        if known is None:
+            with ledger.timed("telemetry"):
+                known = self._costs.training_step(inputs, targets)
+        ledger.add("host", flops=known)
+
+    def _train_shadows(self, batch: Batch) -> None:
+        course = self.course
+        training = [seed.seed_id for seed in course.growable.seeds() if seed.stage is SeedStage.TRAINING]
+        if not training or course.step % course.config.kasmina.shadow_every:
+            return
+        inputs, targets = batch
+        args = model_args(inputs)
+        ranks = course.ports.ranks
+        began = time.perf_counter()
+        with course.ledger.timed("shadow"):
+            _, flops = self._costs.counting(
+                args,
+                lambda: course.growable.train_shadows(
+                    args,
+                    lambda outputs: course.task.loss_fn(outputs, targets),
+                    all_reduce=ranks.mean_ if ranks.world > 1 else None,
+                ),
+                mode="shadow",
+            )
+        course.ledger.add("shadow", flops=flops)
+        seconds = (time.perf_counter() - began) / len(training)
+        for seed_id in training:
+            self.recorder.spend(seed_id, flops=flops // len(training), seconds=seconds)
+
+    def _ready(self) -> None:
+        """Readies the next step, once; its clock starts here."""
+        self._mark = time.perf_counter()
+        course = self.course
+        if self._prepared_for == course.step:
+            return
+        self._prepared_for = course.step
+        self._observing = course.step % course.config.kasmina.telemetry_every == 0
+        change = course.growable.prepare(
+            course.step,
+            epoch=course.epoch,
+            steps_per_epoch=max(1, self._steps_per_epoch or len(self._milliseconds)),
+            observe=self._observing,
+        )
+        self._adaptation.absorb(change)
+
+    # ---------------------------------------------------------------- the end of an epoch
+
+    def measure(self, metrics: Mapping[str, float] | None = None) -> EpochRecord:
+        """Validates, takes evidence for every seed in TRAINING, and a snapshot if the run is in health.
+
+        Args:
+            metrics: see `end_epoch`.
+        """
+        course = self.course
+        self._steps_per_epoch = self._steps_per_epoch or len(self._milliseconds)
+        self.outbox.send_steps(steps_per_epoch=self._steps_per_epoch)
+        ailment = self._guard.examine()
+        if ailment is not None:
+            self._prepared_for = -1
+        host = self._validate()
+        self._take_evidence(host)
+        val_loss = None if host is None else host.loss
+        reports = course.growable.close_epoch(
+            run_id=course.run_id, epoch=course.epoch, step=course.step, val_loss=val_loss
+        )
+        self._guard.remember()
+        if ailment is None:
+            self._guard.passed()
+        record = self._record(host, dict(metrics or {}))
+        skip = None if ailment is None else f"no decision after a rollback: {ailment}"
+        self._boundary = Boundary(record, tuple(reports), skip)
+        self.recorder.epoch(record)
+        self.outbox.publish(Topic.SEED_HEALTH, *reports)
+        self.outbox.publish(Topic.EPOCH, record)
+        return record
+
+    def control(self) -> None:
+        """Asks Tamiyo about the epoch that was measured, applies the answer on all ranks, and readies the next step.
+
+        Raises:
+            RuntimeError: if `measure` was not called before.
+        """
+        if self._boundary is None:
+            raise RuntimeError("control follows measure")
+        course, boundary, guard = self.course, self._boundary, self._guard
+        if boundary.skip is not None:
+            self.recorder.decision(course.epoch, boundary.skip)
+        else:
+            with course.ledger.timed("control"):
+                embargoed = sorted(key for key, until in guard.embargo.items() if until > course.epoch)
+                signal = self._deciding.decide(
+                    boundary.record,
+                    boundary.reports,
+                    host=self.host_size,
+                    embargoed=embargoed,
+                    governor=guard.words,
+                )
+                self._obey(signal)
+        course.ports.faults.at("control", course.epoch)
+        self._boundary = None
+        course.epoch += 1
+        self._losses, self._milliseconds = [], []
+        guard.embargo = {key: until for key, until in guard.embargo.items() if until > course.epoch}
+        if self._last_batch is not None:
+            with course.ledger.timed("telemetry"):  # here, so that no step after a graft pays for the counting
+                self._costs.training_step(*self._last_batch)
+        self._ready()
+
+    def evaluate(self, batches: Batches, *, purpose: str, mode: str) -> Evaluation:
+        """One pass over a split, booked under `purpose`. Collective.
+
+        Args:
+            batches: the split.
+            purpose: of the ledger.
+            mode: tells apart forwards that cost differently.
+        """
+        course = self.course
+
+        def counted(run: Callable[[], Any], args: tuple[Any, ...]) -> Any:
+            result, flops = self._costs.counting(args, run, mode=mode)
+            course.ledger.add(purpose, flops=flops)
+            return result
+
+        ranks = course.ports.ranks
+        share = batches.epoch(course.epoch, rank=ranks.rank, world=ranks.world)
+        with course.ledger.timed(purpose):
+            return evaluate(course.growable.module, share, course.task, ranks=ranks, device=course.device, run=counted)
+
+    def summary(
+        self,
+        status: RunStatus = RunStatus.RUNNING,
+        *,
+        test: Evaluation | None = None,
+        last_checkpoint: str | None = None,
+        error: str | None = None,
+    ) -> RunSummary:
+        """What the run came to so far.
+
+        Args:
+            status: how far it came.
+            test: figures on test data, once they are known.
+            last_checkpoint: name of the newest one.
+            error: what made it fail.
+        """
+        course, rows = self.course, self.recorder.epochs
+        return self.recorder.summary(
+            status,
+            params=Params(start=self.host_size.params, final=live_params(course.growable)),
+            ledger=course.ledger.snapshot(),
+            metrics=metrics_of(course.task, rows[-1] if rows else None, test),
+            bus=self.outbox.counts(),
+            went_without=self.reach.went_without,
+            last_checkpoint=last_checkpoint,
+            error=error,
+        )
+
+    def _validate(self) -> Evaluation | None:
+        return None if self._val is None else self.evaluate(self._val, purpose="validation", mode="eval")
+
+    def _take_evidence(self, host: Evaluation | None) -> None:
+        course = self.course
+        if self._val is None or host is None:
+            return
+        for seed in course.growable.seeds():
+            if seed.stage is not SeedStage.TRAINING:
+                continue
+            began, before = time.perf_counter(), course.ledger.snapshot().flops.shadow
+            with course.growable.shadowed(seed.seed_id):
+                candidate = self.evaluate(self._val, purpose="shadow", mode=f"eval-{seed.seed_id}")
+            evidence = compare(host, candidate, ranks=course.ports.ranks, device=course.device)
+            course.growable.record_evidence(seed.seed_id, evidence)
+            flops = course.ledger.snapshot().flops.shadow - before
+            self.recorder.spend(seed.seed_id, flops=flops, seconds=time.perf_counter() - began)
+
+    def _record(self, host: Evaluation | None, metrics: dict[str, float]) -> EpochRecord:
+        course, headline = self.course, self.course.task.headline
+        ready, pending = self._deciding.kernels()
+        account = course.ledger.snapshot()
+        return EpochRecord(
+            run_id=course.run_id,
+            epoch=course.epoch,
+            num_epochs=max(course.config.tolaria.epochs, course.epoch + 1),
+            step=course.step,
+            train_loss=metrics.get("train_loss", _mean(self._losses)),
+            train_metric=metrics.get("train_metric"),
+            val_loss=None if host is None else host.loss,
+            val_metric=None if host is None or headline is None else host.metrics[headline],
+            metric_name=headline,
+            learning_rate=course.optimization.learning_rate,
+            params=live_params(course.growable),
+            flops_per_sample=live_flops(self.host_size, course.growable.seeds()),
+            total_flops=account.flops.total,
+            seconds=account.seconds.total,
+            step_ms=_mean(self._milliseconds),
+            kernels_ready=ready,
+            pending=pending,
+        )
+
+    def _obey(self, signal: AdaptationSignal | None) -> None:
+        course = self.course
+        if signal is None:
+            words = "; ".join(self.reach.missing) or "there is no controller"
+            self.recorder.decision(course.epoch, f"no decision: {words}")
+            return
+        self.recorder.decision(course.epoch, signal.reason)
+        self.outbox.publish(Topic.KASMINA_COMMANDS, signal)
+        self._guard.words = "ok"
+        if signal.severity is Severity.CRITICAL:
+            self._guard.roll_back(f"Tamiyo: {signal.reason}")
+            self._prepared_for = -1
+            return
+        for command in signal.commands:
+            self._adaptation.apply(command)
+
+    # ---------------------------------------------------------------- for checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state between `measure` and `control`, or after `control`. Collective; tensors are not copies."""
+        course, boundary = self.course, self._boundary
+        return {
+            "module": dict(course.growable.module.state_dict()),
+            "growth": course.growable.growth_state(),
+            "optimization": course.optimization.state_dict(),
+            "rng": course.ports.ranks.gather(rng_state()),
+            "epoch": course.epoch,
+            "step": course.step,
+            "steps_per_epoch": self._steps_per_epoch,
+            "host": {"params": self.host_size.params, "flops": self.host_size.flops},
+            "tamiyo": self._deciding.memory,
+            "ledger": course.ledger.state_dict(),
+            "recorder": self.recorder.state_dict(),
+            "governor": self._guard.state_dict(),
+            "went_without": list(self.reach.went_without),
+            "boundary": None if boundary is None else _boundary_state(boundary),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`; next comes `control` where it lies `between`, else `begin`.
+
+        The number of ranks may differ from that of the saved run; a rank that is new keeps its own generators.
+        """
+        course, rank = self.course, self.course.ports.ranks.rank
+        own = dict(state["rng"][rank]) if rank < len(state["rng"]) else rng_state()
+        whole = {key: state[key] for key in ("module", "growth", "optimization")}
+        snapshot.give_back({**whole, "rng": own}, course.growable, course.optimization)
+        course.epoch, course.step = int(state["epoch"]), int(state["step"])
+        self._steps_per_epoch = int(state["steps_per_epoch"])
+        self.host_size = HostSize(int(state["host"]["params"]), int(state["host"]["flops"]))
+        self._deciding.memory = dict(state["tamiyo"])
+        course.ledger.load_state_dict(state["ledger"])
+        self.recorder.load_state_dict(state["recorder"])
+        self.reach.restore(tuple(state["went_without"]))
+        self._boundary = None if state["boundary"] is None else _boundary_from(state["boundary"])
+        self._adaptation.rebuild_parallel()
+        self._guard.remember()
+        self._guard.load_state_dict(state["governor"])
+        self._chronicle.look()
+        set_rng_state(own)
+        self._prepared_for = -1
+        self._mark = time.perf_counter()
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _boundary_state(boundary: Boundary) -> dict[str, Any]:
+    return {
+        "record": boundary.record.model_dump(mode="json"),
+        "reports": [report.model_dump(mode="json") for report in boundary.reports],
+        "skip": boundary.skip,
+    }
+
+
+def _boundary_from(state: Mapping[str, Any]) -> Boundary:
+    return Boundary(
+        EpochRecord.model_validate(state["record"]),
+        tuple(LayerHealthReport.model_validate(report) for report in state["reports"]),
+        state["skip"],
+    )
