@@ -6,6 +6,7 @@ of what it is shown.
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from types import TracebackType
@@ -186,6 +187,9 @@ def view_for(mode: Mode, stream: TextIO) -> View:
     """Chooses the view: `auto` is live where `stream` is a terminal that can redraw, and plain elsewhere."""
     if mode == "quiet":
         return QuietView()
+    if isinstance(stream, io.TextIOWrapper):
+        # names and reasons may hold what the terminal's encoding cannot show; a `?` there must not end a run
+        stream.reconfigure(errors="replace")
     console = Console(file=stream, force_terminal=True if mode == "live" else None)
     if mode == "live" or (mode == "auto" and console.is_terminal and not console.is_dumb_terminal):
         return LiveTerminal(console)

@@ -16,7 +16,7 @@ from esper.leyline.seeds import SeedStage
 from esper.leyline.summary import CompilerInTrainer, Metrics, Params, RunHistory, RunStatus
 from esper.nissa import write_report
 from esper.nissa.adaptations import adaptations
-from esper.nissa.charts import charts
+from esper.nissa.charts import Chart, charts
 from esper.nissa.palette import LIGHT, TO_DARK
 from esper.nissa.report import render
 from esper.nissa.stages import LOOKS
@@ -63,6 +63,11 @@ def whole() -> str:
     return render(story.summary(), story.history())
 
 
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, Chart]:
+    return {chart.name: chart for chart in charts(story.summary(), story.history())}
+
+
 def test_tells_all_that_the_run_came_to(whole):
     text = Page(whole).text
     for told in (
@@ -82,7 +87,7 @@ def test_tells_all_that_the_run_came_to(whole):
         assert event.to_stage is SeedStage.DORMANT or event.reason in text
 
 
-def test_opens_offline_and_is_accessible(whole):
+def test_opens_offline_and_is_accessible(whole, drawn):
     page = Page(whole)
     loads = [attrs for tag, attrs in page.tags if tag in {"script", "link", "img", "iframe"} and attrs.get("src")]
     assert not loads
@@ -94,7 +99,7 @@ def test_opens_offline_and_is_accessible(whole):
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     pictures = [attrs for _, attrs in page.tags if attrs.get("role") == "img"]
-    assert len(pictures) == len(charts(story.summary(), story.history())) == 8
+    assert len(pictures) == len(drawn) == 8
     for picture in pictures:
         assert picture["aria-label"]
         assert picture["aria-describedby"] in ids
@@ -122,17 +127,17 @@ def test_markup_in_names_and_reasons_stays_text():
     assert Page(text).text.count("alert(1)") > 10
 
 
-def test_every_colour_of_the_charts_has_a_dark_counterpart():
+def test_every_colour_of_the_charts_has_a_dark_counterpart(drawn):
     colors = set()
-    for chart in charts(story.summary(), story.history()):
+    for chart in drawn.values():
         colors |= set(re.findall(r"#[0-9a-fA-F]{6}", json.dumps(chart.figure.to_plotly_json())))
     assert len(colors) > 10
     assert colors <= set(TO_DARK)
     assert len(TO_DARK) == len(LIGHT) + len({look.light for look in LOOKS.values()})
 
 
-def test_growth_is_marked_where_it_happened_and_by_shape():
-    chart = next(c for c in charts(story.summary(), story.history()) if c.name == "metric")
+def test_growth_is_marked_where_it_happened_and_by_shape(drawn):
+    chart = drawn["metric"]
     marks = {trace.name: trace for trace in chart.figure.data if trace.mode == "markers"}
     assert {name: list(trace.x) for name, trace in marks.items()} == {
         "graft begins": [16.0],
@@ -142,8 +147,8 @@ def test_growth_is_marked_where_it_happened_and_by_shape():
     assert len({trace.marker.symbol for trace in marks.values()}) == 3
 
 
-def test_the_timeline_covers_every_seed_without_gaps():
-    chart = next(c for c in charts(story.summary(), story.history()) if c.name == "timeline")
+def test_the_timeline_covers_every_seed_without_gaps(drawn):
+    chart = drawn["timeline"]
     spans: dict[str, list[tuple[float, float]]] = {}
     for trace in chart.figure.data:
         for row, base, length in zip(trace.y, trace.base, trace.x, strict=True):
@@ -158,8 +163,7 @@ def test_the_timeline_covers_every_seed_without_gaps():
 
 def test_many_steps_are_drawn_as_few_points_that_keep_the_worst():
     times = tuple(5.0 + (40.0 if step == 70_001 else 0.0) for step in range(100_000))
-    history = story.history().model_copy(update={"step_ms": times})
-    chart = next(c for c in charts(story.summary(), history) if c.name == "steps")
+    chart = next(c for c in charts(story.summary(), RunHistory(run_id=story.RUN, step_ms=times)) if c.name == "steps")
     points = chart.figure.data[0]
     assert len(points.x) <= 1_200
     assert max(points.y) == 45.0
@@ -180,7 +184,7 @@ def test_a_run_that_did_nothing_yet_has_a_report_too(status):
 
 def test_a_broken_promise_about_the_compiler_is_not_hidden():
     summary = story.summary(compiler_in_trainer=CompilerInTrainer(dynamo_frames=3))
-    assert "A compiler ran in the trainer" in Page(render(summary, story.history())).text
+    assert "A compiler ran in the trainer" in Page(render(summary, RunHistory(run_id=story.RUN))).text
 
 
 def test_adaptations_begin_at_germination_and_keep_refusals_inside():
@@ -197,8 +201,8 @@ def test_adaptations_begin_at_germination_and_keep_refusals_inside():
 
 
 def test_writes_in_one_step_and_says_why_it_could_not(tmp_path):
-    path = write_report(story.summary(), story.history(), tmp_path / "report.html")
+    path = write_report(story.summary(), RunHistory(run_id=story.RUN), tmp_path / "report.html")
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
     with pytest.raises(StorageError, match="cannot write the report"):
-        write_report(story.summary(), story.history(), tmp_path / "missing" / "report.html")
+        write_report(story.summary(), RunHistory(run_id=story.RUN), tmp_path / "missing" / "report.html")
