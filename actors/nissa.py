@@ -36,6 +36,8 @@ class NissaActor:
         bus_factory: connects to the bus; called in the consumer's thread, again after the bus was lost.
     """
 
+    _state = "starting"  # Ray asks for the name of an actor whose construction failed, too
+
     def __init__(self, bus_factory: Callable[[], Bus]) -> None:
         self._bus_factory = bus_factory
         self._live = Live()
@@ -80,7 +82,7 @@ class NissaActor:
         self._thread.join(timeout=5.0)
 
     def __repr__(self) -> str:
-        return f"Nissa({self._state}, {len(self._live.run_ids())} runs)"
+        return f"Nissa({self._state})"
 
     def _consume(self) -> None:
         backoff_s = 0.1

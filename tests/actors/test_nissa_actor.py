@@ -1,0 +1,185 @@
+"""Nissa in its own process: follows the bus, survives being killed, and is missed only politely."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from actors.nissa import NissaActor, connect, spawn
+from esper.leyline.errors import UnavailableError
+from esper.leyline.messages import OonaMessage, Topic
+from esper.leyline.ports import Delivery
+from esper.leyline.signals import EpochRecord
+from esper.leyline.summary import BusCounts
+
+RUN = "run-1"
+
+
+def messages(num_epochs: int = 3) -> list[OonaMessage]:
+    records = [
+        EpochRecord(run_id=RUN, epoch=epoch, num_epochs=num_epochs, step=epoch + 1, train_loss=1.0 / (epoch + 1))
+        for epoch in range(num_epochs)
+    ]
+    sent = [OonaMessage.of(Topic.EPOCH, record, sender_id="trainer", key=RUN) for record in records]
+    return [m.model_copy(update={"event_id": f"e{i}", "timestamp": 1e9 + i}) for i, m in enumerate(sent)]
+
+
+class LogBus:
+    """A Bus over a fixed log: every group that starts at the start reads all of it, once."""
+
+    def __init__(self, log: Sequence[OonaMessage]) -> None:
+        self.log = list(log)
+
+    def subscribe(self, topics, *, group, key=None, from_start=False):
+        assert from_start
+        assert Topic.EPOCH in topics
+        return LogSubscription(self.log)
+
+    def publish(self, messages):
+        self.log.extend(messages)
+
+    def flush(self, *, timeout_s=10.0):
+        pass
+
+    def counts(self, key):
+        return BusCounts(published=len(self.log))
+
+    def close(self):
+        pass
+
+
+class LogSubscription:
+    def __init__(self, log: list[OonaMessage]) -> None:
+        self.log, self.at, self.acked = log, 0, 0
+
+    def poll(self, *, max_messages=256, timeout_s=1.0):
+        assert self.acked == self.at  # what was taken is acknowledged before more is asked for
+        if self.at == len(self.log):
+            time.sleep(min(timeout_s, 0.01))  # stands for the wait at the broker
+            return []
+        message = self.log[self.at]
+        self.at += 1
+        return [Delivery(shard=0, offset=self.at, message=message)]
+
+    def ack(self, deliveries):
+        self.acked += len(deliveries)
+
+    def close(self):
+        pass
+
+
+class UnreachableOnce:
+    """Fails at first, as a bus that is just restarting."""
+
+    def __init__(self, log: Sequence[OonaMessage]) -> None:
+        self.log, self.num_calls = log, 0
+
+    def __call__(self) -> LogBus:
+        self.num_calls += 1
+        if self.num_calls == 1:
+            raise UnavailableError("the bus does not answer")
+        return LogBus(self.log)
+
+
+def full_log() -> LogBus:
+    return LogBus(messages())
+
+
+def no_bus() -> LogBus:
+    raise UnavailableError("the bus does not answer")
+
+
+def test_drain_waits_for_what_was_published():
+    bus = LogBus(messages(2))
+    nissa = NissaActor(lambda: bus)
+    try:
+        view = nissa.drain(RUN, timeout_s=10)
+        assert view is not None
+        assert view.epochs_done == 2
+        bus.publish(messages(3)[2:])
+        view = nissa.drain(RUN, timeout_s=10)
+        assert view is not None
+        assert view.is_done
+        assert nissa.runs() == (RUN,)
+        assert repr(nissa) == "Nissa(following)"
+        assert nissa.snapshot("unknown") is None
+    finally:
+        nissa.stop()
+    assert nissa.state() == "stopped"
+
+
+def test_a_bus_that_fails_is_tried_again():
+    factory = UnreachableOnce(messages())
+    nissa = NissaActor(factory)
+    try:
+        view = nissa.drain(RUN, timeout_s=10)
+        assert view is not None
+        assert view.is_done
+        assert factory.num_calls == 2
+    finally:
+        nissa.stop()
+
+
+def test_a_message_that_is_not_its_contract_is_left_out(caplog):
+    bad = OonaMessage(sender_id="x", trace_id="t", topic=Topic.EPOCH, key=RUN, payload={"epoch": "four"})
+    nissa = NissaActor(lambda: LogBus([bad, *messages()]))
+    try:
+        view = nissa.drain(RUN, timeout_s=10)
+    finally:
+        nissa.stop()
+    assert view is not None
+    assert view.is_done
+    assert "message.refused" in caplog.text
+
+
+def test_without_a_bus_a_drain_says_what_it_waits_for():
+    nissa = NissaActor(no_bus)
+    try:
+        with pytest.raises(UnavailableError, match=r"did not catch up within 0\.05 s"):
+            nissa.drain(RUN, timeout_s=0.05)
+        assert nissa.snapshot(RUN) is None
+    finally:
+        nissa.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray = pytest.importorskip("ray")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+    ray.init(num_cpus=1, include_dashboard=False, namespace="nissa-test", log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.mark.ray
+def test_a_killed_nissa_comes_back_and_reads_the_log_again(cluster):
+    handle = spawn(full_log, namespace="nissa-test")
+    before = handle.drain(RUN, timeout_s=60)
+    assert before is not None
+    assert before.is_done
+    assert connect(namespace="nissa-test").runs() == (RUN,)
+    cluster.kill(handle.actor, no_restart=False)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            after = handle.drain(RUN, timeout_s=20)
+            break
+        except UnavailableError:
+            assert time.monotonic() < deadline
+    assert after == before
+
+
+@pytest.mark.ray
+def test_errors_and_absence_arrive_as_unavailable(cluster):
+    with pytest.raises(UnavailableError, match="there is no Nissa named nobody"):
+        connect(name="nobody", namespace="nissa-test")
+    handle = spawn(no_bus, name="busless", namespace="nissa-test")
+    with pytest.raises(UnavailableError, match="did not"):
+        handle.drain(RUN, timeout_s=0.5)
+    cluster.kill(handle.actor)
+    with pytest.raises(UnavailableError, match="not there at present"):
+        handle.snapshot(RUN)
