@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -67,8 +66,6 @@ class OonaShard:
         broker = Broker(lease_s=config.lease_s, backlog=config.backlog)
         self._journal = Journal.open(Path(directory), broker, now=time.monotonic(), wait_s=DEADLINE_S)
         self._changed = asyncio.Event()
-        self._polling: Counter[str] = Counter()
-        self._left: set[str] = set()
         self._is_unsynced = False
         self._syncing: asyncio.Task[None] | None = None
         self._fault: EsperError | None = None
@@ -109,25 +106,18 @@ class OonaShard:
     ) -> list[tuple[int, int, bytes]]:
         """Long poll: (offset, attempt, data) of the next records, or nothing after `wait_s`."""
         deadline = time.monotonic() + wait_s
-        self._polling[member] += 1
-        try:
-            while member not in self._left:
-                self._check()
-                now = time.monotonic()
-                self._journal.expire(now)
-                leased = self._journal.poll(group, member, number, max_records, now)
-                if leased:
-                    self._note_write()
-                remaining = deadline - now
-                if leased or remaining <= 0:
-                    return [(record.offset, record.attempt, record.data) for record in leased]
-                await self._wait(min(remaining, max(0.0, self._journal.next_expiry - now)))
-            return []
-        finally:
-            self._polling[member] -= 1
-            if not self._polling[member]:
-                del self._polling[member]
-                self._left.discard(member)
+        while not self._journal.has_left(member):
+            self._check()
+            now = time.monotonic()
+            self._journal.expire(now)
+            leased = self._journal.poll(group, member, number, max_records, now)
+            if leased:
+                self._note_write()
+            remaining = deadline - now
+            if leased or remaining <= 0:
+                return [(record.offset, record.attempt, record.data) for record in leased]
+            await self._wait(min(remaining, max(0.0, self._journal.next_expiry - now)))
+        return []
 
     async def ack(self, group: str, offsets: Sequence[int]) -> None:
         """See `Journal.ack`."""
@@ -138,8 +128,6 @@ class OonaShard:
     async def leave(self, group: str, member: str) -> None:
         """Takes back what the member holds and ends its polls."""
         self._check()
-        if self._polling[member]:
-            self._left.add(member)
         self._journal.leave(group, member)
         self._note_change()
 
@@ -150,8 +138,10 @@ class OonaShard:
     async def close(self) -> None:
         """Makes everything durable and lets go of the log; every later call is refused."""
         self._fault = UnavailableError(f"{self._name} is closed")
+        if self._syncing is not None:
+            self._syncing.cancel()
         self._journal.close()
-        self._note_change()
+        self._changed.set()
 
     # ---- within
 
@@ -189,7 +179,7 @@ class OonaShard:
                 # what the kernel could not write is lost to it: nothing may be promised any more
                 logger.exception("oona.sync.failed", extra={"shard": self._name})
                 self._fault = error
-                self._note_change()
+                self._changed.set()
 
 
 # ---------------------------------------------------------------- the way to the shards
@@ -250,21 +240,21 @@ class RayTransport:
     def poll(self, group: str, member: str, *, max_records: int, timeout_s: float) -> list[Received]:
         """Waits for whichever shard answers first. The others' answers are taken by the next poll."""
         each = max(1, max_records // len(self._shards))
+        asked: dict[Any, tuple[int, int]] = {}
         for index, shard in enumerate(self._shards):
             number, ref = self._polls.get((member, index), (0, None))
             if ref is None:
                 ref = shard.poll.remote(group, member, number, each, timeout_s)
                 self._polls[member, index] = (number, ref)
-        pending = {self._polls[member, index][1]: index for index in range(len(self._shards))}
-        ready, _ = ray.wait(list(pending), num_returns=1, timeout=timeout_s + DEADLINE_S)
+            asked[ref] = (index, number)
+        ready, _ = ray.wait(list(asked), num_returns=1, timeout=timeout_s + DEADLINE_S)
         if not ready:
             raise UnavailableError(f"{self._name} did not answer in time")
-        if len(pending) > 1:
-            ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
+        if len(asked) > 1:
+            ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
         received: list[Received] = []
         for ref in ready:
-            index = pending[ref]
-            number = self._polls[member, index][0]
+            index, number = asked[ref]
             self._polls[member, index] = (number, None)  # asked again with the same number if this answer is lost
             records = _get(ref, self._name)
             self._polls[member, index] = (number + 1, None)

@@ -22,6 +22,9 @@ from esper.oona.wire import Batch, Leased, Record, runs_of
 MAX_PRODUCERS = 10_000
 """Producers whose batch numbers are remembered; the longest silent is forgotten first."""
 
+MAX_LEFT = 10_000
+"""Members that left whose late polls are still recognised."""
+
 
 class Admission(Enum):
     """What the broker would do with a batch now."""
@@ -111,6 +114,7 @@ class Broker:
         self._records: dict[int, Record] = {}
         self._groups: dict[str, _Group] = {}
         self._producers: dict[str, int] = {}  # next batch number, longest silent first
+        self._left: dict[str, None] = {}  # members, the newest last
         self._counts: dict[str, list[int]] = {}  # key -> published, delivered, redelivered
         self._expiry = math.inf  # no lease runs out before
         self._trim_at = 2 * retain
@@ -191,6 +195,8 @@ class Broker:
         """
         group = self._group(name)
         group.seen_at = now
+        if member in self._left:
+            return []
         last, offsets = group.polls.get(member, (-1, []))
         if last == number:
             again = [offset for offset in offsets if self._is_leased(group, offset, member)]
@@ -252,13 +258,23 @@ class Broker:
         return done
 
     def leave(self, name: str, member: str) -> None:
-        """Takes back at once what a member holds. Leaving twice, or a group that is gone, is harmless."""
+        """Takes back at once what a member holds, for good: a poll of it that comes late gets nothing.
+
+        Leaving twice, or a group that is gone, is harmless.
+        """
+        self._left[member] = None
+        if len(self._left) > MAX_LEFT:
+            del self._left[next(iter(self._left))]
         group = self._groups.get(name)
         if group is None:
             return
         for lane in [lane for lane in group.lanes.values() if lane.owner == member]:
             group.revoke(lane)
         group.polls.pop(member, None)
+
+    def has_left(self, member: str) -> bool:
+        """Whether the member is gone: it need not wait any longer."""
+        return member in self._left
 
     def expire(self, now: float) -> int:
         """Takes back every lane with a lease that ran out; returns how many."""

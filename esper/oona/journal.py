@@ -110,6 +110,10 @@ class Journal:
         self._broker.leave(name, member)
         self._write_json(Kind.LEAVE, (name, member))
 
+    def has_left(self, member: str) -> bool:
+        """See `Broker.has_left`."""
+        return self._broker.has_left(member)
+
     def expire(self, now: float) -> int:
         """Takes back leases that ran out, and forgets groups that nobody uses any more."""
         for name in self._broker.idle_groups(now, FORGET_AFTER_S):

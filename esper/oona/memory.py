@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
@@ -34,8 +33,6 @@ class MemoryTransport:
         self._changed = threading.Condition()
         self._waiting: list[tuple[Batch, Future[bool]]] = []
         self._num_polls = 0
-        self._polling: Counter[str] = Counter()
-        self._left: set[str] = set()
         self._is_closed = False
 
     def append(self, shard: int, body: bytes) -> Future[bool]:
@@ -58,22 +55,15 @@ class MemoryTransport:
         """Waits on the condition for records, or for a lease to run out."""
         end = time.monotonic() + timeout_s
         with self._changed:
-            self._polling[member] += 1
-            try:
-                while not self._is_closed and member not in self._left:
-                    now = self._clock()
-                    self._num_polls += 1
-                    self._broker.expire(now)
-                    leased = self._broker.poll(group, member, self._num_polls, max_records, now)
-                    remaining = end - time.monotonic()
-                    if leased or remaining <= 0:
-                        return [Received(0, *record) for record in leased]
-                    self._changed.wait(min(remaining, max(0.0, self._broker.next_expiry - now)))
-            finally:
-                self._polling[member] -= 1
-                if not self._polling[member]:
-                    del self._polling[member]
-                    self._left.discard(member)
+            while not self._is_closed and not self._broker.has_left(member):
+                now = self._clock()
+                self._num_polls += 1
+                self._broker.expire(now)
+                leased = self._broker.poll(group, member, self._num_polls, max_records, now)
+                remaining = end - time.monotonic()
+                if leased or remaining <= 0:
+                    return [Received(0, *record) for record in leased]
+                self._changed.wait(min(remaining, max(0.0, self._broker.next_expiry - now)))
         return []
 
     def ack(self, group: str, offsets: Mapping[int, Sequence[int]]) -> None:
@@ -87,8 +77,6 @@ class MemoryTransport:
     def leave(self, group: str, member: str) -> None:
         """Takes back what the member holds and ends its polls."""
         with self._changed:
-            if self._polling[member]:
-                self._left.add(member)
             self._broker.leave(group, member)
             self._changed.notify_all()
 

@@ -28,7 +28,9 @@ WINDOW = 8
 """Batches on their way to one shard at once."""
 
 RETRY_S = 0.2
-"""Pause before a batch is sent again to a shard that is not there."""
+"""First pause before a batch is sent again to a shard that is not there; it doubles up to `MAX_RETRY_S`."""
+
+MAX_RETRY_S = 5.0
 
 _MESSAGE = TypeAdapter(OonaMessage)
 
@@ -44,6 +46,7 @@ class _Call:
     end: int  # records of this shard up to and with this batch
     waiting_since: float
     due_at: float
+    num_failures: int = 0
 
 
 @dataclass(slots=True)
@@ -242,7 +245,8 @@ class Publisher:
                 call.waiting_since = call.due_at = now  # the broker is there and full
             elif isinstance(error, UnavailableError):
                 logger.warning("oona.publish.retried", extra={"shard": shard, "seq": call.seq, "error": str(error)})
-                call.due_at = now + RETRY_S
+                call.due_at = now + min(MAX_RETRY_S, RETRY_S * 2**call.num_failures)
+                call.num_failures += 1
             else:
                 self._failure = error if isinstance(error, EsperError) else EsperError(f"publishing failed: {error!r}")
             self._changed.notify_all()

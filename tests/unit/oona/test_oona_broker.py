@@ -246,7 +246,7 @@ def test_whatever_happens_nothing_is_lost_and_firsts_come_in_order(steps):
     held = defaultdict(list)
     acked: set[int] = set()
     firsts = defaultdict(list)
-    for what, value in [*steps, ("time", 100), *[("poll", "m1")] * 80]:
+    for what, value in [*steps, ("time", 100), *[("poll", "last")] * 80]:
         if what == "append":
             broker.append(batch(seq, *value))
             keys += value
@@ -269,3 +269,11 @@ def test_whatever_happens_nothing_is_lost_and_firsts_come_in_order(steps):
             now += value
     assert acked == set(range(len(keys)))
     assert all(seen == sorted(seen) for seen in firsts.values())
+
+
+def test_who_left_gets_nothing_any_more(broker):
+    broker.leave("g", "m1")
+    broker.append(batch(0, "a"))
+    assert broker.has_left("m1")
+    assert broker.poll("g", "m1", 9, 9, 0.0) == []
+    assert offsets(broker.poll("g", "m2", 0, 9, 0.0)) == [0]

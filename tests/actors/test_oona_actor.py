@@ -1,0 +1,220 @@
+"""Oona on Ray: the conformance suite over real shards, and shards that are killed."""
+
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+# the suite lies beside the tests of the memory bus, which runs it too
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "oona"))
+
+from bus_conformance import WAIT_S, BusConformance, numbers, step, take
+
+from actors.oona import connect, spawn
+from esper.config import OonaConfig
+from esper.leyline import BusCounts, ConflictError, NotFoundError, Topic, UnavailableError
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", namespace="test-oona")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def start(cluster, tmp_path, request):
+    """Starts shards with a fresh log; ends them after the test."""
+    handles = []
+
+    def start_(config=None, directory=tmp_path / "oona", prefix=None):
+        handles.append(
+            spawn(config or OonaConfig(), directory, prefix=prefix or f"oona-{abs(hash(request.node.name))}")
+        )
+        return handles[-1]
+
+    yield start_
+    for handle in handles:
+        for shard in handle.shards:
+            ray.kill(shard)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one-shard", "two-shards"])
+def shards(cluster, request, tmp_path_factory):
+    """Shards that `make_bus` sets back for each test: a process for each would take seconds."""
+    handle = spawn(
+        OonaConfig(num_shards=request.param), tmp_path_factory.mktemp("shards"), prefix=f"suite-{request.param}"
+    )
+    yield handle
+    handle.stop()
+
+
+@pytest.fixture
+def make_bus(shards, tmp_path):
+    buses = []
+    # a lambda travels by value: the shard's process cannot import this file
+    begin_anew = lambda shard, *args: (shard._journal.close(), shard.__init__(repr(shard), *args))  # noqa: E731
+
+    def make(config):
+        for index, shard in enumerate(shards.shards):
+            where = str(tmp_path / str(index))
+            ray.get(shard.__ray_call__.remote(begin_anew, where, len(shards.shards), config), timeout=WAIT_S)
+        buses.extend([dataclasses.replace(shards, config=config).bus(), connect(shards.prefix).bus()])
+        return buses
+
+    yield make
+    for bus in buses:
+        bus.close()
+
+
+class TestRayBus(BusConformance):
+    def test_what_is_not_acknowledged_within_the_lease_comes_again(self, make_bus):
+        bus, other = make_bus(OonaConfig(lease_s=1.0))
+        slow = bus.subscribe([Topic.STEPS], group="g")
+        patient = other.subscribe([Topic.STEPS], group="g")
+        bus.publish([step(0), step(1)])
+        take(slow, 2, ack=False)
+        again = take(patient, 2)
+        assert numbers(again) == [0, 1]
+        assert [delivery.attempt for delivery in again] == [2, 2]
+
+
+def kill_process(handle, index=0):
+    """Ends a shard's process as a crash would; Ray starts it again."""
+    os.kill(ray.get(handle.shards[index].describe.remote(), timeout=WAIT_S).pid, signal.SIGKILL)
+
+
+def test_nothing_acknowledged_is_lost_when_the_shard_is_killed_under_load(start):
+    handle = start(OonaConfig(batch=16, lease_s=2.0))
+    bus, reader = handle.bus(), handle.bus()
+    subscription = reader.subscribe([Topic.STEPS], group="g")
+    seen: list[int] = []
+    at: set[tuple[int, int]] = set()
+    for kill_at in (500, 1000, 1500):
+        bus.publish([step(number) for number in range(kill_at - 500, kill_at)])
+        kill_process(handle)
+        while len(at) < kill_at:
+            got = subscription.poll(timeout_s=WAIT_S)
+            assert got
+            subscription.ack(got)
+            seen += numbers(got)
+            at |= {(delivery.shard, delivery.offset) for delivery in got}
+    bus.flush(timeout_s=WAIT_S)
+    assert sorted(set(seen)) == list(range(1500))
+    # a message has one (shard, offset) however often it comes: none was appended twice
+    assert len(at) == 1500
+    assert bus.counts("run").published == 1500
+    firsts = list(dict.fromkeys(seen))
+    assert firsts == sorted(firsts)
+    reader.close()
+    bus.close()
+
+
+def test_positions_survive_the_shard(start):
+    handle = start(OonaConfig(lease_s=3600.0))
+    bus = handle.bus()
+    subscription = bus.subscribe([Topic.STEPS], group="g")
+    bus.publish([step(number) for number in range(10)])
+    subscription.ack(take(subscription, 10, ack=False)[:7])
+    subscription.close()
+    kill_process(handle)
+    assert numbers(take(bus.subscribe([Topic.STEPS], group="g"), 3)) == [7, 8, 9]
+    assert bus.counts("run") == BusCounts(published=10, delivered=13, redelivered=3)
+    bus.close()
+
+
+def test_a_member_that_outlives_the_shard_goes_on_without_duplicates(start):
+    handle = start(OonaConfig(lease_s=3600.0))
+    bus = handle.bus()
+    subscription = bus.subscribe([Topic.STEPS], group="g")
+    bus.publish([step(number) for number in range(10)])
+    held = take(subscription, 10, ack=False)
+    kill_process(handle)
+    subscription.ack(held)
+    bus.publish([step(10)])
+    assert numbers(take(subscription, 1)) == [10]
+    assert bus.counts("run").redelivered == 0
+    bus.close()
+
+
+def test_a_bus_that_was_stopped_goes_on_from_its_log(start):
+    handle = start()
+    bus = handle.bus()
+    subscription = bus.subscribe([Topic.STEPS], group="g")
+    bus.publish([step(0), step(1)])
+    subscription.ack(take(subscription, 2, ack=False)[:1])
+    bus.close()
+    handle.stop()
+    again = start(prefix=f"{handle.prefix}-again").bus()
+    assert numbers(take(again.subscribe([Topic.STEPS], group="g"), 1)) == [1]
+    again.close()
+
+
+def test_another_actor_reads_and_publishes(start):
+    handle = start()
+
+    class Echo:
+        """A member in another process."""
+
+        def __init__(self, oona):
+            self.bus = oona.bus()
+            self.inbox = self.bus.subscribe([Topic.STEPS], group="echo", key="ask")
+
+        def echo(self):
+            got = self.inbox.poll(timeout_s=20.0)
+            answers = [each.message.model_copy(update={"key": "answer", "sender_id": "echo"}) for each in got]
+            self.bus.publish(answers)
+            self.inbox.ack(got)
+            self.bus.close()
+            return "torch" in sys.modules
+
+    echo = ray.remote(num_cpus=0.1)(Echo).remote(handle)
+    ray.get(echo.__ray_ready__.remote(), timeout=60)
+    bus = handle.bus()
+    answers = bus.subscribe([Topic.STEPS], group="driver", key="answer")
+    answer = echo.echo.remote()
+    bus.publish([step(41, "ask")])
+    (delivery,) = take(answers, 1)
+    assert (delivery.message.sender_id, numbers([delivery])) == ("echo", [41])
+    assert ray.get(answer, timeout=WAIT_S) is False
+    bus.close()
+
+
+def test_a_shard_is_named_small_and_without_torch(start):
+    handle = start(prefix="named")
+    shard = ray.get_actor("named-0", namespace="esper")
+    assert ray.get(shard.__ray_call__.remote(lambda self: (repr(self), "torch" in sys.modules)), timeout=WAIT_S) == (
+        "named-0",
+        False,
+    )
+    assert handle.shards[0] == shard
+
+
+def test_names_and_logs_are_not_shared_by_mistake(start, tmp_path):
+    start(prefix="taken")
+    with pytest.raises(ConflictError, match="cannot start taken"):
+        spawn(OonaConfig(), tmp_path / "elsewhere", prefix="taken")
+    with pytest.raises(ConflictError, match=r"oona\.num_shards"):
+        spawn(OonaConfig(num_shards=2), tmp_path / "oona", prefix="other")
+    with pytest.raises(NotFoundError, match="no actor absent-0"):
+        connect("absent")
+
+
+def test_a_shard_that_is_gone_is_unavailable(start):
+    handle = start(prefix="gone")
+    bus = handle.bus()
+    subscription = bus.subscribe([Topic.STEPS], group="g")
+    handle.stop()
+    with pytest.raises(UnavailableError, match="gone"):
+        subscription.poll(timeout_s=0.1)
+    with pytest.raises(UnavailableError):
+        bus.counts("run")
+    bus.publish([step(0)])
+    with pytest.raises(UnavailableError, match="1 messages were not acknowledged"):
+        bus.flush(timeout_s=0.5)
