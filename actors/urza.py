@@ -37,7 +37,7 @@ from esper.leyline import (
     Topic,
     UnavailableError,
 )
-from esper.urza.catalog import Target
+from esper.urza.catalog import Target, TargetState
 from esper.urza.hub import Hub
 from esper.urza.storage import Storage
 
@@ -87,7 +87,10 @@ class UrzaActor:
 
     def submit_blueprint(self, ir: BlueprintIR, **kwargs: Any) -> Blueprint:
         """Submits, then tells the compilers. The submission stands even if nobody could be told."""
-        blueprint = self._open_hub().submit_blueprint(ir, **kwargs)
+        hub = self._open_hub()
+        blueprint = hub.submit_blueprint(ir, **kwargs)
+        if all(target.state is not TargetState.QUEUED for target in hub.targets(blueprint.blueprint_id)):
+            return blueprint
         try:
             self._tell(blueprint)
         except EsperError as error:
@@ -116,14 +119,17 @@ class UrzaActor:
     def close(self) -> None:
         """Writes the tables for other readers and lets the bus go."""
         self._open_hub().project(self._storage)
-        if self._bus is not None:
-            self._bus.close()
+        with self._lock:
+            bus, self._bus = self._bus, None
+        if bus is not None:
+            bus.close()
 
     def _open_hub(self) -> Hub:
         """The hub; a new one takes over where a commit failed, unless another Urza has done so."""
         with self._lock:
             if self._hub is None:
                 self._hub = Hub.open(self._storage)
+                self._hub.project(self._storage)
             elif self._hub.broken is not None and not isinstance(self._hub.broken, FencedError):
                 _LOG.warning("urza.reopened", extra={"reason": str(self._hub.broken)})
                 self._hub = Hub.open(self._storage, after_epoch=self._hub.epoch)
@@ -135,10 +141,11 @@ class UrzaActor:
         with self._lock:
             if self._bus is None:
                 self._bus = self._make_bus()
+            bus = self._bus
         message = OonaMessage.of(
             Topic.BLUEPRINT_SUBMITTED, blueprint, sender_id=actor_name(self._storage), key=blueprint.blueprint_id
         )
-        self._bus.publish([message])
+        bus.publish([message])
 
 
 _METHODS = frozenset(

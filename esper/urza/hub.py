@@ -53,8 +53,8 @@ class Hub:
         self._fingerprint = self._head.fingerprint
         self._waiting: list[Event] = []
         self._broken: EsperError | None = None
-        self._state_lock = threading.RLock()
-        self._commit_lock = threading.Lock()
+        self._committing = False
+        self._state = threading.Condition()  # guards all of the above; told of every commit
 
     @classmethod
     def open(cls, storage: Storage, *, clock: Callable[[], float] = now, after_epoch: int | None = None) -> Hub:
@@ -101,7 +101,7 @@ class Hub:
             NotFoundError: if there is no such parent.
             ConflictError: if the blueprint is retired.
         """
-        with self._state_lock:
+        with self._state:
             id_, facts = rules.submit(
                 self._head,
                 ir,
@@ -120,21 +120,21 @@ class Hub:
         return self.blueprint(id_)
 
     def blueprint(self, blueprint_id: str) -> Blueprint:
-        with self._state_lock:
+        with self._state:
             return self._known.blueprint(blueprint_id)
 
     def blueprints(self, *, status: BlueprintStatus | None = None, name: str | None = None) -> list[Blueprint]:
-        with self._state_lock:
+        with self._state:
             return self._known.blueprints(status=status, name=name)
 
     def targets(self, blueprint_id: str) -> list[Target]:
         """Every signature that was asked for, with its state and the reason where it does not fit or failed."""
-        with self._state_lock:
+        with self._state:
             return self._known.targets(blueprint_id)
 
     def retire_blueprint(self, blueprint_id: str, reason: str) -> None:
         """Takes a blueprint out of use; raises `ConflictError` while it is being compiled."""
-        with self._state_lock:
+        with self._state:
             ticket = self._decide(rules.retire_blueprint(self._head, blueprint_id, reason))
         self._commit(ticket)
 
@@ -142,7 +142,7 @@ class Hub:
 
     def claim(self, worker: str, *, fingerprint: str, lease_s: float = 60.0) -> CompileJob | None:
         """See `AssetHub`. A worker holds one lease at a time: asking again returns the one it holds."""
-        with self._state_lock:
+        with self._state:
             self._fingerprint = fingerprint
             target, facts = rules.claim(
                 self._head, worker, fingerprint=fingerprint, lease_s=lease_s, time=self._clock()
@@ -177,10 +177,10 @@ class Hub:
             raise TamperedError(f"the container's hash is not {artifact.kernel_id}", field="kernel_id")
         if len(container) != artifact.size_bytes:
             raise ConflictError(f"the container has {len(container)} bytes", field="size_bytes")
-        with self._state_lock:
+        with self._state:
             rules.complete(self._head, job, artifact, time=self._clock())  # refuse before anything is stored
         self._blobs.put(container)
-        with self._state_lock:
+        with self._state:
             kernel_id, facts = rules.complete(self._head, job, artifact, time=self._clock())
             ticket = self._decide(facts)
         self._commit(ticket)
@@ -192,12 +192,12 @@ class Hub:
         Raises:
             LeaseLostError: if another worker has the job.
         """
-        with self._state_lock:
+        with self._state:
             ticket = self._decide(rules.fail(self._head, job, reason, time=self._clock()))
         self._commit(ticket)
 
     def pending(self, signatures: Sequence[SiteSignature]) -> int:
-        with self._state_lock:
+        with self._state:
             wanted = set(signatures)
             return sum(target.signature in wanted for target in self._known.open_targets())
 
@@ -210,11 +210,11 @@ class Hub:
         blueprint_id: str | None = None,
         status: KernelStatus | None = KernelStatus.VALIDATED,
     ) -> list[CompiledKernelArtifact]:
-        with self._state_lock:
+        with self._state:
             return self._known.kernels(signature=signature, blueprint_id=blueprint_id, status=status)
 
     def kernel(self, kernel_id: str) -> CompiledKernelArtifact:
-        with self._state_lock:
+        with self._state:
             return self._known.kernel(kernel_id)
 
     def fetch(self, kernel_id: str) -> memoryview:
@@ -228,7 +228,7 @@ class Hub:
 
     def mark_kernel(self, kernel_id: str, status: KernelStatus, reason: str) -> None:
         """Rejects or retires a kernel; raises `ConflictError` if the status table forbids it."""
-        with self._state_lock:
+        with self._state:
             ticket = self._decide(rules.mark_kernel(self._head, kernel_id, status, reason))
         self._commit(ticket)
 
@@ -238,18 +238,18 @@ class Hub:
         Raises:
             NotFoundError: if there is no such kernel.
         """
-        with self._state_lock:
+        with self._state:
             ticket = self._decide(rules.report(self._head, report))
         self._commit(ticket)
 
     def outcomes(self, kernel_id: str) -> Counter[Outcome]:
         """How the adaptations with this kernel ended."""
-        with self._state_lock:
+        with self._state:
             return self._known.outcomes(kernel_id)
 
     def project(self, storage: Storage) -> None:
         """Writes the tables `blueprints` and `kernels`, one row an id, for readers other than Urza."""
-        with self._state_lock:
+        with self._state:
             blueprints = self._known.blueprints()
             kernels = [(kernel, self._known.outcomes(kernel.kernel_id)) for kernel in self._known.kernels(status=None)]
         projections.write(storage, blueprints, kernels)
@@ -264,7 +264,7 @@ class Hub:
 
     def _check_whole(self) -> None:
         if self._broken is not None:
-            raise self._broken
+            raise self._broken.with_traceback(None)  # one instance for all: its traceback must not grow
 
     def _decide(self, facts: Sequence[Fact]) -> int:
         """Takes facts into the newest state; returns the place in the log that must be durable before the answer.
@@ -279,23 +279,29 @@ class Hub:
         return self._head.seq
 
     def _commit(self, ticket: int) -> None:
-        """Returns once the log holds `ticket`. The first to come commits for all who wait."""
-        if self._durable.seq >= ticket:
-            return
-        with self._commit_lock:
-            with self._state_lock:
+        """Returns once the log holds `ticket`. Of those who wait one commits for all; the others are told."""
+        with self._state:
+            self._state.wait_for(lambda: self._is_settled(ticket) or not self._committing)
+            if self._is_settled(ticket):
                 self._check_whole()
-                if self._durable.seq >= ticket:
-                    return  # another request's commit carried this one too
-                batch, self._waiting = self._waiting, []
-            try:
-                self._log.append(batch)
-            except EsperError as error:
-                self._broken = error
-                raise
-            except BaseException:
-                self._broken = UnavailableError("a commit was interrupted; it is not known what is durable")
-                raise
-            with self._state_lock:
-                for event in batch:
-                    self._durable.apply(event)
+                return
+            self._committing = True
+            batch, self._waiting = self._waiting, []
+        failure: EsperError | None = UnavailableError("a commit was interrupted; it is not known what is durable")
+        try:
+            self._log.append(batch)
+            failure = None
+        except EsperError as error:
+            failure = error
+            raise
+        finally:
+            with self._state:
+                self._broken = failure
+                self._committing = False
+                if failure is None:
+                    for event in batch:
+                        self._durable.apply(event)
+                self._state.notify_all()
+
+    def _is_settled(self, ticket: int) -> bool:
+        return self._broken is not None or self._durable.seq >= ticket

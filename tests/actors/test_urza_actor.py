@@ -1,0 +1,358 @@
+"""Urza behind its handle: the conformance suite, `kill -9`, lost owners, deadlines; S3, where a server is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from pathlib import Path
+
+import pytest
+
+from actors.cluster import NAMESPACE, prepare_environment
+
+prepare_environment()
+sys.path.append(str(Path(__file__).parents[1] / "unit" / "urza"))
+
+import ray  # noqa: E402 - its environment comes first
+from hub_conformance import HubConformance  # noqa: E402
+from ray.exceptions import OwnerDiedError  # noqa: E402
+from urza_samples import BUILD, VECTOR, WIDE, artifact_of, design  # noqa: E402
+
+from actors import urza  # noqa: E402
+from esper.leyline import FencedError, NotFoundError, OonaMessage, StorageError, Topic, UnavailableError  # noqa: E402
+from esper.urza.hub import Hub  # noqa: E402
+from esper.urza.storage import Storage  # noqa: E402
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(namespace=NAMESPACE, num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def address(tmp_path):
+    return str(tmp_path / "store")
+
+
+def start(address, options=None, **more):
+    return urza.spawn(address, options, num_cpus=0.01, deadline_s=60.0, **more)
+
+
+@pytest.fixture
+def hub(address):
+    handle = start(address)
+    yield handle
+    ray.kill(handle._actor)
+
+
+class MovableUrza(urza.UrzaActor):
+    """Serves another address from now on: a process for each test of the suite would take a second each."""
+
+    def move(self, address):
+        self.__init__(Storage.at(address))
+
+
+@pytest.fixture(scope="module")
+def movable(cluster, tmp_path_factory):
+    storage = Storage.at(tmp_path_factory.mktemp("first"))
+    actor = ray.remote(MovableUrza).options(num_cpus=0.01, max_concurrency=8).remote(storage)
+    yield actor
+    ray.kill(actor)
+
+
+class TestUrzaHandle(HubConformance):
+    """The suite of the library's hubs, through Ray."""
+
+    @pytest.fixture
+    def hub(self, movable, address):
+        ray.get(movable.move.remote(address), timeout=60)
+        return urza.UrzaHandle(movable, deadline_s=60.0)
+
+
+def compiled(hub, name="adapter", targets=(VECTOR,)):
+    """Takes one design all the way; returns the kernel's record and bytes."""
+    hub.submit_blueprint(design(), name=name, targets=targets)
+    job = hub.claim("w", fingerprint=BUILD)
+    record, container = artifact_of(job)
+    hub.complete(job, record, container)
+    return record, container
+
+
+def test_all_that_was_acknowledged_survives_kill_9(hub):
+    record, container = compiled(hub, targets=(VECTOR, WIDE))
+    leased = hub.claim("w", fingerprint=BUILD)
+    before = hub.blueprints()
+    pid = hub.ready()
+    os.kill(pid, signal.SIGKILL)
+    assert hub.blueprints() == before
+    assert hub.ready() != pid
+    assert hub.kernels() == [record]
+    assert bytes(hub.fetch(record.kernel_id)) == container
+    assert hub.claim("w", fingerprint=BUILD) == leased
+    hub.complete(leased, *artifact_of(leased))
+    assert len(hub.kernels()) == 2
+
+
+def test_submissions_under_way_at_kill_9_are_all_there_once_acknowledged(hub):
+    names = [f"d{n}" for n in range(12)]
+    acknowledged = []
+
+    def submit(name):
+        acknowledged.append(hub.submit_blueprint(design(), name=name, targets=[VECTOR]).name)
+
+    threads = [threading.Thread(target=submit, args=(name,)) for name in names]
+    pid = hub.ready()
+    for thread in threads:
+        thread.start()
+    os.kill(pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join(90)
+    # Ray repeats what had no answer, and repeating a submission is harmless
+    assert sorted(acknowledged) == sorted(names)
+    assert sorted(one.name for one in hub.blueprints()) == sorted(names)
+
+
+def test_a_reader_whose_ref_lost_its_owner_asks_the_successor(hub):
+    record, container = compiled(hub)
+    lost = hub._locate(record.kernel_id, 60.0)
+    os.kill(hub.ready(), signal.SIGKILL)
+    hub.ready()
+    with pytest.raises(OwnerDiedError):
+        ray.get(lost, timeout=60)
+
+    class Reader(urza.UrzaHandle):
+        """Gets the lost ref first, as one does who asked just before Urza died."""
+
+        asked = 0
+
+        def _locate(self, kernel_id, timeout_s):
+            self.asked += 1
+            return lost if self.asked == 1 else super()._locate(kernel_id, timeout_s)
+
+    reader = Reader(hub._actor, deadline_s=60.0)
+    assert bytes(reader.fetch(record.kernel_id)) == container
+    assert reader.asked == 2
+
+
+def test_bytes_are_read_where_they_lie_and_cannot_be_changed(hub):
+    record, container = compiled(hub)
+    one, two = hub.fetch(record.kernel_id), hub.fetch(record.kernel_id)
+    assert one.readonly
+    assert (one.format, one.nbytes) == ("B", len(container))
+    assert hub._locate(record.kernel_id, 60.0) == hub._locate(record.kernel_id, 60.0)  # hot: one object for all
+    del one
+    assert bytes(two) == container
+
+
+def test_cold_kernels_fall_out_and_come_back(address):
+    storage = Storage.at(address)
+    actor = urza.UrzaActor(storage, hot_bytes=100)
+    hub = Hub.open(storage)
+    ids = []
+    for targets in ([VECTOR], [WIDE]):
+        hub.submit_blueprint(design(), name="adapter", targets=targets)
+        job = hub.claim("w", fingerprint=BUILD)
+        record, container = artifact_of(job)
+        hub.complete(job, record, container)
+        ids.append(record.kernel_id)
+    first = actor.fetch(ids[0])
+    assert actor.fetch(ids[0]) == first
+    actor.fetch(ids[1])  # 71 bytes each: only one is hot
+    again = actor.fetch(ids[0])
+    assert again != first
+    assert (ray.get(again[0]) == ray.get(first[0])).all()
+
+
+def test_two_spawns_are_one_urza_and_connect_finds_it(address, hub):
+    assert start(address).ready() == hub.ready()
+    assert urza.connect(address).ready() == hub.ready()
+    with pytest.raises(UnavailableError, match="no Urza runs"):
+        urza.connect(address + "-other")
+
+
+def test_errors_cross_unchanged(hub):
+    with pytest.raises(NotFoundError) as caught:
+        hub.fetch("0" * 64)
+    assert type(caught.value) is NotFoundError
+    with pytest.raises(NotFoundError):
+        hub.kernel("0" * 64)
+
+
+def test_an_address_that_cannot_be_written_is_refused_before_an_actor_starts(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError) as caught:
+        start(str(tmp_path / "file" / "store"))
+    assert caught.value.field == "storage"
+    with pytest.raises(UnavailableError):
+        urza.connect(str(tmp_path / "file" / "store"))
+
+
+def test_a_call_that_takes_too_long_is_unavailable(hub):
+    os.kill(hub.ready(), signal.SIGSTOP)
+    hasty = urza.UrzaHandle(hub._actor, deadline_s=0.2)
+    for ask in (hasty.ready, hasty.blueprints, lambda: hasty.fetch("0" * 64)):
+        with pytest.raises(UnavailableError, match="deadline"):
+            ask()
+
+
+def test_an_urza_that_is_gone_for_good_is_unavailable(address):
+    handle = start(address)
+    ray.kill(handle._actor)
+    with pytest.raises(UnavailableError, match="gone"):
+        handle.ready()
+
+
+def test_a_second_writer_fences_the_actor(address, hub):
+    hub.submit_blueprint(design(), name="kept", targets=[VECTOR])
+    rival = Hub.open(Storage.at(address))
+    for _ in range(2):
+        with pytest.raises(FencedError):
+            hub.submit_blueprint(design(), name="lost", targets=[VECTOR])
+    assert [one.name for one in rival.blueprints()] == ["kept"]
+
+
+def test_the_process_maps_no_torch(hub):
+    compiled(hub)
+    maps = Path(f"/proc/{hub.ready()}/maps").read_text()
+    assert "libarrow" in maps or "deltalake" in maps  # the right process
+    assert "libtorch" not in maps
+
+
+class Mailbox:
+    """An actor that keeps what the bus below was given."""
+
+    def __init__(self):
+        self.messages = []
+
+    def put(self, messages):
+        self.messages += messages
+
+    def get(self):
+        return self.messages
+
+
+class MailboxBus:
+    """The part of a bus that Urza uses."""
+
+    def __init__(self, mailbox):
+        self.mailbox = mailbox
+
+    def publish(self, messages):
+        ray.get(self.mailbox.put.remote(list(messages)), timeout=60)
+
+    def close(self):
+        pass
+
+
+class FullBus(MailboxBus):
+    def publish(self, messages):
+        raise UnavailableError("the bus does not answer")
+
+
+# workers cannot import this module by name
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def test_compilers_are_told_of_a_submission(address):
+    mailbox = ray.remote(Mailbox).options(num_cpus=0.01).remote()
+    hub = start(address, make_bus=lambda: MailboxBus(mailbox))
+    blueprint = hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+    hub.submit_blueprint(design(4), name="no-work", targets=[])
+    [message] = ray.get(mailbox.get.remote(), timeout=60)
+    assert isinstance(message, OonaMessage)
+    assert (message.topic, message.body()) == (Topic.BLUEPRINT_SUBMITTED, blueprint)
+    ray.kill(hub._actor)
+
+
+def test_a_submission_stands_even_if_nobody_can_be_told(address):
+    hub = start(address, make_bus=lambda: FullBus(None))
+    blueprint = hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+    assert hub.blueprints() == [blueprint]
+    ray.kill(hub._actor)
+
+
+def test_closing_writes_the_tables_for_other_readers(address, hub):
+    from deltalake import DeltaTable
+
+    record, _ = compiled(hub)
+    hub.close()
+    table = DeltaTable(Storage.at(address).child("kernels")).to_pyarrow_table()
+    assert table["kernel_id"].to_pylist() == [record.kernel_id]
+
+
+# ---------------------------------------------------------------- S3
+
+
+@pytest.fixture(scope="module")
+def s3_options():
+    server = os.environ.get("ESPER_TEST_MOTO_SERVER") or shutil.which("moto_server")
+    server = server or shutil.which("moto_server", path=str(Path(sys.executable).parent))
+    if server is None:
+        pytest.skip("moto_server is not installed (pip install 'moto[server]')")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [server, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    options = {
+        "endpoint_url": f"http://127.0.0.1:{port}",
+        "key": "testkey",
+        "secret": "testsecret",
+        "region": "eu-west-1",
+    }
+    try:
+        _wait_for(port)
+        Storage.at("s3://bucket", options).fs.mkdir("bucket")
+        yield options
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+def _wait_for(port, timeout_s=60.0):
+    import time
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+        except OSError:
+            assert time.monotonic() < deadline, "moto_server did not start"
+            time.sleep(0.05)  # a poll for another process; no order of ours depends on it
+        else:
+            return
+
+
+def test_on_s3_what_was_acknowledged_survives_kill_9_and_a_second_writer_is_fenced(s3_options):
+    address = f"s3://bucket/{uuid.uuid4().hex}"
+    hub = start(address, s3_options)
+    record, container = compiled(hub)
+    os.kill(hub.ready(), signal.SIGKILL)
+    assert hub.kernels() == [record]
+    assert bytes(hub.fetch(record.kernel_id)) == container
+    hub.close()
+    rival = Hub.open(Storage.at(address, s3_options))
+    with pytest.raises(FencedError):
+        hub.submit_blueprint(design(), name="lost", targets=[VECTOR])
+    assert [one.name for one in rival.blueprints()] == ["adapter"]
+    assert bytes(rival.fetch(record.kernel_id)) == container
+    with pytest.raises(NotFoundError):
+        rival.fetch("0" * 64)
+    ray.kill(hub._actor)
+
+
+def test_on_s3_a_missing_bucket_is_named(s3_options):
+    with pytest.raises(StorageError) as caught:
+        start("s3://nowhere/store", s3_options)
+    assert caught.value.field == "storage"
+    assert "s3://nowhere/store" in str(caught.value)
