@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from esper.config import CnnHost, GptHost, Host, ImportedHost, MlpHost
+from esper.config import CnnHost, GivenHost, GptHost, Host, ImportedHost, MlpHost
 from esper.leyline.errors import ConfigError
 
 
@@ -46,6 +46,12 @@ def build_host(config: Host, *, input_shape: Sequence[int], num_outputs: int, se
                 return _build_gpt(config, input_shape, num_outputs)
             case ImportedHost():
                 return _import_host(config)
+            case GivenHost():
+                raise ConfigError(
+                    "this model was handed over in Python and cannot be built from a configuration",
+                    field="host.type",
+                    remedy="call esper.grow, or name one of mlp, cnn, gpt, import",
+                )
 
 
 class Mlp(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from esper.config import Data, DigitsData, ParquetImageData, TextData
+from esper.config import Data, DigitsData, GivenData, ParquetImageData, TextData
 from esper.leyline.errors import ConfigError
 
 Split = tuple[torch.Tensor, torch.Tensor] | Dataset[tuple[torch.Tensor, torch.Tensor]]
@@ -61,6 +61,12 @@ def load_data(
         DataError: if the data cannot be found or read, or are not in the expected schema.
         ConfigError: if the task does not go with the data.
     """
+    if isinstance(config, GivenData):
+        raise ConfigError(
+            "these data were handed over in Python and cannot be loaded from a configuration",
+            field="data.type",
+            remedy="call esper.grow, or name one of digits, parquet_images, text",
+        )
     wanted = "language_model" if isinstance(config, TextData) else "classification"
     if task != wanted:
         raise ConfigError(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from esper.config import CnnHost, GptHost, ImportedHost, MlpHost
+from esper.config import CnnHost, GivenHost, GptHost, ImportedHost, MlpHost
 from esper.hosts import Gpt, TransformerBlock, build_host
 from esper.leyline import ConfigError
 
@@ -104,6 +104,7 @@ def test_imported_host_is_called_with_its_args_and_seeded():
     [
         (CnnHost(), (64,), r"host.type: a cnn takes images .*data.layout=image"),
         (CnnHost(channels=(4, 4, 4, 4, 4)), (1, 8, 8), r"host.channels: 5 stages halve 8x8"),
+        (GivenHost(), (8,), "host.type: this model was handed over in Python"),
         (GptHost(), (1, 8, 8), "host.type: a gpt takes tokens"),
         (GptHost(width=10, heads=4), (8,), "host.heads: 4 heads do not divide"),
         (ImportedHost(target="no.such.place:f"), (8,), "host.target: cannot import no.such.place"),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from esper.config import DigitsData, TextData
+from esper.config import DigitsData, GivenData, TextData
 from esper.data import load_data
 from esper.data.split import standardise, stratified
 from esper.leyline import ConfigError
@@ -62,6 +62,11 @@ def test_no_test_part_where_none_is_kept_back():
 def test_a_task_that_does_not_go_with_the_data_is_refused(config, task):
     with pytest.raises(ConfigError, match=f"task: data of type {config.type} are for .*, not {task}"):
         load_data(config, task=task, seed=0)
+
+
+def test_data_handed_over_in_python_cannot_be_loaded():
+    with pytest.raises(ConfigError, match=r"data.type: .*handed over in Python"):
+        load_data(GivenData(), task="classification", seed=0)
 
 
 def test_stratified_takes_the_share_of_each_class_and_loses_none():
