@@ -22,7 +22,7 @@ MAX_DEPTH = 8
 MAX_VALUE = 1 << 24
 
 _FUNCTIONS: dict[str, Callable[..., int]] = {"min": min, "max": max, "gcd": math.gcd}
-_TOKEN = re.compile(r"\s*(?:(\d{1,9})|([A-Za-z]+)|(//|[+\-*(),]))")
+_TOKEN = re.compile(r" *(?:([0-9]{1,9})|([A-Za-z]+)|(//|[+\-*(),]))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def canonical(text: str | int) -> str:
 def _tokens(text: str) -> list[str]:
     tokens: list[str] = []
     position = 0
-    end = len(text.rstrip())
+    end = len(text.rstrip(" "))
     while position < end:
         match = _TOKEN.match(text, position)
         if match is None:

@@ -187,7 +187,11 @@ def _layernorm(place: _Place, inputs: list[fx.Node]) -> fx.Node:
 
 
 def _rmsnorm(place: _Place, inputs: list[fx.Node]) -> fx.Node:
-    return place.layer(_empty(nn.RMSNorm, place, place.shapes[0][-1], eps=place.values["eps"]), inputs[0])
+    """Not `nn.RMSNorm`, which warns and leaves its fast path where autocast hands it h and weight in two dtypes."""
+    features, name = place.shapes[0][-1], place.node.id
+    place.root.add_module(name, nn.ParameterDict({"weight": nn.Parameter(torch.ones(features, dtype=place.dtype))}))
+    normed = place.call(torch.rms_norm, inputs[0], (features,), None, place.values["eps"])
+    return place.call(torch.mul, normed, place.graph.get_attr(f"{name}.weight"))
 
 
 def _function(function: Callable[..., object]) -> _Builder:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from esper.leyline.blueprints import Blueprint, BlueprintIR
-from esper.leyline.contract import Contract
+from esper.leyline.contract import Contract, Finite
 from esper.leyline.kernels import (
     BlueprintStatus,
     CompiledKernelArtifact,
@@ -85,7 +85,7 @@ class CompileJob(Contract):
     signature: SiteSignature
     pipeline: Pipeline
     worker: str
-    deadline: float
+    deadline: Finite
 
 
 class AssetHub(Protocol):

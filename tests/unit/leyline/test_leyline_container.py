@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.leyline import (
@@ -98,6 +98,7 @@ def test_another_signer_is_refused():
         unpack(pack(manifest(), WEIGHTS, other), PUBLIC)
 
 
+@settings(max_examples=50)
 @given(position=st.integers(0, len(PACKED) - 1), flip=st.integers(1, 255))
 def test_no_changed_byte_gets_through(position: int, flip: int):
     data = bytearray(PACKED)
@@ -106,6 +107,7 @@ def test_no_changed_byte_gets_through(position: int, flip: int):
         unpack(bytes(data), PUBLIC)
 
 
+@settings(max_examples=30)
 @given(cut=st.integers(0, len(PACKED) - 1))
 def test_no_shortened_file_gets_through(cut: int):
     with pytest.raises((SafetyError, KernelRejectedError)):
