@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -75,8 +76,6 @@ class OonaShard:
 
     async def describe(self) -> ShardInfo:
         """Answers once the log is read."""
-        import os
-
         return ShardInfo(self._num_shards, self._config, os.getpid())
 
     async def append(self, body: bytes, wait_s: float) -> bool:
