@@ -42,7 +42,8 @@ def wrap(
     """Makes a model able to grow. Until it does, it computes exactly what it did, and is as fast.
 
     Args:
-        model: any module; it keeps its class, its weights and its keys.
+        model: any module; it keeps its class, its weights and its keys, and gets one child, `_esper` (which is the
+            identity, should the model run through its own children as `nn.Sequential` does).
         example: positional inputs of the model, such as one batch; one forward finds the sites and changes nothing.
         sites: `auto` (block outputs), a module path or glob, or several.
         causal: whether sequence sites may only look back, as in language models.

@@ -19,7 +19,7 @@ from esper.kasmina.blending import blend
 from esper.kasmina.health import Observer
 from esper.kasmina.seed import KernelFacts, Seed
 from esper.kasmina.table import SeedTable
-from esper.leyline.errors import NotFoundError, SiteError
+from esper.leyline.errors import NotFoundError
 from esper.leyline.growth import PREFIX
 from esper.leyline.kernels import SiteSignature
 
@@ -149,18 +149,11 @@ class Layers(nn.Module):
 
     Its forward is the identity, so that a host which runs through its own children (`nn.Sequential`) is unharmed. It
     has no methods of its own: they would take names from sites.
-
-    Raises:
-        SiteError: if a site is called as an attribute of every `nn.Module` (`type`, `half`).
     """
 
     def __init__(self, sites: Mapping[str, SiteSignature]) -> None:
         super().__init__()
         for site, signature in sites.items():
-            if hasattr(self, key_of(site)):
-                raise SiteError(
-                    f"{site} is also the name of a torch.nn.Module attribute", remedy="rename the submodule"
-                )
             self.add_module(key_of(site), Layer(site, signature))
 
     def forward(self, x: Any) -> Any:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from esper.leyline.errors import SiteError
+
 
 @dataclass(slots=True)
 class Call:
@@ -60,7 +62,15 @@ def probe(module: nn.Module, example: tuple[Any, ...]) -> Probe:
     Args:
         module: the host; bit-identical afterwards.
         example: positional inputs, such as one batch.
+
+    Raises:
+        SiteError: if a submodule hides behind an attribute of every `nn.Module`, such as `type`: torch can then not
+            call the host with other tensors than its own, and so no shadow can be trained.
     """
+    for path, parent in module.named_modules():
+        for name, child in parent.named_children():
+            if getattr(parent, name) is not child:
+                raise SiteError(f"a submodule of {path or 'the model'} is called {name!r}", remedy="rename it")
     seen = Probe(batch=_batch_of(example))
     training = [(m, m.training) for m in module.modules()]
     with ExitStack() as stack:

@@ -1,0 +1,178 @@
+"""Telemetry: right figures from streams, and no effect on the host."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kasmina_support import HOSTS, Driver, assert_equal, fingerprint, wrapped
+
+from esper.kasmina.health import PROBE_FEATURES, Health, Observer
+from esper.leyline import ConflictError, SiteKind, SiteSignature
+
+MAP = SiteSignature(kind=SiteKind.FEATURE_MAP, channels=3, extent=(4, 5))
+VECTOR = SiteSignature(kind=SiteKind.VECTOR, channels=5)
+SEQUENCE = SiteSignature(kind=SiteKind.SEQUENCE, channels=4, extent=(6,))
+
+
+def rows_of(h, signature):
+    if signature.kind is SiteKind.FEATURE_MAP:
+        return h.permute(0, 2, 3, 1).reshape(-1, signature.channels).double()
+    return h.reshape(-1, signature.channels).double()
+
+
+@pytest.mark.parametrize("signature", [MAP, VECTOR, SEQUENCE], ids=lambda s: s.kind.value)
+def test_streams_agree_with_all_samples_at_once(signature):
+    generator = torch.Generator().manual_seed(1)
+    parts = [torch.randn(signature.shape(n), generator=generator) * 2 + 1 for n in (3, 1, 8)]
+    observer = Observer("x", signature)
+    for h in parts:
+        observer.watch(h)
+    rows = torch.cat([rows_of(h, signature) for h in parts])
+    correlation = torch.corrcoef(rows.T).abs()
+    num = signature.channels
+    health = observer.health()
+    assert health.num_samples == 12
+    assert health.activation_variance == pytest.approx(rows.var(0, correction=0).mean().item(), rel=1e-6)
+    assert health.avg_correlation == pytest.approx((correlation.sum().item() - num) / (num * (num - 1)), rel=1e-6)
+    assert health.dead_neuron_ratio == 0.0
+    assert health.gradient_norm is None
+    assert health.grow_potential is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(offset=st.floats(-1e6, 1e6), sizes=st.lists(st.integers(2, 9), min_size=1, max_size=4))
+def test_a_large_mean_does_not_eat_the_variance(offset, sizes):
+    generator = torch.Generator().manual_seed(0)
+    observer = Observer("x", VECTOR)
+    parts = [(torch.randn(n, 5, generator=generator, dtype=torch.float64) + offset).float() for n in sizes]
+    for part in parts:
+        observer.watch(part)
+    expected = torch.cat(parts).double().var(0, correction=0).mean().item()
+    assert observer.health().activation_variance == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_dead_channels_are_counted_and_not_correlated():
+    h = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    h[:, 1] = 0.0
+    h[:, 3] = -h[:, 0]
+    observer = Observer("x", VECTOR)
+    observer.watch(h)
+    health = observer.health()
+    assert health.dead_neuron_ratio == pytest.approx(0.2)
+    alive = torch.corrcoef(h[:, [0, 2, 3, 4]].double().T).abs()
+    assert health.avg_correlation == pytest.approx((alive.sum().item() - 4) / 12)
+    assert health.score == pytest.approx(0.8 * math.sqrt(1 - health.avg_correlation**2))
+
+
+def test_gradient_and_growth_potential_are_those_of_a_zeroed_last_layer():
+    torch.manual_seed(0)
+    observer = Observer("fc", VECTOR)
+    pulls, norms = [], []
+    for _ in range(3):
+        h = torch.randn(7, 5, requires_grad=True)
+        target = torch.randn(7, 5)
+        out = h * 1.0
+        observer.watch(out)
+        ((out - target) ** 2).mean().backward()
+        # the same, by a kernel relu(h U) W with W = 0
+        probe = observer._probe_cp
+        last = torch.zeros(PROBE_FEATURES, 5, requires_grad=True)
+        ((h.detach() + torch.relu(h.detach() @ probe) @ last - target) ** 2).mean().backward()
+        pulls.append(last.grad)
+        norms.append(h.grad.norm(dim=1).mean())
+    health = observer.health()
+    assert health.grow_potential == pytest.approx(
+        torch.stack(pulls).mean(0).norm().item() / math.sqrt(PROBE_FEATURES), rel=1e-5
+    )
+    assert health.gradient_norm == pytest.approx(torch.stack(norms).mean().item(), rel=1e-5)
+
+
+def test_the_probe_depends_on_the_name_alone_and_draws_nothing():
+    before = torch.get_rng_state()
+    one, same, other = Observer("a", VECTOR), Observer("a", VECTOR), Observer("b", VECTOR)
+    assert torch.equal(one._probe_cp, same._probe_cp)
+    assert not torch.equal(one._probe_cp, other._probe_cp)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_not_measured_is_none():
+    assert Observer("x", VECTOR).health() == Health()
+    assert Health().score is None
+    observer = Observer("x", VECTOR)
+    observer.watch(torch.full((2, 5), float("nan")))
+    assert observer.health() == Health(num_skipped=1)
+
+
+def test_a_constant_layer_scores_nothing():
+    observer = Observer("x", VECTOR)
+    observer.watch(torch.ones(4, 5))
+    assert observer.health().avg_correlation is None
+    assert observer.health().score == 0.0
+
+
+def test_a_state_of_another_width_is_refused():
+    with pytest.raises(ConflictError):
+        Observer("x", VECTOR).load(Observer("x", SEQUENCE).state())
+
+
+# ---------------------------------------------------------------- in the host
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_observation_has_no_effect_on_the_host(name):
+    runs = []
+    for observe_every in (0, 1):
+        driver = Driver(name, wrapped(name), observe_every=observe_every)
+        torch.manual_seed(1)
+        driver.train(10).close()
+        runs.append((fingerprint(driver), driver.reports))
+    assert_equal(runs[0][0], runs[1][0])
+    assert all(s.activation_variance is None for r in runs[0][1] for s in r.seeds)
+    assert all(s.grow_potential > 0 and s.gradient_norm > 0 for r in runs[1][1] for s in r.seeds)
+
+
+def test_only_the_hosts_own_training_steps_are_sampled():
+    host = wrapped("mlp")
+    driver = Driver("mlp", host, observe_every=2)
+    driver.train(4)
+    driver.host.prepare(4, epoch=0, steps_per_epoch=4, observe=True)
+    x = driver.batches[0][0]
+    host.eval()
+    host(x)
+    host.train()
+    with torch.no_grad():
+        host(x)
+    driver.close()
+    assert [r.num_samples for r in driver.reports] == [32, 32]
+    driver.close()
+    assert [r.num_samples for r in driver.reports] == [0, 0]
+
+
+def test_reports_name_the_site_and_its_seeds():
+    driver = Driver("mlp", wrapped("mlp"), observe_every=1).run_epoch()
+    first = driver.reports[0]
+    assert (first.layer_id, first.run_id, first.epoch, first.step) == ("1", "run", 0, 4)
+    assert [s.seed_id for s in first.seeds] == ["s0"]
+    assert 0 <= first.seeds[0].health_score <= 1
+
+
+def test_an_overwritten_activation_is_seen_as_it_was():
+    """A ReLU in place, right behind the site, changes the very tensor that the hook was given."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.LayerNorm(5)),
+        torch.nn.ReLU(inplace=True),
+        torch.nn.Linear(5, 2),
+    )
+    from esper.kasmina import wrap
+
+    x = torch.randn(6, 4)
+    host = wrap(model, example=(x,), sites="0")
+    host.prepare(0, epoch=0, steps_per_epoch=1, observe=True)
+    host(x).sum().backward()
+    signal = host.close_epoch(run_id="r", epoch=0, step=1, val_loss=None)[0].seeds[0]
+    assert signal.activation_variance == pytest.approx(model[0](x).var(0, correction=0).mean().item(), rel=1e-5)
