@@ -37,8 +37,10 @@ import copy
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -412,7 +414,6 @@ def train_local(
     """
     ranks = ranks or SoloRanks()
     device = device or _device(config)
-    ports = Ports(hub, bus, controller, ranks, stop, faults or NoFaults())
     threads = config.tolaria.num_threads
     # ranks draw different dropout masks; what must be equal on all comes from rank 0
     with numerics(seed=config.seed + 7919 * ranks.rank, deterministic=config.deterministic, num_threads=threads):
@@ -420,6 +421,15 @@ def train_local(
         if hub is not None and public_key is not None:
             # several ranks must hold a kernel at the same step: none may depend on its own loader's pace
             host.attach(hub, public_key, wait=config.deterministic or ranks.world > 1)
+        ports = Ports(
+            hub=hub,
+            bus=bus,
+            controller=controller,
+            request_kernels=None if hub is None else partial(request_kernels, hub, host.sites.values(), config, run_id),
+            ranks=ranks,
+            stop=stop,
+            faults=faults or NoFaults(),
+        )
         try:
             trainer = Trainer(
                 host,
@@ -476,25 +486,47 @@ def local_hub(
     from esper.tezzeret.fingerprint import target_fingerprint
     from esper.tezzeret.worker import Idle, work_once
     from esper.urabrask.gauntlet import examine
-    from esper.urza.library import designs_for, load_library
     from esper.urza.memory import MemoryHub
 
     key = private_key or Ed25519PrivateKey.generate()
-    library, names = load_library(), config.tezzeret.blueprints
-    unknown = [] if names == "library" else [name for name in names if name not in library]
-    if unknown:
-        raise ConfigError(f"no blueprint {unknown[0]!r} in the library", field="tezzeret.blueprints")
     hub = MemoryHub()
-    for signature in dict.fromkeys(signatures):
-        for design in designs_for(signature):
-            if names == "library" or design.name in names:
-                hub.submit_blueprint(design.ir, name=design.name, targets=[signature], tags=design.tags)
+    request_kernels(hub, signatures, config, "local")
     fingerprint = target_fingerprint()
     with torch.random.fork_rng(devices=[]):
         turn = None
         while not isinstance(turn, Idle):
             turn = work_once(hub, worker="local", fingerprint=fingerprint, private_key=key, examine=examine)
     return hub, key.public_key().public_bytes_raw()
+
+
+def request_kernels(hub: AssetHub, signatures: Iterable[SiteSignature], config: RunConfig, submitted_by: str) -> None:
+    """Submits the designs that the configuration allows, for those of the sites they fit; built ones are not built
+    again. Submissions go out together, so that the hub can write them together.
+
+    Raises:
+        ConfigError: if a configured blueprint is not in the library.
+        UnavailableError: if the hub does not answer.
+    """
+    from esper.urza.library import designs_for, load_library
+
+    library, names = load_library(), config.tezzeret.blueprints
+    unknown = [] if names == "library" else [name for name in names if name not in library]
+    if unknown:
+        raise ConfigError(f"no blueprint {unknown[0]!r} in the library", field="tezzeret.blueprints")
+    targets: dict[str, list[SiteSignature]] = {}
+    for signature in dict.fromkeys(signatures):
+        for design in designs_for(signature, library):
+            if names == "library" or design.name in names:
+                targets.setdefault(design.name, []).append(signature)
+
+    def submit(name: str) -> None:
+        design = library[name]
+        hub.submit_blueprint(
+            design.ir, name=name, targets=targets[name], tags=design.tags, priority=9, submitted_by=submitted_by
+        )
+
+    with ThreadPoolExecutor(8, thread_name_prefix="submit") as pool:
+        list(pool.map(submit, targets))
 
 
 def new_run_id(config: RunConfig) -> str:

@@ -30,7 +30,6 @@ class HostCosts:
         self._growable = growable
         self._loss_of = loss_of
         self._costs = StepCosts()
-        self._shadow = StepCosts()
 
     def training_step(self, inputs: Any, targets: Any) -> int:
         """FLOPs of forward and backward for this batch."""
@@ -53,18 +52,26 @@ class HostCosts:
             lambda: self._infer(args),
             topology_version=self._growable.topology_version,
             shapes=_shapes(args),
-            mode="eval",
+            mode="infer",
         )
 
     def counting(self, args: tuple[Any, ...], run: Callable[[], Any], *, mode: str) -> tuple[Any, int]:
         """Runs `run`, counting it if this kind of run is new; returns its result and its FLOPs."""
         key = {"topology_version": self._growable.topology_version, "shapes": _shapes(args), "mode": mode}
-        known = self._shadow.known(**key)
+        known = self._costs.known(**key)
         if known is not None:
             return run(), known
         result: list[Any] = []
-        cost = self._shadow.cost(lambda: result.append(run()), **key)
+        cost = self._costs.cost(lambda: result.append(run()), **key)
         return result[0], cost
+
+    def state_dict(self) -> list[list[Any]]:
+        """What is known of the present topology: a resumed run must not count it at another alpha."""
+        return self._costs.state_dict()
+
+    def load_state_dict(self, state: list[list[Any]]) -> None:
+        """Inverse of `state_dict`, once the topology is restored."""
+        self._costs.load_state_dict(state, topology_version=self._growable.topology_version)
 
     def _train_on_copies(self, args: tuple[Any, ...], targets: Any) -> None:
         module = self._growable.module

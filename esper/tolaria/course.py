@@ -29,6 +29,7 @@ class Ports:
     Attributes:
         hub, bus, controller: None in a run without that system, which then does not grow, tells nobody, or decides
             nothing. Used on rank 0 alone.
+        request_kernels: submits the designs that fit the run's sites; called once, on rank 0, beside the training.
         ranks: the other trainers of the run.
         stop: asked at every step; a reason ends the run cleanly.
         faults: a script of faults, for tests.
@@ -37,6 +38,7 @@ class Ports:
     hub: AssetHub | None = None
     bus: Bus | None = None
     controller: Controller | None = None
+    request_kernels: Callable[[], None] | None = None
     ranks: Ranks = field(default_factory=SoloRanks)
     stop: Callable[[], str | None] = never
     faults: FaultPlan = field(default_factory=NoFaults)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from esper.leyline.errors import UnavailableError
@@ -13,6 +16,8 @@ from esper.tolaria.commands import CommandLog, LoggedDecision
 from esper.tolaria.course import Course
 from esper.tolaria.packet import HostSize, budget_state, kernel_options
 from esper.tolaria.reach import Reach
+
+_SETTLE_PAUSE_S = 0.1
 
 
 class Deciding:
@@ -32,6 +37,17 @@ class Deciding:
         self._reach = reach
         self._commands = commands
         self.memory: dict[str, Any] = {}
+        self._request: threading.Thread | None = None
+        self._has_settled = False
+
+    def begin(self) -> None:
+        """Asks for the kernels that the sites may need. They are built beside the training."""
+        course = self._course
+        if (request := course.ports.request_kernels) is None or not course.is_first:
+            return
+        ask = partial(self._reach.ask, "Urza", request)
+        self._request = threading.Thread(target=ask, name="request-kernels", daemon=True)
+        self._request.start()
 
     def decide(
         self,
@@ -62,18 +78,39 @@ class Deciding:
         return signal
 
     def kernels(self) -> tuple[int, int]:
-        """How many kernels are ready for the sites, and how many on their way; in deterministic mode the latter are
-        waited for, so that what Tamiyo can choose from does not depend on the clock. Zeros on other ranks.
+        """How many kernels are ready for the sites, and how many on their way. Zeros on other ranks.
+
+        The first call waits for those on their way, `tamiyo.startup_s` at most: a run of seconds would be over before
+        the platform is up. In deterministic mode every call waits for all, so that what Tamiyo can choose from does
+        not depend on the clock.
         """
-        hub = self._course.ports.hub
-        if hub is None or not self._course.is_first:
+        course = self._course
+        hub = course.ports.hub
+        if hub is None or not course.is_first:
             return 0, 0
-        signatures = list(dict.fromkeys(self._course.growable.sites.values()))
-        if self._course.config.deterministic:
+        signatures = list(dict.fromkeys(course.growable.sites.values()))
+        if course.config.deterministic:
+            if self._request is not None:
+                self._request.join()
             self._reach.ask("Tezzeret", lambda: _require_compiled(hub, signatures))
+        elif not self._has_settled:
+            self._settle(hub, signatures)
+        self._has_settled = True
         pending = self._reach.ask("Urza", lambda: hub.pending(signatures))
         ready = self._reach.ask("Urza", lambda: sum(len(hub.kernels(signature=each)) for each in signatures))
         return ready or 0, pending or 0
+
+    def _settle(self, hub: AssetHub, signatures: Sequence[SiteSignature]) -> None:
+        """Waits until the first kernels are built; goes on without those that take longer."""
+        course = self._course
+        deadline = time.monotonic() + course.config.tamiyo.startup_s
+        if self._request is not None:
+            self._request.join(course.config.tamiyo.startup_s)
+        pause = threading.Event()  # never set: a wait that a signal handler can interrupt
+        while time.monotonic() < deadline and course.ports.stop() is None:
+            if not self._reach.ask("Urza", lambda: hub.pending(signatures)):
+                return
+            pause.wait(_SETTLE_PAUSE_S)
 
     def _replay(self) -> tuple[dict[str, Any], AdaptationSignal] | None:
         logged = None if self._commands is None else self._commands.at(self._course.epoch)

@@ -272,3 +272,12 @@ class StepCosts:
     def known(self, *, topology_version: int, shapes: Hashable, mode: str) -> int | None:
         """Returns the count if it is known; for a caller that must prepare copies before it can count."""
         return self._costs.get((shapes, mode)) if topology_version == self._topology else None
+
+    def state_dict(self) -> list[list[Any]]:
+        """Returns the counts of the present topology as (shapes, mode, FLOPs)."""
+        return [[shapes, mode, flops] for (shapes, mode), flops in self._costs.items()]
+
+    def load_state_dict(self, state: Sequence[Sequence[Any]], *, topology_version: int) -> None:
+        """Takes over counts of the same topology under the number that it has here."""
+        self._topology = topology_version
+        self._costs = {(shapes, mode): int(flops) for shapes, mode, flops in state}

@@ -231,9 +231,8 @@ class Trainer:
         found = self._checkpoints.latest()
         if found is None:
             return
-        state = to_device(found.state, torch.device("cpu"))
-        self.session.load_state_dict(state["session"])
-        self._best.value, self._best.epochs_since = state["best"]
+        self.session.load_state_dict(found.state["session"])
+        self._best.value, self._best.epochs_since = found.state["best"]
         self._resumed_from = found.epoch
         log.info("run.resumed", extra={"epoch": found.epoch})
 

@@ -24,7 +24,7 @@ from typing import Any, Self
 import torch
 
 from esper.config import RunConfig
-from esper.leyline.growth import Growable
+from esper.leyline.growth import PREFIX, Growable
 from esper.leyline.messages import Topic
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import AdaptationSignal, EpochRecord, LayerHealthReport, Severity
@@ -123,6 +123,7 @@ class Session:
         self._losses: list[float] = []
         self._milliseconds: list[float] = []
         self._last_batch: Batch | None = None
+        self._training: tuple[int, tuple[str, ...]] = (-1, ())
         self._observing = False
         self._prepared_for = -1
         self._mark = time.perf_counter()
@@ -146,6 +147,7 @@ class Session:
 
     def begin(self) -> None:
         """Takes the first snapshot and readies the first step."""
+        self._deciding.begin()
         self._adaptation.rebuild_parallel()
         self._guard.remember()
         self._ready()
@@ -214,7 +216,7 @@ class Session:
 
     def _train_shadows(self, batch: Batch) -> None:
         course = self.course
-        training = [seed.seed_id for seed in course.growable.seeds() if seed.stage is SeedStage.TRAINING]
+        training = self._in_training()
         if not training or course.step % course.config.kasmina.shadow_every:
             return
         inputs, targets = batch
@@ -235,6 +237,14 @@ class Session:
         seconds = (time.perf_counter() - began) / len(training)
         for seed_id in training:
             self.recorder.spend(seed_id, flops=flops // len(training), seconds=seconds)
+
+    def _in_training(self) -> tuple[str, ...]:
+        """Ids of the seeds in TRAINING; looked up when the topology changes, not at every step."""
+        version = self.course.growable.topology_version
+        if self._training[0] != version:
+            seeds = self.course.growable.seeds()
+            self._training = (version, tuple(s.seed_id for s in seeds if s.stage is SeedStage.TRAINING))
+        return self._training[1]
 
     def _ready(self) -> None:
         """Readies the next step, once; its clock starts here."""
@@ -263,6 +273,7 @@ class Session:
         course = self.course
         self._steps_per_epoch = self._steps_per_epoch or len(self._milliseconds)
         self.outbox.send_steps(steps_per_epoch=self._steps_per_epoch)
+        self._share_buffers()
         ailment = self._guard.examine()
         if ailment is not None:
             self._prepared_for = -1
@@ -314,6 +325,15 @@ class Session:
             with course.ledger.timed("telemetry"):  # here, so that no step after a graft pays for the counting
                 self._costs.training_step(*self._last_batch)
         self._ready()
+
+    def _share_buffers(self) -> None:
+        """Gives every rank rank 0's running statistics: each saw another share of the last step."""
+        course = self.course
+        if course.ports.ranks.world == 1:
+            return
+        own = {name: buffer for name, buffer in course.growable.module.named_buffers() if not name.startswith(PREFIX)}
+        for name, value in course.ports.ranks.broadcast({name: buffer.cpu() for name, buffer in own.items()}).items():
+            own[name].copy_(value)
 
     def evaluate(self, batches: Batches, *, purpose: str, mode: str) -> Evaluation:
         """One pass over a split, booked under `purpose`. Collective.
@@ -370,16 +390,14 @@ class Session:
         course = self.course
         if self._val is None or host is None:
             return
-        for seed in course.growable.seeds():
-            if seed.stage is not SeedStage.TRAINING:
-                continue
+        for seed_id in self._in_training():
             began, before = time.perf_counter(), course.ledger.snapshot().flops.shadow
-            with course.growable.shadowed(seed.seed_id):
-                candidate = self.evaluate(self._val, purpose="shadow", mode=f"eval-{seed.seed_id}")
+            with course.growable.shadowed(seed_id):
+                candidate = self.evaluate(self._val, purpose="shadow", mode=f"eval-{seed_id}")
             evidence = compare(host, candidate, ranks=course.ports.ranks, device=course.device)
-            course.growable.record_evidence(seed.seed_id, evidence)
+            course.growable.record_evidence(seed_id, evidence)
             flops = course.ledger.snapshot().flops.shadow - before
-            self.recorder.spend(seed.seed_id, flops=flops, seconds=time.perf_counter() - began)
+            self.recorder.spend(seed_id, flops=flops, seconds=time.perf_counter() - began)
 
     def _record(self, host: Evaluation | None, metrics: dict[str, float]) -> EpochRecord:
         course, headline = self.course, self.course.task.headline
@@ -437,6 +455,7 @@ class Session:
             "host": {"params": self.host_size.params, "flops": self.host_size.flops},
             "tamiyo": self._deciding.memory,
             "ledger": course.ledger.state_dict(),
+            "costs": self._costs.state_dict(),
             "recorder": self.recorder.state_dict(),
             "governor": self._guard.state_dict(),
             "went_without": list(self.reach.went_without),
@@ -457,6 +476,7 @@ class Session:
         self.host_size = HostSize(int(state["host"]["params"]), int(state["host"]["flops"]))
         self._deciding.memory = dict(state["tamiyo"])
         course.ledger.load_state_dict(state["ledger"])
+        self._costs.load_state_dict(state["costs"])
         self.recorder.load_state_dict(state["recorder"])
         self.reach.restore(tuple(state["went_without"]))
         self._boundary = None if state["boundary"] is None else _boundary_from(state["boundary"])

@@ -195,7 +195,9 @@ class _InOrder:
         return -(-len(self._samples) // (self._batch_size * world))
 
     def epoch(self, epoch: int, *, rank: int, world: int) -> Iterator[Batch]:  # noqa: ARG002 - the same every epoch
-        for part in torch.arange(rank, len(self._samples), world).split(self._batch_size):
+        for part in torch.arange(len(self._samples))[rank::world].split(self._batch_size):
+            if not len(part):
+                return  # more ranks than samples
             yield self._samples.take(part, 0)
 
 

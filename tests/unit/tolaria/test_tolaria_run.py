@@ -1,0 +1,258 @@
+"""Whole runs in this process: growth, files, interruption, and the promise that a crash leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tolaria_support import BLUEPRINT, SITE, Crash, CrashAt, config, equal, train, workload
+
+from esper.leyline import (
+    ConfigError,
+    Outcome,
+    RunHistory,
+    RunStatus,
+    RunSummary,
+    SeedStage,
+    Topic,
+    UnavailableError,
+)
+from esper.oona import MemoryBus
+from esper.tamiyo.controller import LocalController
+from esper.tolaria.schedules import optimizer_factory
+
+WAY = [
+    SeedStage.GERMINATED,
+    SeedStage.TRAINING,
+    SeedStage.GRAFTING,
+    SeedStage.STABILIZING,
+    SeedStage.EVALUATING,
+    SeedStage.FINE_TUNING,
+    SeedStage.FOSSILIZED,
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A deterministic run to its end: its folder, summary and weights."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, *train(folder)
+
+
+def test_a_seed_goes_all_the_way_and_the_files_tell_it(undisturbed):
+    folder, summary, weights = undisturbed
+    assert [event.to_stage for event in summary.events] == WAY
+    assert summary.status is RunStatus.FINISHED
+    assert [report.outcome for report in summary.field_reports] == [Outcome.FOSSILIZED]
+    assert summary.field_reports[0].flops == summary.ledger.flops.shadow > 0
+    assert summary.params.final > summary.params.start
+    assert any(name.startswith("_esper.") for name in weights)
+    assert summary.metrics.test_accuracy is not None
+    assert (summary.compiler_in_trainer.dynamo_frames, summary.compiler_in_trainer.inductor_compiles) == (0, 0)
+    assert RunSummary.model_validate_json((folder / "summary.json").read_text()) == summary
+    history = RunHistory.model_validate_json((folder / "history.json").read_text())
+    assert [row.epoch for row in history.epochs] == list(range(8))
+    assert len(history.step_ms) == summary.steps.count == 8 * 3
+    assert history.graft_steps
+    assert [epoch for epoch, _ in history.decisions] == list(range(8))
+    assert summary.ledger.flops.host > summary.ledger.flops.validation > 0
+
+
+def test_evidence_is_paired_sample_by_sample(undisturbed):
+    _, summary, _ = undisturbed
+    graft = next(event for event in summary.events if event.to_stage is SeedStage.GRAFTING)
+    assert graft.evidence is not None
+    assert graft.evidence.num_pairs == 40
+    assert graft.evidence.gain > 0
+    assert graft.evidence.gain == pytest.approx(graft.evidence.baseline - graft.evidence.candidate)
+
+
+@pytest.mark.parametrize(
+    ("place", "step"),
+    [("step", 10), ("logged", 2), ("checkpoint", 3), ("checkpoint", 7)],
+)
+def test_a_run_that_died_and_was_resumed_ends_bit_equal(undisturbed, tmp_path, place, step):
+    _, expected, weights = undisturbed
+    crash = CrashAt(place, step)
+    with pytest.raises(Crash):
+        train(tmp_path, faults=crash)
+    assert crash.fired
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
+    summary, resumed = train(tmp_path, resume=True)
+    assert equal(resumed, weights)
+    assert [event.to_stage for event in summary.events] == [event.to_stage for event in expected.events]
+    assert summary.ledger.flops == expected.ledger.flops
+    assert summary.steps.count == expected.steps.count
+
+
+def test_a_logged_decision_is_replayed_and_not_asked_for_again(tmp_path):
+    with pytest.raises(Crash):
+        train(tmp_path, faults=CrashAt("logged", 0))
+
+    class Contrary(LocalController):
+        asked: list[int] = []  # noqa: RUF012 - read by the test
+
+        def decide(self, state, packet):
+            self.asked.append(packet.epoch.epoch)
+            return super().decide(state, packet)
+
+    chosen = config()
+    summary, _ = train(tmp_path, resume=True, controller=Contrary(chosen.tamiyo, seed=0))
+    assert Contrary.asked == list(range(1, 8))
+    assert summary.events[0].to_stage is SeedStage.GERMINATED
+
+
+def test_killed_in_the_middle_of_an_epoch_by_the_kernel(undisturbed, tmp_path):
+    _, _, weights = undisturbed
+    script = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from tolaria_support import train\n"
+        "class Kill:\n"
+        "    def at(self, place, step):\n"
+        "        if (place, step) == ('step', 13): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train(sys.argv[2], faults=Kill())\n"
+    )
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", script, str(here), str(tmp_path)]
+    died = subprocess.run(command, check=False, cwd=here.parents[2], env={**os.environ, "PYTHONPATH": ""}, timeout=120)
+    assert died.returncode == -signal.SIGKILL
+    _, resumed = train(tmp_path, resume=True)
+    assert equal(resumed, weights)
+
+
+def test_a_stopped_run_names_its_last_checkpoint_and_starts_no_new_one(tmp_path):
+    calls = iter(range(1000))
+    summary, _ = train(tmp_path, stop=lambda: "Ctrl-C" if next(calls) >= 7 else None)
+    assert summary.status is RunStatus.INTERRUPTED
+    assert summary.last_checkpoint == "checkpoints/epoch-000001"
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("epoch-*")) == ["epoch-000000", "epoch-000001"]
+    assert summary.metrics.test_accuracy is None
+    resumed, _ = train(tmp_path, resume=True)
+    assert resumed.status is RunStatus.FINISHED
+
+
+def test_without_growth_the_host_is_the_host(tmp_path):
+    """A wrapped run in which a kernel trains in shadow all the time, against plain PyTorch."""
+    chosen = config(tolaria__epochs=4, kasmina__evidence_z=1e9, kasmina__max_training_epochs=50)
+    summary, weights = train(tmp_path, chosen)
+    assert summary.events[-1].to_stage is SeedStage.TRAINING
+    assert [report.outcome for report in summary.field_reports] == [Outcome.UNFINISHED]
+    problem = workload(chosen)
+    plain, optimizer = problem.model, optimizer_factory(chosen.tolaria.optimizer)(list(problem.model.parameters()))
+    scheduler = problem.scheduler(optimizer, 12)
+    from esper.tolaria.numerics import numerics
+    from esper.tolaria.workload import training_batches
+
+    with numerics(seed=0, deterministic=True, num_threads=1):
+        plain.train()
+        for epoch in range(4):
+            for x, y in training_batches(problem.train, batch_size=40, seed=0).epoch(epoch, rank=0, world=1):
+                optimizer.zero_grad(set_to_none=True)
+                torch.nn.functional.cross_entropy(plain(x), y).backward()
+                torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+                optimizer.step()
+                scheduler.step()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in plain.state_dict().items())
+
+
+class Deaf:
+    """A controller that never answers."""
+
+    def decide(self, state, packet):
+        raise UnavailableError("no answer within 5 s")
+
+
+def test_outside_deterministic_mode_a_run_goes_on_without_and_says_so_once(tmp_path):
+    summary, _ = train(tmp_path, config(deterministic="false", tolaria__epochs=3), controller=Deaf())
+    assert summary.status is RunStatus.FINISHED
+    assert summary.went_without == ("Tamiyo: no answer within 5 s",)
+    assert summary.events == ()
+
+
+def test_in_deterministic_mode_it_asks_until_there_is_an_answer(undisturbed, tmp_path):
+    chosen = config()
+
+    class Slow(LocalController):
+        left = 2
+
+        def decide(self, state, packet):
+            if self.left:
+                self.left -= 1
+                raise UnavailableError("still starting")
+            return super().decide(state, packet)
+
+    summary, weights = train(tmp_path, chosen, controller=Slow(chosen.tamiyo, seed=0))
+    assert summary.went_without == ()
+    assert equal(weights, undisturbed[2])
+
+
+def test_a_run_that_waits_can_be_stopped(tmp_path):
+    calls = iter(range(1000))
+    with pytest.raises(UnavailableError):
+        train(tmp_path, controller=Deaf(), stop=lambda: "SIGTERM" if next(calls) >= 3 else None)
+
+
+def test_signals_reach_the_bus_in_batches(tmp_path):
+    bus = MemoryBus()
+    watcher = bus.subscribe(list(Topic), group="test", from_start=True)
+    summary, _ = train(tmp_path, bus=bus)
+    deliveries = watcher.poll(max_messages=1000, timeout_s=5.0)
+    topics = [delivery.message.topic for delivery in deliveries]
+    assert topics[0] is Topic.RUN_STARTED
+    assert topics.count(Topic.EPOCH) == topics.count(Topic.SEED_HEALTH) == topics.count(Topic.KASMINA_COMMANDS) == 8
+    assert topics.count(Topic.LIFECYCLE) == len(WAY)
+    assert topics.count(Topic.FIELD_REPORTS) == 1
+    steps = [delivery.message.body() for delivery in deliveries if delivery.message.topic is Topic.STEPS]
+    assert [batch.first_step + i for batch in steps for i in range(len(batch.losses))] == list(range(24))
+    assert summary.bus.published == len(deliveries)
+    watcher.close()
+    bus.close()
+
+
+def test_patience_waits_for_an_adaptation_to_end(tmp_path):
+    quiet = config(tolaria__patience=1, tolaria__optimizer="{lr: 1.0e-12}", tamiyo__policy="none")
+    summary, _ = train(tmp_path / "quiet", quiet)
+    assert len(RunHistory.model_validate_json((tmp_path / "quiet/history.json").read_text()).epochs) < 8
+    assert summary.status is RunStatus.FINISHED
+    growing = config(tolaria__patience=1, tolaria__optimizer="{lr: 1.0e-12}", kasmina__max_training_epochs=50,
+                     kasmina__evidence_z=1e9)  # fmt: skip
+    train(tmp_path / "growing", growing)
+    assert len(RunHistory.model_validate_json((tmp_path / "growing/history.json").read_text()).epochs) == 8
+
+
+def test_a_refused_command_is_an_event_with_its_reason(tmp_path):
+    class Hasty(LocalController):
+        def decide(self, state, packet):
+            from esper.leyline import Action, AdaptationSignal, KasminaControlCommand
+
+            seed = packet.layers[0].seeds[0]
+            order = KasminaControlCommand(action=Action.ADVANCE, site=SITE, seed_id=seed.seed_id, reason="now")
+            signal = AdaptationSignal(
+                run_id=packet.run_id, epoch=packet.epoch.epoch, policy="hasty", commands=(order,), reason="now"
+            )
+            return state, signal
+
+    chosen = config(tolaria__epochs=1)
+    summary, _ = train(tmp_path, chosen, controller=Hasty(chosen.tamiyo))
+    (event,) = summary.events
+    assert event.refused
+    assert event.from_stage is event.to_stage is SeedStage.DORMANT
+    assert event.reason
+    assert BLUEPRINT not in event.reason
+
+
+def test_a_metric_that_the_task_lacks_is_refused(tmp_path):
+    from dataclasses import replace
+
+    from esper.tolaria.task import Task
+
+    chosen = config(tolaria__best_metric="val_metric")
+    bare = replace(workload(chosen), task=Task(torch.nn.functional.cross_entropy))
+    with pytest.raises(ConfigError, match=r"tolaria\.best_metric"):
+        train(tmp_path, chosen, problem=bare)
