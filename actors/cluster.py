@@ -64,12 +64,13 @@ def connected(*, dashboard: bool = True, metadata: Mapping[str, str] | None = No
     """
     prepare_environment()
     import ray
+    from ray.job_config import JobConfig
 
     if ray.is_initialized():
         yield Cluster(owned=False, dashboard=None)
         return
     joins = bool(os.environ.get("RAY_ADDRESS"))
-    job = ray.job_config.JobConfig(metadata=dict(metadata or {}), ray_namespace=NAMESPACE)
+    job = JobConfig(metadata=dict(metadata or {}), ray_namespace=NAMESPACE)
     options = {} if joins else {"num_cpus": max(2, os.cpu_count() or 2), "include_dashboard": dashboard}
     if joins:
         options["runtime_env"] = {"env_vars": {k: os.environ[k] for k in _SETTINGS if k != "RAY_AUTH_MODE"}}

@@ -45,14 +45,16 @@ class Platform:
         storage: what it serves.
         bus: Oona; `bus.bus()` makes a bus for the calling process.
         hub: Urza.
-        view: Nissa; None where it did not come up, which nothing needs.
+        compilers: Tezzeret's workers; while a handle is held their actors live.
+        view: Nissa.
         public_key: whose signature its kernels carry, 64 hexadecimal digits.
     """
 
     storage: Storage
     bus: oona.OonaHandle
     hub: urza.UrzaHandle
-    view: nissa.NissaHandle | None
+    compilers: tuple[Any, ...]
+    view: nissa.NissaHandle
     public_key: str
 
 
@@ -86,9 +88,9 @@ def up(config: RunConfig, *, detached: bool) -> Platform:
     # Serve takes seconds; nobody asks for a decision before the first epoch has ended
     Thread(target=_deploy, args=(config.tamiyo.startup_s,), name="tamiyo-deploy", daemon=True).start()
     hub = urza.spawn(config.storage, config.storage_options, make_bus=bus.bus, detached=detached)
-    _compilers(storage, config, bus, hub, public_hex(key), detached=detached)
+    compilers = _compilers(storage, config, bus, hub, public_hex(key), detached=detached)
     view = nissa.spawn(bus.bus, name=f"nissa-{storage.key}", detached=detached)
-    return Platform(storage, bus, hub, view, public_hex(key))
+    return Platform(storage, bus, hub, compilers, view, public_hex(key))
 
 
 def find(address: str, options: dict[str, Any] | None = None) -> list[ActorState]:
@@ -169,13 +171,12 @@ def _compilers(
     public_key: str,
     *,
     detached: bool,
-) -> None:
+) -> tuple[Any, ...]:
     """Starts the pool; workers that run already are left as they are."""
     import ray
 
-    for index in range(config.tezzeret.num_workers):
-        name = f"tezzeret-{storage.key}-{index}"
-        ray.remote(tezzeret.CompileWorker).options(
+    def start(name: str) -> Any:
+        actor = ray.remote(tezzeret.CompileWorker).options(
             name=name,
             namespace=NAMESPACE,
             get_if_exists=True,
@@ -183,13 +184,16 @@ def _compilers(
             num_cpus=config.tezzeret.cpus_per_worker,
             max_restarts=-1,
             max_concurrency=4,
-        ).remote(
+        )
+        return actor.remote(
             name,
             hub=partial(_same, hub),
             bus=bus.bus,
             private_key=partial(_signer, config.tezzeret.key_file, public_key),
             lease_s=config.tezzeret.lease_s,
         )
+
+    return tuple(start(f"tezzeret-{storage.key}-{index}") for index in range(config.tezzeret.num_workers))
 
 
 def _same(hub: urza.UrzaHandle) -> urza.UrzaHandle:

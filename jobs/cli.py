@@ -205,10 +205,9 @@ def runs_show(run: RunArg = "latest", storage: Storage = DEFAULT_STORAGE, as_jso
     if as_json:
         typer.echo(summary.model_dump_json(indent=2))
         return
-    from esper.nissa.terminal import summary_table
-    from rich.console import Console
+    from esper.nissa import table
 
-    Console().print(summary_table(summary))
+    typer.echo(table(summary, color=sys.stdout.isatty()))
 
 
 @runs_app.command("report")
@@ -286,9 +285,8 @@ def blueprints_show(
     name: Annotated[str, typer.Argument(autocompletion=_complete_blueprint)], as_json: Json = False
 ) -> None:
     """Print one design."""
-    from esper.urza.library import load_library
-
     from esper.leyline.errors import BlueprintError
+    from esper.urza.library import load_library
 
     library = load_library()
     if name not in library:

@@ -39,10 +39,8 @@ class Finding(NamedTuple):
 
 def versions() -> dict[str, str]:
     """Versions of Esper, Python and the packages that results depend on."""
-    from esper import __version__
-
-    found = {"esper": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
+    found = {"python": platform.python_version()}
+    for package in ("esper-morphogen", *PACKAGES):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -73,7 +71,7 @@ def _python() -> Finding:
 def _packages() -> list[Finding]:
     findings = []
     for package, found in versions().items():
-        if package in {"esper", "python"}:
+        if package in {"esper-morphogen", "python"}:
             continue
         here = found != "not installed"
         findings.append(Finding(package, "ok" if here else "missing", found, "" if here else "make install"))
@@ -97,7 +95,7 @@ def _storage(storage: str) -> Finding:
     from esper.urza.storage import Storage
 
     try:
-        Storage(storage).check_writable()
+        Storage.at(storage).check_writable()
     except EsperError as error:
         return Finding("storage", "missing", str(error), "give --storage, or set `storage` in the YAML")
     local = Path(storage).expanduser()

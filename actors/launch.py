@@ -1,0 +1,196 @@
+"""One run on Ray, from the driver's side: cluster, platform, trainer, view, and a clean end whatever happens.
+
+`run` is the entry point that `esper.grow` finds (group `esper.runtime`); the command line calls it too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from actors.cluster import connected
+from esper.config import RunConfig, dump_config
+from esper.leyline import EsperError, FaultPlan, NoFaults, NotFoundError, RunStatus, RunSummary, TransientError, now
+from esper.leyline.keys import load_or_create, public_hex
+from esper.leyline.summary import CONFIG_FILE, HISTORY_FILE, REPORT_FILE, SUMMARY_FILE, RunHistory
+from esper.nissa import Follower, view_for, write_report
+from esper.urza.storage import Storage
+
+if TYPE_CHECKING:
+    from actors.platform import Platform
+    from esper.api import RunResult, WorkloadFactory
+    from esper.tolaria.files import Folder
+
+_LOG = logging.getLogger(__name__)
+
+
+class Stop:
+    """The wish to end, as a trainer asks for it at every step."""
+
+    def __init__(self) -> None:
+        self._reason: str | None = None
+
+    def __call__(self) -> str | None:
+        return self._reason
+
+    def ask(self, reason: str) -> None:
+        """Notes the first reason."""
+        self._reason = self._reason or reason
+
+
+def run(
+    workload_factory: WorkloadFactory,
+    config: RunConfig,
+    *,
+    run_id: str | None = None,
+    resume: bool = False,
+    on_start: Callable[[str, str], None] | None = None,
+    faults: FaultPlan | None = None,
+) -> RunResult:
+    """Trains on Ray: on the cluster at `RAY_ADDRESS`, or on one that starts here and ends with the run.
+
+    Args:
+        workload_factory: makes the problem; called in each trainer, so it must pickle for `num_workers` >= 1.
+        config: of the run.
+        run_id: of the run; None makes one.
+        resume: go on with this run from its last checkpoint.
+        on_start: told the run's id and folder before anything slow begins.
+        faults: a script of faults, for tests.
+
+    Returns:
+        Where the run lies and what it came to. An interrupted run returns too; its status says so.
+
+    Raises:
+        UserError: if a setting, the data or the storage cannot be used.
+        EsperError: if the run failed; the summary says FAILED and names the error.
+    """
+    from esper.api import RunResult, new_run_id
+    from esper.tolaria.files import Folder
+
+    storage = Storage.at(config.storage, config.storage_options)
+    storage.check_writable()
+    config = _pin_key(config)
+    run_id = run_id or new_run_id(config)
+    folder = Folder(storage.child("runs", run_id), config.storage_options)
+    if not resume:
+        folder.write(CONFIG_FILE, dump_config(_without_secrets(config)).encode())
+    if on_start is not None:
+        on_start(run_id, folder.address)
+    stop = Stop()
+    with connected(dashboard=config.nissa.dashboard, metadata={"esper_run_id": run_id}) as cluster:
+        from actors import platform, tolaria
+
+        with _signals(stop), platform.running(config, owned=cluster.owned) as systems:
+            job = tolaria.Job(
+                run_id=run_id,
+                directory=folder.address,
+                workload=workload_factory,
+                config=config,
+                platform=systems,
+                resume=resume,
+                faults=faults or NoFaults(),
+            )
+            try:
+                with Follower(systems.view.fetch(run_id), view_for(config.nissa.view, sys.stdout)):
+                    summary = _in_thread(lambda: tolaria.fit(job, stop))
+                    _catch_up(systems, run_id)
+            except EsperError as error:
+                _note_failure(folder, error)
+                raise
+            summary = _count(systems, folder, summary)
+    _report(folder, summary)
+    return RunResult(run_id, folder.address, summary)
+
+
+def _pin_key(config: RunConfig) -> RunConfig:
+    if config.kasmina.public_key is not None:
+        return config
+    key = public_hex(load_or_create(config.tezzeret.key_file))
+    return config.model_copy(update={"kasmina": config.kasmina.model_copy(update={"public_key": key})})
+
+
+def _without_secrets(config: RunConfig) -> RunConfig:
+    """What is saved with the run; a resumed run takes credentials from the environment."""
+    options = {key: value for key, value in config.storage_options.items() if key not in {"key", "secret", "token"}}
+    return config.model_copy(update={"storage_options": options})
+
+
+def _in_thread(work: Callable[[], RunSummary]) -> RunSummary:
+    """Runs `work` beside the main thread, which stays free for signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    with ThreadPoolExecutor(1, thread_name_prefix="tolaria") as pool:
+        return pool.submit(work).result()
+
+
+@contextmanager
+def _signals(stop: Stop) -> Iterator[None]:
+    """Turns Ctrl-C and SIGTERM into a clean end; a second Ctrl-C ends at once. Ray has set its own handlers before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if stop() is not None and number == signal.SIGINT:
+            os._exit(130)
+        stop.ask("interrupted by Ctrl-C" if number == signal.SIGINT else "stopped by SIGTERM")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _catch_up(systems: Platform, run_id: str) -> None:
+    """Lets the view take in what is on the bus, so that its last picture is whole."""
+    try:
+        systems.view.drain(run_id)
+    except TransientError as error:
+        _LOG.warning("view.behind", extra={"reason": str(error)})
+
+
+def _count(systems: Platform, folder: Folder, summary: RunSummary) -> RunSummary:
+    """Takes the bus's own counts of the run, delivery to the view included, into the summary."""
+    bus = systems.bus.bus()
+    try:
+        counted = summary.model_copy(update={"bus": bus.counts(summary.run_id)})
+    except TransientError as error:
+        words = f"Oona: the counts of this run are those of its last epoch: {error}"
+        counted = summary.model_copy(update={"went_without": (*summary.went_without, words)})
+    finally:
+        bus.close()
+    folder.write(SUMMARY_FILE, counted.model_dump_json(indent=2).encode())
+    return counted
+
+
+def _note_failure(folder: Folder, error: EsperError) -> None:
+    """Makes sure that a summary, where there is one, does not say that the run still runs."""
+    try:
+        summary = RunSummary.model_validate_json(folder.read(SUMMARY_FILE))
+    except NotFoundError:
+        return  # it failed before it began
+    if summary.status is RunStatus.RUNNING:
+        failed = summary.model_copy(update={"status": RunStatus.FAILED, "error": str(error), "finished_at": now()})
+        folder.write(SUMMARY_FILE, failed.model_dump_json(indent=2).encode())
+
+
+def _report(folder: Folder, summary: RunSummary) -> None:
+    history = RunHistory.model_validate_json(folder.read(HISTORY_FILE))
+    if folder.local is not None:
+        write_report(summary, history, folder.local / REPORT_FILE)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        path = write_report(summary, history, Path(scratch) / REPORT_FILE)
+        folder.write(REPORT_FILE, path.read_bytes())

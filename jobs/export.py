@@ -1,0 +1,46 @@
+"""`esper export`: the grown model of a run as a file that loads without Esper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from esper.config import parse_config
+from esper.leyline import ConfigError
+from jobs.environment import data_root
+from jobs.runs import RunStore
+from jobs.workload import ConfiguredWorkload
+
+
+def export_run(name: str, storage: str, out: Path) -> dict[str, Any]:
+    """Writes the run's last checkpoint as a `.pt2` program with a dynamic batch; returns what was written.
+
+    Raises:
+        ConfigError: if the run's model was handed over in Python.
+        NotFoundError: if there is no such run, or it left no checkpoint.
+    """
+    import torch
+
+    from esper.api import export_checkpoint
+
+    store = RunStore(storage)
+    run_id = store.resolve(name)
+    config = parse_config(yaml.safe_load(store.config_text(run_id)))
+    if config.host.type == "given":
+        raise ConfigError(
+            f"run {run_id} trains a model that was handed over in Python",
+            field="run",
+            remedy="call run.export() and torch.export.export in your script",
+        )
+    workload = ConfiguredWorkload(config, data_root())()
+    model = export_checkpoint(workload, config, directory=store.directory(run_id)).eval()
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(
+        model, workload.example, dynamic_shapes=tuple({0: batch} for _ in workload.example), strict=False
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.export.save(program, out)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"run_id": run_id, "path": str(out), "bytes": out.stat().st_size, "parameters": parameters}
