@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 from actors import nissa, oona, tamiyo, tezzeret, urza
 from actors.cluster import NAMESPACE
 from esper.config import RunConfig
-from esper.leyline import ConflictError, EsperError, NotFoundError, UnavailableError
+from esper.leyline import Bus, ConflictError, EsperError, NotFoundError, UnavailableError
 from esper.leyline.keys import load, load_or_create, public_hex
 from esper.urza.storage import Storage
 
@@ -87,9 +87,11 @@ def up(config: RunConfig, *, detached: bool) -> Platform:
     bus = _oona(storage, config, detached=detached)
     # Serve takes seconds; nobody asks for a decision before the first epoch has ended
     Thread(target=_deploy, args=(config.tamiyo.startup_s,), name="tamiyo-deploy", daemon=True).start()
-    hub = urza.spawn(config.storage, config.storage_options, make_bus=bus.bus, detached=detached)
-    compilers = _compilers(storage, config, bus, hub, public_hex(key), detached=detached)
-    view = nissa.spawn(bus.bus, name=f"nissa-{storage.key}", detached=detached)
+    # actors find each other by name: a handle among an actor's arguments would not survive its restart
+    make_bus = partial(_bus, bus.prefix)
+    hub = urza.spawn(config.storage, config.storage_options, make_bus=make_bus, detached=detached)
+    compilers = _compilers(storage, config, make_bus, public_hex(key), detached=detached)
+    view = nissa.spawn(make_bus, name=f"nissa-{storage.key}", detached=detached)
     return Platform(storage, bus, hub, compilers, view, public_hex(key))
 
 
@@ -132,7 +134,7 @@ def down(address: str, options: dict[str, Any] | None = None) -> list[ActorState
         ended.append(ActorState(state.name, "ended"))
     others = [name for name in _names() if name.startswith("urza-") and storage.key not in name]
     if not others:  # Tamiyo keeps nothing and serves every platform of the cluster
-        tamiyo.undeploy()
+        tamiyo.undeploy(stop_serve=True)
         ended.append(ActorState(tamiyo.APP, "ended"))
     return ended
 
@@ -166,8 +168,7 @@ def _oona(storage: Storage, config: RunConfig, *, detached: bool) -> oona.OonaHa
 def _compilers(
     storage: Storage,
     config: RunConfig,
-    bus: oona.OonaHandle,
-    hub: urza.UrzaHandle,
+    make_bus: Callable[[], Bus],
     public_key: str,
     *,
     detached: bool,
@@ -187,8 +188,8 @@ def _compilers(
         )
         return actor.remote(
             name,
-            hub=partial(_same, hub),
-            bus=bus.bus,
+            hub=partial(urza.connect, config.storage, config.storage_options),
+            bus=make_bus,
             private_key=partial(_signer, config.tezzeret.key_file, public_key),
             lease_s=config.tezzeret.lease_s,
         )
@@ -196,8 +197,8 @@ def _compilers(
     return tuple(start(f"tezzeret-{storage.key}-{index}") for index in range(config.tezzeret.num_workers))
 
 
-def _same(hub: urza.UrzaHandle) -> urza.UrzaHandle:
-    return hub
+def _bus(prefix: str) -> Bus:
+    return oona.connect(prefix).bus()
 
 
 def _signer(key_file: str, public_key: str) -> Any:
@@ -235,6 +236,7 @@ def _serve_state() -> ActorState:
 
 def _take_down(platform: Platform, config: RunConfig) -> None:
     """Makes everything durable before Ray ends. A system that does not answer any more is told of, no more."""
+    _stop_consumers(platform)
     for what, end in (
         ("urza", platform.hub.close),
         ("oona", platform.bus.stop),
@@ -244,6 +246,16 @@ def _take_down(platform: Platform, config: RunConfig) -> None:
             end()
         except EsperError as error:
             _LOG.warning("platform.end.failed", extra={"system": what, "reason": str(error)})
+
+
+def _stop_consumers(platform: Platform) -> None:
+    """Lets those who wait for news leave, so that no question is open when Oona ends."""
+    import ray
+
+    leaving = [actor.stop.remote() for actor in (*platform.compilers, platform.view.actor)]
+    _done, late = ray.wait(leaving, num_returns=len(leaving), timeout=5.0)
+    if late:
+        _LOG.warning("platform.end.failed", extra={"system": "consumers", "reason": f"{len(late)} did not leave"})
 
 
 @contextlib.contextmanager

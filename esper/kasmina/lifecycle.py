@@ -209,7 +209,9 @@ class Lifecycle:
     def _advance(
         self, layer: Layer, seed: Seed, target: SeedStage, command: KasminaControlCommand, moment: Moment
     ) -> Change:
-        words = f"{command.reason}; {self.gate(layer, seed).words}"
+        gate = self.gate(layer, seed).words
+        # a command that quotes the gate needs no second saying
+        words = command.reason if gate in command.reason else f"{command.reason}; {gate}"
         if target is SeedStage.TRAINING:
             seed.begin_training(layer.kernel(seed), self.config.shadow_lr)
             self.version += 1

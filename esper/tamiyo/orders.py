@@ -11,7 +11,14 @@ from esper.tamiyo.memory import TamiyoState
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A command before it got its id. `option` is the kernel, for GERMINATE; `entry` the schedule's, by position."""
+    """A command before it got its id.
+
+    Attributes:
+        reason: why; what is done stands in the other fields.
+        option: the kernel, for GERMINATE.
+        entry: the schedule's, by position.
+        deed: what is done, in words, where the reason does not say it.
+    """
 
     action: Action
     site: str
@@ -20,6 +27,12 @@ class Order:
     option: KernelOption | None = None
     strategy: BlendStrategy = BlendStrategy.RAMP
     entry: int | None = None
+    deed: str = ""
+
+    @property
+    def in_words(self) -> str:
+        """Deed and reason."""
+        return f"{self.deed}: {self.reason}" if self.deed else self.reason
 
 
 @dataclass(frozen=True, slots=True)

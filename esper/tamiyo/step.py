@@ -118,7 +118,7 @@ def _reason(
     """One line for a person: what is done and why, what is waited for, what was refused."""
     if packet.governor.startswith(GOVERNOR_CRITICAL):
         return f"the governor reports {packet.governor}: asking for a rollback to the last good snapshot"
-    parts = [order.reason for order in accepted if order.action is not Action.GERMINATE]
+    parts = [order.in_words for order in accepted if order.action is not Action.GERMINATE]
     parts.extend(notes)
     # a proposal's reason covers its own germinations; beside seeds under way a wait needs no second explanation
     if proposal.orders or not parts:

@@ -49,4 +49,4 @@ def tend(state: TamiyoState, packet: SystemStatePacket) -> Care:
 def _order(action: Action, seed: HealthSignal, what: str) -> Order:
     if action is Action.ADVANCE and seed.stage in NEXT:
         what = f"{what} towards {NEXT[seed.stage]}"
-    return Order(action, seed.layer_id, seed.seed_id, f"{what}: {seed.gate or 'its gate gave no reason'}")
+    return Order(action, seed.layer_id, seed.seed_id, seed.gate or "its gate gave no reason", deed=what)
