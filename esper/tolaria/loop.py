@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from esper.config import RunConfig
-from esper.leyline.errors import ConfigError, EsperError
+from esper.leyline.errors import ConfigError, EsperError, UnavailableError
 from esper.leyline.growth import Growable
 from esper.leyline.messages import Topic
 from esper.leyline.signals import EpochRecord, RunStarted
@@ -143,8 +143,13 @@ class Trainer:
             self._announce()
             self._epochs()
         except Interrupted as stop:
-            log.info("run.interrupted", extra={"reason": str(stop)})
-            return self._end(RunStatus.INTERRUPTED, reason=str(stop))
+            return self._interrupt(str(stop))
+        except UnavailableError as error:
+            reason = self._ports.stop()
+            if reason is None:
+                self._fail(error)
+                raise
+            return self._interrupt(reason)  # told to stop while it waited for another system
         except Exception as error:
             self._fail(error)
             raise
@@ -260,6 +265,11 @@ class Trainer:
         session.outbox.publish(Topic.RUN_STARTED, started)
         self._write(RunStatus.RUNNING)
 
+    def _interrupt(self, reason: str) -> RunSummary:
+        log.info("run.interrupted", extra={"reason": reason})
+        self.session.reach.give_up()
+        return self._end(RunStatus.INTERRUPTED, reason=reason)
+
     def _end(self, status: RunStatus, *, reason: str) -> RunSummary:
         self.session.finish(reason)
         test = None
@@ -272,6 +282,7 @@ class Trainer:
 
     def _fail(self, error: Exception) -> None:
         log.error("run.failed", extra={"error": str(error)})
+        self.session.reach.give_up()
         try:
             self._write(RunStatus.FAILED, error=f"{type(error).__name__}: {error}")
         except EsperError as second:  # the first error is what people must see

@@ -63,6 +63,10 @@ class Reach:
                 self._missing.pop(system, None)
                 return answer
 
+    def give_up(self) -> None:
+        """From now on goes on without: a run that ends must not wait for what it can no longer use."""
+        self._patient = False
+
     def restore(self, words: tuple[str, ...]) -> None:
         """Takes over what a run said before it was resumed."""
         self._went_without = {text.split(":", 1)[0]: text for text in words} | self._went_without

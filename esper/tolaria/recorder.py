@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import statistics
 import sys
@@ -161,7 +162,7 @@ class Recorder:
             went_without=went_without,
             last_checkpoint=last_checkpoint,
             error=error,
-            versions=versions(),
+            versions=dict(versions()),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -223,8 +224,9 @@ def metrics_of(task: Task, last: EpochRecord | None, test: Evaluation | None) ->
     )
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """Versions of what a run's figures depend on."""
+    """Versions of what a run's figures depend on. Read once a process: it parses a file for each."""
     found = {"python": platform.python_version()}
     for name in ("esper-morphogen", "torch", "numpy", "ray"):
         try:

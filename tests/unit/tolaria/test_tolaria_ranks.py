@@ -41,7 +41,7 @@ def test_two_ranks_grow_as_one(tmp_path):
         subprocess.Popen(command, cwd=here.parents[2], env=env, stderr=subprocess.PIPE, text=True)
         for command in commands
     ]
-    errors = [process.communicate(timeout=120)[1] for process in running]
+    errors = [process.communicate(timeout=240)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], errors
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert equal(first, second)

@@ -1,0 +1,218 @@
+"""The library's face: `grow`, `wrap` with one's own loop, `export`, and what `import esper` costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import EntryPoint, EntryPoints
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+
+import esper
+from esper import api
+from esper.leyline import ConfigError, RunStatus, SeedStage, SiteError
+from esper.tamiyo.controller import LocalController
+
+GROW = (
+    "deterministic=true",  # kernels are waited for, so that no epoch depends on the loader's pace
+    "kasmina.evidence_z=0",
+    "kasmina.min_training_epochs=1",
+    "kasmina.harm_tolerance=5.0",
+    "kasmina.shadow_lr=0.02",
+    "tezzeret.blueprints=[mlp_2x]",
+    "tamiyo.policy=schedule",
+    "budget.params=20",
+    "budget.flops=20",
+)
+
+
+def schedule(site: str) -> tuple[str, ...]:
+    return (*GROW, f"tamiyo.schedule=[{{epoch: 0, site: '{site}', blueprint: mlp_2x}}]")
+
+
+class Mlp(nn.Module):
+    def __init__(self, outputs: int = 3) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 10), nn.ReLU())
+        self.head = nn.Linear(10, outputs)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+class CharModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.block = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, x_bt):
+        return self.head(F.relu(self.block(self.embed(x_bt))))
+
+
+def vectors(targets: str):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(120, 6, generator=generator)
+    y = x @ torch.randn(6, 3, generator=generator)
+    return x, (y.argmax(dim=1) if targets == "classes" else y)
+
+
+def text():
+    generator = torch.Generator().manual_seed(3)
+    x_bt = torch.randint(11, (120, 5), generator=generator)
+    return x_bt, (x_bt + 1) % 11
+
+
+def split(data):
+    x, y = data
+    return (x[:80], y[:80]), (x[80:], y[80:])
+
+
+def in_this_process(workload_factory, config):
+    """A runtime without Ray."""
+    workload = workload_factory()
+    run_id = api.new_run_id(config)
+    directory = f"{config.storage}/runs/{run_id}"
+    hub, key = api.local_hub(_sites(workload, config), config)
+    summary = api.train_local(
+        workload, config, directory=directory, run_id=run_id, hub=hub, bus=None,
+        controller=LocalController(config.tamiyo, seed=config.seed), public_key=key,
+    )  # fmt: skip
+    return api.RunResult(run_id, directory, summary)
+
+
+def _sites(workload, config):
+    import copy
+
+    causal = workload.task.name == "language_model"
+    probe = esper.wrap(
+        copy.deepcopy(workload.model), example=workload.example, sites=config.kasmina.sites, causal=causal
+    )
+    return probe.sites.values()
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "data", "site"),
+    [
+        ("classification", Mlp, vectors("classes"), "body"),
+        ("regression", Mlp, vectors("values"), "body"),
+        ("language_model", CharModel, text(), "block"),
+        (esper.Task(F.l1_loss, {"mae": F.l1_loss}, higher_is_better=False), Mlp, vectors("values"), "body"),
+    ],
+    ids=["classification", "regression", "language_model", "own"],
+)
+def test_grow_as_on_the_first_page(task, model, data, site, tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "find_runtime", lambda: in_this_process)
+    torch.manual_seed(0)
+    mine = model()
+    before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
+    train, val = split(data)
+    run = esper.grow(
+        mine, train, val, task=task, optimizer=lambda ps: torch.optim.AdamW(ps, 1e-2), epochs=8, sites=site,
+        batch_size=40, test_data=val, overrides=(*schedule(site), f"storage={tmp_path}"),
+    )  # fmt: skip
+    assert run.summary.status is RunStatus.FINISHED
+    assert run.summary.events[-1].to_stage is SeedStage.FOSSILIZED
+    assert {name: tensor.equal(before[name]) for name, tensor in mine.state_dict().items()} == dict.fromkeys(
+        before, True
+    )
+    assert "mlp_2x" in run.table()
+    assert run.report().read_text().startswith("<!")
+    plain = run.export()
+    assert type(plain).__module__ != "esper"
+    assert not any(name.startswith("_esper") for name, _ in plain.named_modules())
+    x, y = val
+    with torch.no_grad():
+        loss = api.resolve_task(task).loss_fn(plain(x), y)
+    assert loss.item() == pytest.approx(run.summary.metrics.test_loss, rel=1e-5)
+    assert sum(p.numel() for p in plain.parameters()) == run.summary.params.final
+    assert isinstance(run.export(best=True), nn.Module)
+
+
+@pytest.mark.parametrize("known_length", [True, False])
+def test_wrap_with_ones_own_loop(known_length):
+    torch.manual_seed(0)
+    (x, y), val = split(vectors("classes"))
+    model = Mlp()
+    grown = esper.wrap(model, example=(x[:2],), sites="body", overrides=GROW)
+    assert list(grown.sites) == ["body"]
+    assert torch.equal(grown(x), model(x))
+    optimizer = torch.optim.SGD(grown.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=33)
+    with grown.session(
+        optimizer=optimizer, scheduler=scheduler, task="classification", val_data=val, epochs=8,
+        steps_per_epoch=4 if known_length else 0, overrides=schedule("body"),
+    ) as s:  # fmt: skip
+        for _ in range(8):
+            for i in range(0, 80, 20):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x[i : i + 20]), y[i : i + 20])
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                s.step((x[i : i + 20], y[i : i + 20]), loss)
+            record = s.end_epoch({"train_metric": 0.5})
+            assert record.train_metric == 0.5
+        assert s.summary().events[-1].to_stage is SeedStage.FOSSILIZED
+    assert len(optimizer.param_groups) == 2
+    model.eval()
+    assert torch.equal(grown.export()(x), model(x))
+    assert torch.equal(esper.export(grown)(x), model(x))
+
+
+def test_a_session_is_left_by_an_error_as_it_is():
+    (x, _), val = split(vectors("classes"))
+    grown = esper.wrap(Mlp(), example=(x[:2],), sites="body", overrides=GROW)
+    with (
+        pytest.raises(ZeroDivisionError),
+        grown.session(optimizer=torch.optim.SGD(grown.parameters(), lr=0.1), val_data=val),
+    ):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: esper.wrap(Mlp(), example=(torch.zeros(2, 6),), sites="nowhere"), "nowhere"),
+        (lambda: esper.wrap(Mlp(), example=(torch.zeros(2, 6),), overrides=["kasmina.speed=1"]), "speed"),
+        (lambda: esper.grow(Mlp(), *split(vectors("classes")), task="classify"), "classify"),
+        (lambda: esper.grow(Mlp(), *split(vectors("classes")), epochs=0), "tolaria.epochs"),
+    ],
+)
+def test_wrong_settings_name_the_field(call, words):
+    with pytest.raises((ConfigError, SiteError), match=words):
+        call()
+
+
+def test_a_blueprint_that_the_library_lacks_is_named():
+    config = esper.RunConfig().model_copy(update={"tezzeret": api.RunConfig().tezzeret.model_copy(
+        update={"blueprints": ("no_such",)})})  # fmt: skip
+    with pytest.raises(ConfigError, match="no_such"):
+        api.local_hub([], config)
+
+
+def test_without_a_runtime_there_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(api, "entry_points", lambda **_: EntryPoints())
+    with pytest.raises(ConfigError, match="no runtime is installed"):
+        api.find_runtime()
+    broken = EntryPoint("ray", "no_such_package.launch:run", api.RUNTIME_GROUP)
+    monkeypatch.setattr(api, "entry_points", lambda **_: EntryPoints([broken]))
+    with pytest.raises(ConfigError, match=r"no_such_package\.launch:run does not load"):
+        api.find_runtime()
+
+
+def test_importing_esper_imports_neither_torch_nor_ray():
+    script = (
+        "import sys, esper; esper.Budget, esper.RunConfig, esper.load_config; dir(esper)\n"
+        "found = {'torch', 'ray', 'numpy', 'deltalake'} & set(sys.modules)\n"
+        "assert not found, found\n"
+        "esper.Task; assert 'torch' in sys.modules\n"
+        "try: esper.nothing\n"
+        "except AttributeError: print('ok')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "ok\n", done.stderr
