@@ -151,10 +151,12 @@ def show(result: BenchResult) -> None:
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a file or a pipe has no edge at which figures would be cut
     facts = ", ".join(f"{key} {value}" for key, value in result.machine.items())
     table = Table(title=f"bench {result.name}", caption=facts, title_justify="left", caption_justify="left")
     for key in result.rows[0] if result.rows else ():
-        table.add_column(key)
+        table.add_column(key, no_wrap=True)
     for row in result.rows:
         table.add_row(*(_cell(value) for value in row.values()))
     console.print(table)
