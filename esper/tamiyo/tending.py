@@ -1,5 +1,6 @@
 """The rule for seeds under way, the same for every policy: an open gate advances them, a gate that asks for removal
-culls them, and a gate that says neither leaves them alone. Health that did not come is never taken for good health.
+culls or retires them, and a gate that says neither leaves them alone. Health that did not come is never taken for
+good health.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def tend(state: TamiyoState, packet: SystemStatePacket) -> Care:
             if min(layer.epoch, seed.epoch) != packet.epoch.epoch:
                 notes.append(f"{name} is left in {seed.stage}: its health is of epoch {min(layer.epoch, seed.epoch)}")
             elif seed.should_cull:
-                removals.append(_order(Action.CULL, seed, f"culling {name} from {seed.stage}"))
+                removals.append(_removal(seed, name))
             elif seed.is_ready_for_transition:
                 advances.append(_order(Action.ADVANCE, seed, f"advancing {name} from {seed.stage}"))
             else:
@@ -44,6 +45,13 @@ def tend(state: TamiyoState, packet: SystemStatePacket) -> Care:
         if attempt.site not in reported
     )
     return Care((*removals, *advances), tuple(notes))
+
+
+def _removal(seed: HealthSignal, name: str) -> Order:
+    """A cull behind the host leaves no trace; once the host leans on a kernel, alpha goes down while it trains on."""
+    if seed.stage.is_blended:
+        return _order(Action.RETIRE, seed, f"retiring {name} from {seed.stage}")
+    return _order(Action.CULL, seed, f"culling {name} from {seed.stage}")
 
 
 def _order(action: Action, seed: HealthSignal, what: str) -> Order:

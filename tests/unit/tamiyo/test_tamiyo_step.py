@@ -48,6 +48,14 @@ def test_a_gate_that_asks_for_removal_wins_over_one_that_is_open():
     assert signal.severity is Severity.WARNING
 
 
+def test_a_kernel_that_the_host_leans_on_is_retired_and_not_torn_out():
+    harmful = stage_packet(SeedStage.EVALUATING, should_cull=True, gate="harm", alpha=1.0)
+    _, signal = step(initial_state(CONFIG, 0), harmful, CONFIG)
+    (command,) = signal.commands
+    assert command.action is Action.RETIRE
+    assert signal.reason == "retiring a/s0 from EVALUATING: harm"
+
+
 def test_a_shut_gate_is_waited_for_in_its_own_words():
     _, signal = step(initial_state(CONFIG, 0), stage_packet(SeedStage.TRAINING, gate="epoch 1 of at least 2"), CONFIG)
     assert signal.commands == ()
