@@ -210,7 +210,8 @@ class TamiyoConfig(Section):
     plateau_window: PositiveInt = 3
     """Epochs the heuristic looks back."""
     plateau_threshold: Annotated[float, Field(ge=0)] = 0.05
-    """Relative improvement of the validation loss over the window below which the host has stopped learning."""
+    """The host has stopped learning when the validation loss falls by less than this over the window: as a share of
+    itself, or of all that it has fallen so far."""
     max_concurrent: PositiveInt = 1
     """Adaptations under way at once."""
     max_adaptations: Annotated[int, Field(ge=0)] = 4

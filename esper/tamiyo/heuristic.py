@@ -1,7 +1,7 @@
 """The heuristic policy: when the host has plateaued, the site with the largest growth potential, then a kernel.
 
-1. When: the validation loss, over `plateau_window` epochs, falls by less than `plateau_threshold` of itself or by no
-   more than its own noise (`plateau`), after the warm-up.
+1. When: the validation loss, over `plateau_window` epochs, falls by less than `plateau_threshold` of itself or of all
+   its progress so far, or by no more than its own noise (`plateau`), after the warm-up.
 2. Where: the eligible site with the largest measured growth potential: the norm of the loss gradient at a
    zero-initialised last layer placed there, which predicts the first-order gain. A site that was not measured is no
    candidate.
@@ -72,7 +72,7 @@ class HeuristicGrowth:
         losses = [entry for entry in state.val_losses if entry[0] >= epoch - window]
         if len(losses) <= window:
             return f"{len(losses)} of the {window + 1} validation losses that a plateau is judged by are there", False
-        trend = fit(losses)
+        trend = fit(losses, highest=state.highest_val_loss)
         if trend is None:
             return "validation loss has no trend that could be put as a share of itself", False
         threshold = self._config.plateau_threshold

@@ -42,6 +42,7 @@ class TamiyoState(Contract):
         seed: of the run; randomness is derived from it, the epoch and `rng_counter`, never from a clock.
         num_adaptations: how many were begun, failed ones counted.
         val_losses: (epoch, loss) of the plateau window, oldest first.
+        highest_val_loss: of the run so far; None before one was measured.
         cooldown_until: first epoch at which growth may be thought of again, and `cooldown_reason` why.
         under_way: adaptations that have begun and not ended.
         failed: `site:blueprint` of adaptations that ended without a fossil; they are not tried again.
@@ -55,6 +56,7 @@ class TamiyoState(Contract):
     num_adaptations: Annotated[int, Field(ge=0)] = 0
     rng_counter: Annotated[int, Field(ge=0)] = 0
     val_losses: tuple[tuple[int, Finite], ...] = ()
+    highest_val_loss: Finite | None = None
     cooldown_until: Annotated[int, Field(ge=0)] = 0
     cooldown_reason: str = ""
     under_way: tuple[Attempt, ...] = ()
@@ -110,6 +112,7 @@ def observe(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig)
     losses = tuple(entry for entry in state.val_losses if entry[0] < epoch)
     if packet.epoch.val_loss is not None:
         losses = (*losses, (epoch, packet.epoch.val_loss))
+    measured = [loss for loss in (state.highest_val_loss, packet.epoch.val_loss) if loss is not None]
     cooldown_until, cooldown_reason = state.cooldown_until, state.cooldown_reason
     under_way: list[Attempt] = []
     failed = list(state.failed)
@@ -144,6 +147,7 @@ def observe(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig)
             "num_decisions": state.num_decisions + 1,
             "num_adaptations": state.num_adaptations + len(strangers),
             "val_losses": losses[-(config.plateau_window + 1) :],
+            "highest_val_loss": max(measured, default=None),
             "cooldown_until": cooldown_until,
             "cooldown_reason": cooldown_reason,
             "under_way": (*under_way, *strangers),

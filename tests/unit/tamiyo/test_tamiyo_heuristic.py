@@ -67,6 +67,14 @@ def test_a_wait_says_what_is_missing(losses, words):
     assert signal.reason == words
 
 
+def test_a_loss_that_nears_its_floor_has_plateaued_though_it_falls_by_a_tenth_of_itself():
+    losses = [(epoch, loss) for epoch, loss in enumerate([0.32, 0.30, 0.28, 0.26])]
+    assert not fit(losses).has_plateaued(0.05)
+    trend = fit(losses, highest=2.2)
+    assert trend.has_plateaued(0.05)
+    assert trend.in_words(0.05) == "host has plateaued (the last 3 epochs brought 3.1% of its progress)"
+
+
 def test_progress_within_its_noise_is_a_plateau():
     noisy = [1.0, 0.7, 1.1, 0.85]
     assert decide_after(noisy, *TWO_SITES, options=OPTIONS).commands
