@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from esper.leyline import UnavailableError
 
 NAMESPACE = "esper"
 TOKEN_FILE = Path(".ray") / "auth_token"
+_SUBMISSION_ID, _JOB_RECORDS = "job_submission_id", "job"  # names of Ray's own
 
 _SETTINGS: Mapping[str, str] = {
     "RAY_AUTH_MODE": "token",
@@ -70,10 +73,14 @@ def connected(*, dashboard: bool = True, metadata: Mapping[str, str] | None = No
         yield Cluster(owned=False, dashboard=None)
         return
     joins = bool(os.environ.get("RAY_ADDRESS"))
-    job = JobConfig(metadata=dict(metadata or {}), ray_namespace=NAMESPACE)
-    options = {} if joins else {"num_cpus": max(2, os.cpu_count() or 2), "include_dashboard": dashboard}
+    metadata = dict(metadata or {})
+    job = JobConfig(metadata=metadata, ray_namespace=NAMESPACE)
+    options: dict[str, Any]
     if joins:
-        options["runtime_env"] = {"env_vars": {k: os.environ[k] for k in _SETTINGS if k != "RAY_AUTH_MODE"}}
+        options = {"runtime_env": {"env_vars": _worker_environment()}}
+    else:
+        # without an address Ray would join any head that somebody started on this machine
+        options = {"address": "local", "num_cpus": max(2, os.cpu_count() or 2), "include_dashboard": dashboard}
     try:
         context = ray.init(
             namespace=NAMESPACE,
@@ -89,9 +96,38 @@ def connected(*, dashboard: bool = True, metadata: Mapping[str, str] | None = No
             remedy="check RAY_ADDRESS and RAY_AUTH_MODE=token, or unset RAY_ADDRESS to start Ray here",
         ) from error
     try:
+        _tell_submission(metadata)
         yield Cluster(owned=not joins, dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None)
     finally:
         ray.shutdown()
+
+
+def _worker_environment() -> dict[str, str]:
+    """The settings that workers of a joined cluster need, less those that `ray job submit` hands to them already."""
+    given = _submission().get("runtime_env", {}).get("env_vars", {})
+    return {key: os.environ[key] for key in _SETTINGS if key != "RAY_AUTH_MODE" and key not in given}
+
+
+def _tell_submission(metadata: Mapping[str, str]) -> None:
+    """Adds `metadata` to the record of the `ray job submit` that started this process, if one did.
+
+    The dashboard and `ray job list` show that record; a driver's own metadata do not reach it.
+    """
+    submission = _submission().get("metadata", {}).get(_SUBMISSION_ID)
+    if submission is None or not metadata:
+        return
+    from ray.dashboard.modules.job.common import JobInfoStorageClient
+    from ray.experimental import internal_kv
+
+    key = JobInfoStorageClient.JOB_DATA_KEY.format(job_id=submission).encode()
+    record = json.loads(internal_kv._internal_kv_get(key, namespace=_JOB_RECORDS))  # noqa: SLF001 - no other way
+    record["metadata"] = {**(record.get("metadata") or {}), **metadata}
+    internal_kv._internal_kv_put(key, json.dumps(record).encode(), namespace=_JOB_RECORDS)  # noqa: SLF001 - likewise
+
+
+def _submission() -> dict[str, Any]:
+    """What `ray job submit` says to the process it starts; empty in any other."""
+    return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
 
 
 def _ensure_private_token() -> None:

@@ -135,7 +135,7 @@ class NissaActor:
             subscription.ack(deliveries)
 
 
-class _Process(NissaActor):
+class Nissa(NissaActor):
     """NissaActor in a process of its own, with logging set up for it."""
 
     def __init__(self, bus_factory: Callable[[], Bus]) -> None:
@@ -202,7 +202,7 @@ def spawn(
     import ray
 
     actor = (
-        ray.remote(_Process)
+        ray.remote(Nissa)
         .options(
             name=name,
             namespace=namespace,

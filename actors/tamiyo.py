@@ -40,6 +40,8 @@ APP = "tamiyo"
 DEPLOYMENT = "Tamiyo"
 NUM_CPUS = 0.2
 _RETRY_PAUSE_S = 0.1
+_DEPLOYING = threading.Lock()
+"""Serve pickles a deployment with a registry of the whole process: two threads at once fail."""
 
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
@@ -100,6 +102,10 @@ def deploy(*, name: str = APP, timeout_s: float = 60.0) -> None:
 
         # it logs every step of a deployment to the terminal, where the live view is
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        with _DEPLOYING:
+            put_in_place(serve)
+
+    def put_in_place(serve: Any) -> None:
         serve.start(proxy_location="Disabled")
         if _runs_already(name):
             return  # running it again would replace the replica that other runs are asking
