@@ -6,6 +6,9 @@ import os
 import sys
 from importlib.abc import MetaPathFinder
 
+import hypothesis
+import torch
+
 
 class _NoRay(MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
@@ -16,3 +19,17 @@ class _NoRay(MetaPathFinder):
 if os.environ.get("ESPER_TEST_WITHOUT_RAY") == "1":
     assert "ray" not in sys.modules
     sys.meta_path.insert(0, _NoRay())
+
+# The models here are tiny: a second thread costs more than it brings, and makes times depend on the machine's load.
+torch.set_num_threads(1)
+
+# `CI` set: the same examples on every run. Elsewhere each run draws its own, and a failure prints how to repeat it.
+hypothesis.settings.register_profile(
+    "esper",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    max_examples=25,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("esper")

@@ -287,3 +287,14 @@ def assert_equal(one, other):
     assert one.keys() == other.keys()
     for key, tensor in one.items():
         assert torch.equal(tensor, other[key]), key
+
+
+def grown(name):
+    """A driver whose host has one fossilised seed, that site, and that seed's id."""
+    shelf = Shelf()
+    host = wrapped(name, hub=shelf)
+    driver = Driver(name, host)
+    site = SITES[name]
+    seed_id = next(v.seed_id for v in host.seeds() if v.site == site)
+    driver.to_fossil(site, shelf.put(DESIGNS[name], host.sites[site]), seed_id)
+    return driver, site, seed_id

@@ -1,23 +1,20 @@
-"""The exported model: plain torch, equal to the grown one, usable where Esper cannot be imported."""
+"""The exported model: plain torch, equal to the grown one, picklable."""
 
 from __future__ import annotations
 
 import copy
 import io
-import subprocess
-import sys
 
 import pytest
 import torch
 from kasmina_support import (
-    DESIGNS,
     HOSTS,
     PUBLIC,
-    SITES,
     Driver,
     Shelf,
     assert_equal,
     batches,
+    grown,
     order,
     random_ir,
     wrapped,
@@ -27,16 +24,6 @@ from torch import nn
 from esper.config import KasminaConfig
 from esper.kasmina import export, wrap
 from esper.leyline import Action, BlendStrategy, ConflictError, SeedStage
-
-
-def grown(name):
-    shelf = Shelf()
-    host = wrapped(name, hub=shelf)
-    driver = Driver(name, host)
-    site = SITES[name]
-    seed_id = next(v.seed_id for v in host.seeds() if v.site == site)
-    driver.to_fossil(site, shelf.put(DESIGNS[name], host.sites[site]), seed_id)
-    return driver, site, seed_id
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -152,32 +139,3 @@ def test_a_sequential_site_runs_its_kernels_as_its_last_child():
 def test_a_model_that_is_not_wrapped_cannot_be_exported():
     with pytest.raises(ConflictError, match="not wrapped"):
         export(nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("name", ["cnn"])
-def test_a_saved_program_runs_where_esper_cannot_be_imported(name, tmp_path):
-    driver, _, _ = grown(name)
-    plain = export(driver.host).eval()
-    x = driver.batches[0][0]
-    program = torch.export.export(plain, (x,))
-    torch.export.save(program, tmp_path / "model.pt2")
-    with torch.no_grad():
-        torch.save({"x": x, "y": plain(x)}, tmp_path / "pair.pt")
-    script = f"""
-import sys
-sys.modules["esper"] = None
-try:
-    import esper
-except ImportError:
-    pass
-else:
-    raise SystemExit("esper is importable")
-import torch
-torch.set_num_threads(1)
-pair = torch.load({str(tmp_path / "pair.pt")!r})
-model = torch.export.load({str(tmp_path / "model.pt2")!r}).module()
-assert torch.equal(model(pair["x"]), pair["y"])
-print("equal")
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.stdout.strip() == "equal", done.stderr

@@ -225,7 +225,7 @@ def test_a_snapshot_is_json_and_keeps_numbers_counts_and_groups(broker):
     assert offsets(fresh.poll("g", "m", 1, 9, 0.0)) == [2]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.one_of(

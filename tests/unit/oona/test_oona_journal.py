@@ -144,7 +144,7 @@ NAMES = st.text(min_size=1, max_size=8)
 
 
 @given(st.lists(st.tuples(NAMES, NAMES, st.binary(max_size=40)), max_size=8), st.integers(0, 1 << 40))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_batches_round_trip(records, seq):
     one = Batch("p", seq, seq // 2, tuple(Record(*record) for record in records))
     assert decode_batch(encode_batch(one)) == one

@@ -266,7 +266,7 @@ def hosts(draw):
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60)
 @given(hosts())
 def test_no_policy_breaks_a_limit_or_a_law(host):
     # an illegal transition raises inside, and the budget is asserted after every epoch
@@ -284,7 +284,6 @@ def test_no_policy_breaks_a_limit_or_a_law(host):
     assert len(set(ids)) == len(ids)
 
 
-@settings(max_examples=50, deadline=None)
 @given(hosts())
 def test_the_state_survives_json_and_the_step_repeats_itself_exactly(host):
     state = initial_state(host.config, host.seed)

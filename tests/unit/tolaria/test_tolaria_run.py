@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -106,24 +101,6 @@ def test_a_logged_decision_is_replayed_and_not_asked_for_again(tmp_path):
     summary, _ = train(tmp_path, resume=True, controller=Contrary(chosen.tamiyo, seed=0))
     assert Contrary.asked == list(range(1, 8))
     assert summary.events[0].to_stage is SeedStage.GERMINATED
-
-
-def test_killed_in_the_middle_of_an_epoch_by_the_kernel(undisturbed, tmp_path):
-    _, _, weights = undisturbed
-    script = (
-        "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from tolaria_support import train\n"
-        "class Kill:\n"
-        "    def at(self, place, step):\n"
-        "        if (place, step) == ('step', 13): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "train(sys.argv[2], faults=Kill())\n"
-    )
-    here = Path(__file__).parent
-    command = [sys.executable, "-c", script, str(here), str(tmp_path)]
-    died = subprocess.run(command, check=False, cwd=here.parents[2], env={**os.environ, "PYTHONPATH": ""}, timeout=120)
-    assert died.returncode == -signal.SIGKILL
-    _, resumed = train(tmp_path, resume=True)
-    assert equal(resumed, weights)
 
 
 def test_a_stopped_run_names_its_last_checkpoint_and_starts_no_new_one(tmp_path):
