@@ -34,12 +34,13 @@ which brings up whatever it needs, calls `train_local` in its trainers and retur
 from __future__ import annotations
 
 import copy
+import difflib
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -53,6 +54,7 @@ from esper.config import Budget, RunConfig, parse_config
 from esper.leyline.errors import ConfigError, NotFoundError
 from esper.leyline.growth import SeedView
 from esper.leyline.kernels import SiteSignature
+from esper.leyline.ops import fits
 from esper.leyline.ports import AssetHub, Bus, Controller, FaultPlan, NoFaults
 from esper.leyline.signals import EpochRecord
 from esper.leyline.summary import HISTORY_FILE, REPORT_FILE, RunHistory, RunSummary
@@ -72,6 +74,8 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
+
+    from esper.urza.library import Design
 
 RUNTIME_GROUP, RUNTIME = "esper.runtime", "ray"
 
@@ -167,6 +171,7 @@ def grow(
     def fresh() -> Workload:
         return Workload(**{**vars(workload), "model": copy.deepcopy(workload.model)})
 
+    check_workload(workload, resolved)
     return Run(find_runtime()(fresh, resolved), fresh, resolved)
 
 
@@ -446,6 +451,55 @@ def train_local(
             host.close()
 
 
+def check_workload(workload: Workload, config: RunConfig) -> None:
+    """Refuses at once what a run would only find out when systems are up and files are written. Changes nothing.
+
+    Raises:
+        ConfigError: if a named blueprint is not in the library or fits no site, a scheduled graft cannot be made, or
+            the trainer of this process has no GPU.
+        SiteError: if a site does not exist or cannot carry a seed.
+    """
+    from esper.urza.library import load_library
+
+    library, names, schedule = load_library(), config.tezzeret.blueprints, config.tamiyo.schedule
+    if config.tolaria.num_workers == 0:
+        _device(config)
+    trial = replace(workload, model=copy.deepcopy(workload.model))
+    sites = _wrap_workload(trial, config, torch.device("cpu")).sites
+    for name in () if names == "library" else names:
+        _fitting(library, name, sites.values(), field="tezzeret.blueprints")
+    for index, graft in enumerate(schedule if config.tamiyo.policy == "schedule" else ()):
+        field = f"tamiyo.schedule.{index}"
+        if graft.site not in sites:
+            raise ConfigError(
+                f"no site {graft.site!r}", field=f"{field}.site", remedy=f"sites here: {', '.join(sites)}"
+            )
+        _fitting(library, graft.blueprint, [sites[graft.site]], field=f"{field}.blueprint")
+        if names != "library" and graft.blueprint not in names:
+            raise ConfigError(
+                f"{graft.blueprint} is not built", field=f"{field}.blueprint", remedy="add it to tezzeret.blueprints"
+            )
+
+
+def _fitting(library: Mapping[str, Design], name: str, sites: Iterable[SiteSignature], *, field: str) -> None:
+    """Refuses a name that is not in the library, or a design that fits none of the sites."""
+    design = _named(library, name, field=field)
+    reasons = [fits(design.ir, signature) for signature in sites]
+    if None not in reasons:
+        why = reasons[0] or "there is no site"
+        raise ConfigError(
+            f"{name}: {why}", field=field, remedy="esper train CONFIG --dry-run lists what fits at which site"
+        )
+
+
+def _named(library: Mapping[str, Design], name: str, *, field: str) -> Design:
+    if name not in library:
+        close = difflib.get_close_matches(name, library, n=1)
+        remedy = f"did you mean {close[0]}?" if close else "see esper blueprints ls"
+        raise ConfigError(f"no blueprint {name!r} in the library", field=field, remedy=remedy)
+    return library[name]
+
+
 def export_checkpoint(workload: Workload, config: RunConfig, *, directory: str, best: bool = False) -> nn.Module:
     """The plain model of a run's checkpoint.
 
@@ -510,9 +564,8 @@ def request_kernels(hub: AssetHub, signatures: Iterable[SiteSignature], config: 
     from esper.urza.library import designs_for, load_library
 
     library, names = load_library(), config.tezzeret.blueprints
-    unknown = [] if names == "library" else [name for name in names if name not in library]
-    if unknown:
-        raise ConfigError(f"no blueprint {unknown[0]!r} in the library", field="tezzeret.blueprints")
+    for name in () if names == "library" else names:
+        _named(library, name, field="tezzeret.blueprints")
     targets: dict[str, list[SiteSignature]] = {}
     for signature in dict.fromkeys(signatures):
         for design in designs_for(signature, library):

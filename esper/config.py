@@ -385,9 +385,11 @@ def _explain(error: ValidationError) -> ConfigError:
     field = ".".join(location)
     rest = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(location[-1], _known_keys(RunConfig, location[:-1]), n=1)
-        known = ", ".join(sorted(_known_keys(RunConfig, location[:-1])))
-        remedy = f"did you mean {close[0]}?" if close else f"known keys here: {known}"
+        tag = next((str(part) for part in first["loc"] if part in _UNION_TAGS), None)
+        known = _known_keys(RunConfig, location[:-1], tag)
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        here = f"with type {tag}" if tag else "here"
+        remedy = f"did you mean {close[0]}?" if close else f"known keys {here}: {', '.join(known)}"
         return ConfigError(f"no such key{rest}", field=field, remedy=remedy)
     if first["type"] in {"union_tag_invalid", "union_tag_not_found"}:
         tags = str(first.get("ctx", {}).get("expected_tags", "see the README"))
@@ -397,10 +399,10 @@ def _explain(error: ValidationError) -> ConfigError:
     return ConfigError(f"{message}{got}{rest}", field=field or None, remedy="see the comments in configs/digits.yaml")
 
 
-_UNION_TAGS = frozenset({"digits", "parquet_images", "text", "mlp", "cnn", "gpt", "import"})
+_UNION_TAGS = frozenset({"digits", "parquet_images", "text", "mlp", "cnn", "gpt", "import", "given"})
 
 
-def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
+def _known_keys(model: type[BaseModel], location: list[str], tag: str | None) -> list[str]:
     sections = [model]
     for part in location:
         found: list[type[BaseModel]] = []
@@ -408,6 +410,8 @@ def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
             field = section.model_fields.get(part)
             found.extend(_sections_of(field.annotation) if field else ())
         sections = found
+    if tag is not None:
+        sections = [section for section in sections if section.model_fields["type"].default == tag]
     return sorted({key for section in sections for key in section.model_fields})
 
 

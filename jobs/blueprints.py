@@ -21,7 +21,7 @@ def check_file(file: Path) -> dict[str, Any]:
     """Parses a design and runs the gauntlet at an example of each kind of site that it declares to fit.
 
     Raises:
-        BlueprintError: if the file cannot be read, is malformed, or fails a check.
+        BlueprintError: if the file cannot be read, is malformed, fails a check, or fits at none of the examples.
     """
     from esper.leyline.lower import initialise, lower
     from esper.urabrask.gauntlet import examine
@@ -31,11 +31,12 @@ def check_file(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise BlueprintError(f"cannot read {file}: {error.strerror}", field="file") from error
     design = parse_design(text, source=str(file))
-    examples = []
+    examples, misfits = [], []
     for signature in EXAMPLES:
         if signature.kind not in design.ir.fit:
             continue
         if (misfit := ops.fits(design.ir, signature)) is not None:
+            misfits.append(misfit)
             examples.append({"signature": signature.key, "verdict": f"does not fit: {misfit}"})
             continue
         module = lower(design.ir, signature)
@@ -45,4 +46,6 @@ def check_file(file: Path) -> dict[str, Any]:
             raise BlueprintError(report.reason, field=f"{file} at {signature.key}")
         cost = f"{ops.count_parameters(design.ir, signature):,} parameters"
         examples.append({"signature": signature.key, "verdict": f"passed {len(report.checks)} checks, {cost}"})
+    if len(misfits) == len(examples):
+        raise BlueprintError(misfits[0], field=str(file), remedy="r(h) must have the shape of h")
     return {"name": design.name, "ir_hash": canonical_hash(design.ir), "examples": examples}

@@ -140,7 +140,8 @@ def list_table(rows: list[dict[str, Any]]) -> str:
         test = f"{row['test_accuracy']:.1%}" if row["test_accuracy"] is not None else "-"
         size = f"{row['params_start']:,} -> {row['params_final']:,}"
         table.add_row(row["run_id"], row["status"], row["started"][:19], shown, test, size, str(row["fossils"]))
-    console = Console()
+    # ids are there to be copied: a table for a pipe or a narrow terminal is not folded
+    console = Console(width=200)
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip("\n")

@@ -52,7 +52,7 @@ def _launch(config: RunConfig, *, as_json: bool, run_id: str | None = None) -> i
     # what can be wrong is found out before Ray starts and before anything is written
     Storage.at(config.storage, config.storage_options).check_writable()
     factory = _Once(ConfiguredWorkload(config, data_root()))
-    factory.prepare()
+    factory.prepare(config)
     from actors.launch import run
 
     if as_json and config.nissa.view != "quiet":
@@ -75,9 +75,12 @@ class _Once:
         self._factory = factory
         self._ready: Workload | None = None
 
-    def prepare(self) -> None:
-        """Makes the workload; what is wrong with it is raised here."""
+    def prepare(self, config: RunConfig) -> None:
+        """Makes the workload; what is wrong with it, or does not go with the configuration, is raised here."""
+        from esper.api import check_workload
+
         self._ready = self._factory()
+        check_workload(self._ready, config)
 
     def __call__(self) -> Workload:
         ready, self._ready = self._ready, None
@@ -114,7 +117,7 @@ def dry_run(path: Path, overrides: list[str], *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(soft_wrap=True)
     host = plan["host"]
     console.print(
         f"host: {host['parameters']:,} parameters, {host['flops_per_sample']:,} FLOPs a sample; "

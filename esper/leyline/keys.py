@@ -87,4 +87,8 @@ def _create(target: Path) -> None:
         finally:
             draft.unlink()
     except OSError as error:
-        raise ConfigError(f"cannot write the signing key: {error.strerror}", field=str(target)) from error
+        raise ConfigError(
+            f"cannot write the signing key {target}: {error.strerror}",
+            field="tezzeret.key_file",
+            remedy="name a file in a folder you may write to",
+        ) from error

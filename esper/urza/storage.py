@@ -94,6 +94,12 @@ class Storage:
 
         return url2pathname(self.uri.removeprefix("file://")).rstrip("/")
 
+    @property
+    def _nearest(self) -> Path:
+        """The directory, or what of its path exists already."""
+        path = Path(self._directory)
+        return next(place for place in (path, *path.parents) if place.exists())
+
     @cached_property
     def fs(self) -> AbstractFileSystem:
         """The fsspec filesystem."""
@@ -155,18 +161,15 @@ class Storage:
         return (OSError, BotoCoreError)
 
     def check_writable(self) -> None:
-        """Writes and removes a probe.
-
-        A directory that does not exist yet is made; a bucket is not.
+        """Writes and removes a probe: in the directory, or in the nearest one above it that exists.
 
         Raises:
             StorageError: if that fails; names the setting, the address and the remedy. Nothing is left behind.
         """
-        probe = self.path(f".probe-{new_id()}")
         try:
             with self.named_errors("write"):
-                if self.is_local:
-                    self.fs.makedirs(self.root, exist_ok=True)
+                place = self._nearest if self.is_local else self.root
+                probe = f"{place}/.probe-{new_id()}"
                 self.fs.pipe_file(probe, b"esper")
                 self.fs.rm_file(probe)
         except FileNotFoundError as error:
