@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,12 @@ def prepare_environment() -> None:
         _ensure_private_token()
 
 
+def joins() -> bool:
+    """Whether `connected` would join a Ray instead of starting one."""
+    ray = sys.modules.get("ray")  # who has not imported it has not started it either
+    return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
+
+
 @contextlib.contextmanager
 def connected(*, dashboard: bool = True, metadata: Mapping[str, str] | None = None) -> Iterator[Cluster]:
     """Joins the cluster at `RAY_ADDRESS`, or starts one here that ends with the block.
@@ -72,11 +79,11 @@ def connected(*, dashboard: bool = True, metadata: Mapping[str, str] | None = No
     if ray.is_initialized():
         yield Cluster(owned=False, dashboard=None)
         return
-    joins = bool(os.environ.get("RAY_ADDRESS"))
     metadata = dict(metadata or {})
     job = JobConfig(metadata=metadata, ray_namespace=NAMESPACE)
     options: dict[str, Any]
-    if joins:
+    joining = joins()
+    if joining:
         options = {"runtime_env": {"env_vars": _worker_environment()}}
     else:
         # without an address Ray would join any head that somebody started on this machine
@@ -97,7 +104,7 @@ def connected(*, dashboard: bool = True, metadata: Mapping[str, str] | None = No
         ) from error
     try:
         _tell_submission(metadata)
-        yield Cluster(owned=not joins, dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None)
+        yield Cluster(owned=not joining, dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None)
     finally:
         ray.shutdown()
 

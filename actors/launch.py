@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
@@ -13,14 +14,24 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from actors.cluster import connected
+from actors.cluster import connected, joins
 from esper.config import RunConfig, dump_config
-from esper.leyline import EsperError, FaultPlan, NoFaults, NotFoundError, RunStatus, RunSummary, TransientError, now
+from esper.leyline import (
+    EsperError,
+    FaultPlan,
+    NoFaults,
+    NotFoundError,
+    RunStatus,
+    RunSummary,
+    StorageError,
+    TransientError,
+    now,
+)
 from esper.leyline.keys import load_or_create, public_hex
 from esper.leyline.summary import CONFIG_FILE, HISTORY_FILE, REPORT_FILE, SUMMARY_FILE, RunHistory
 from esper.nissa import Follower, view_for, write_report
@@ -30,6 +41,8 @@ if TYPE_CHECKING:
     from actors.platform import Platform
     from esper.api import RunResult, WorkloadFactory
     from esper.tolaria.files import Folder
+
+LOCK_FILE = "platform.lock"
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,6 +85,7 @@ def run(
 
     Raises:
         UserError: if a setting, the data or the storage cannot be used.
+        StorageError: if another Ray of this machine serves the same directory.
         EsperError: if the run failed; the summary says FAILED and names the error.
     """
     from esper.api import RunResult, new_run_id
@@ -82,10 +96,25 @@ def run(
     config = _pin_key(config)
     run_id = run_id or new_run_id(config)
     folder = Folder(storage.child("runs", run_id), config.storage_options)
-    if not resume:
-        folder.write(CONFIG_FILE, dump_config(_without_secrets(config)).encode())
-    if on_start is not None:
-        on_start(run_id, folder.address)
+    with nullcontext() if joins() else _held(storage):  # before anything is written or started
+        if not resume:
+            folder.write(CONFIG_FILE, dump_config(_without_secrets(config)).encode())
+        if on_start is not None:
+            on_start(run_id, folder.address)
+        summary = _train(workload_factory, config, run_id, folder, resume=resume, faults=faults or NoFaults())
+    return RunResult(run_id, folder.address, summary)
+
+
+def _train(
+    workload_factory: WorkloadFactory,
+    config: RunConfig,
+    run_id: str,
+    folder: Folder,
+    *,
+    resume: bool,
+    faults: FaultPlan,
+) -> RunSummary:
+    """Connects, brings the platform up, trains; returns with Ray as it was found."""
     stop = Stop()
     with connected(dashboard=config.nissa.dashboard, metadata={"esper_run_id": run_id}) as cluster:
         from actors import platform, tolaria
@@ -98,18 +127,20 @@ def run(
                 config=config,
                 platform=systems,
                 resume=resume,
-                faults=faults or NoFaults(),
+                faults=faults,
             )
             try:
                 with Follower(systems.view.fetch(run_id), view_for(config.nissa.view, sys.stdout)):
                     summary = _in_thread(lambda: tolaria.fit(job, stop))
-                    _catch_up(systems, run_id)
+                    if stop() is None:
+                        _catch_up(systems, run_id)
             except EsperError as error:
                 _note_failure(folder, error)
                 raise
-            summary = _count(systems, folder, summary)
-    _report(folder, summary)
-    return RunResult(run_id, folder.address, summary)
+            if stop() is None:
+                summary = _count(systems, folder, summary)
+            _report(folder, summary)  # here: `ray job stop` kills 3 s after it has asked, and the rest takes seconds
+            return summary
 
 
 def _pin_key(config: RunConfig) -> RunConfig:
@@ -194,3 +225,27 @@ def _report(folder: Folder, summary: RunSummary) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = write_report(summary, history, Path(scratch) / REPORT_FILE)
         folder.write(REPORT_FILE, path.read_bytes())
+
+
+@contextmanager
+def _held(storage: Storage) -> Iterator[None]:
+    """Holds a directory against a second Ray of this machine; on S3 Urza's own fencing must do."""
+    if not storage.is_local:
+        yield
+        return
+    path = Path(storage.path(LOCK_FILE))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise StorageError(
+                f"{path.parent} is served by the run of process {file.read().strip() or 'unknown'}",
+                field="storage",
+                remedy="wait for it, give another --storage, or share one Ray: ray start --head, RAY_ADDRESS=auto",
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

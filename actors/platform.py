@@ -7,9 +7,7 @@ runs share them. Actor names carry the storage address's key, so that platforms 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +23,6 @@ from esper.leyline.keys import load, load_or_create, public_hex
 from esper.urza.storage import Storage
 
 _LOG = logging.getLogger(__name__)
-
-LOCK_FILE = "platform.lock"
 
 
 class ActorState(NamedTuple):
@@ -67,17 +63,14 @@ def running(config: RunConfig, *, owned: bool) -> Iterator[Platform]:
         owned: whether this Ray ends with this process; then the platform is taken down at the end, else left running.
 
     Raises:
-        ConflictError: if another Ray of this machine serves the same directory.
         EsperError: if a system does not come up.
     """
-    storage = Storage.at(config.storage, config.storage_options)
-    with _held(storage) if owned else contextlib.nullcontext():
-        platform = up(config, detached=not owned)
-        try:
-            yield platform
-        finally:
-            if owned:
-                _take_down(platform, config)
+    platform = up(config, detached=not owned)
+    try:
+        yield platform
+    finally:
+        if owned:
+            _take_down(platform, config)
 
 
 def up(config: RunConfig, *, detached: bool) -> Platform:
@@ -256,27 +249,3 @@ def _stop_consumers(platform: Platform) -> None:
     _done, late = ray.wait(leaving, num_returns=len(leaving), timeout=5.0)
     if late:
         _LOG.warning("platform.end.failed", extra={"system": "consumers", "reason": f"{len(late)} did not leave"})
-
-
-@contextlib.contextmanager
-def _held(storage: Storage) -> Iterator[None]:
-    """Holds a directory against a second Ray of this machine; on S3 Urza's own fencing must do."""
-    if not storage.is_local:
-        yield
-        return
-    path = Path(storage.path(LOCK_FILE))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ConflictError(
-                f"{path.parent} is served by the run of process {file.read().strip() or 'unknown'}",
-                field="storage",
-                remedy="wait for it, give another --storage, or share one Ray: ray start --head, RAY_ADDRESS=auto",
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
