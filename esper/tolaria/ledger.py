@@ -63,6 +63,17 @@ class LedgerBook:
             if self._nested:
                 self._nested[-1] += elapsed
 
+    def take_flops(self) -> Flops:
+        """Returns the FLOPs so far and begins again from none."""
+        taken = self.snapshot().flops
+        self._flops = dict.fromkeys(FLOP_PURPOSES, 0)
+        return taken
+
+    def book(self, flops: Flops) -> None:
+        """Adds what another account had under each purpose."""
+        for purpose in FLOP_PURPOSES:
+            self.add(purpose, flops=getattr(flops, purpose))
+
     def snapshot(self) -> Ledger:
         """Returns the account so far; the totals are the sums of the purposes."""
         return Ledger(

@@ -155,6 +155,7 @@ class Session:
     def finish(self, reason: str) -> None:
         """Ends adaptations that are under way as UNFINISHED, and sends what waits."""
         self._chronicle.close(reason)
+        self._settle()
         self.outbox.send_steps(steps_per_epoch=self._steps_per_epoch)
         self.outbox.flush()
 
@@ -235,8 +236,8 @@ class Session:
             )
         course.ledger.add("shadow", flops=flops)
         seconds = (time.perf_counter() - began) / len(training)
-        for seed_id in training:
-            self.recorder.spend(seed_id, flops=flops // len(training), seconds=seconds)
+        for seed_id in training:  # every rank has the same share of the batch
+            self.recorder.spend(seed_id, flops=ranks.world * flops // len(training), seconds=seconds)
 
     def _in_training(self) -> tuple[str, ...]:
         """Ids of the seeds in TRAINING; looked up when the topology changes, not at every step."""
@@ -353,7 +354,21 @@ class Session:
         ranks = course.ports.ranks
         share = batches.epoch(course.epoch, rank=ranks.rank, world=ranks.world)
         with course.ledger.timed(purpose):
-            return evaluate(course.growable.module, share, course.task, ranks=ranks, device=course.device, run=counted)
+            result = evaluate(
+                course.growable.module, share, course.task, ranks=ranks, device=course.device, run=counted
+            )
+        self._settle()
+        return result
+
+    def _settle(self) -> None:
+        """Moves the FLOPs of the other ranks into rank 0's account; seconds are those of its clock. Collective."""
+        course = self.course
+        if course.ports.ranks.world == 1:
+            return
+        others = course.ports.ranks.gather(None if course.is_first else course.ledger.take_flops())
+        if course.is_first:
+            for flops in filter(None, others):
+                course.ledger.book(flops)
 
     def summary(
         self,
@@ -475,7 +490,8 @@ class Session:
         self._steps_per_epoch = int(state["steps_per_epoch"])
         self.host_size = HostSize(int(state["host"]["params"]), int(state["host"]["flops"]))
         self._deciding.memory = dict(state["tamiyo"])
-        course.ledger.load_state_dict(state["ledger"])
+        if course.is_first:  # it holds the FLOPs of all
+            course.ledger.load_state_dict(state["ledger"])
         self._costs.load_state_dict(state["costs"])
         self.recorder.load_state_dict(state["recorder"])
         self.reach.restore(tuple(state["went_without"]))

@@ -108,3 +108,16 @@ def test_a_state_of_another_form_is_refused():
     del state["flops"]["shadow"]
     with pytest.raises(ValueError, match="purposes"):
         LedgerBook().load_state_dict(state)
+
+
+def test_the_flops_of_another_account_move_whole():
+    mine, other = LedgerBook(), LedgerBook()
+    mine.add("host", flops=10, seconds=1.0)
+    other.add("host", flops=7, seconds=2.0)
+    other.add("shadow", flops=3)
+    mine.book(other.take_flops())
+    assert mine.snapshot().flops == Flops(host=17, shadow=3, total=20)
+    assert mine.snapshot().seconds.total == 1.0  # a clock that ran at the same time adds none
+    assert other.snapshot().flops.total == 0
+    mine.book(other.take_flops())
+    assert mine.snapshot().flops.total == 20
