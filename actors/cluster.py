@@ -24,6 +24,8 @@ _SETTINGS: Mapping[str, str] = {
     # the controller polls every 2 s by default, and `ray.train.report` waits for it
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # else the dashboard's Train page is an error
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     # half the latency of a deployment handle, and calls from plain threads
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",

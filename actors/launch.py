@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -96,7 +96,7 @@ def run(
     config = _pin_key(config)
     run_id = run_id or new_run_id(config)
     folder = Folder(storage.child("runs", run_id), config.storage_options)
-    with nullcontext() if joins() else _held(storage):  # before anything is written or started
+    with _held(storage, shared=joins()):  # before anything is written or started
         if not resume:
             folder.write(CONFIG_FILE, dump_config(_without_secrets(config)).encode())
         if on_start is not None:
@@ -228,8 +228,11 @@ def _report(folder: Folder, summary: RunSummary) -> None:
 
 
 @contextmanager
-def _held(storage: Storage) -> Iterator[None]:
-    """Holds a directory against a second Ray of this machine; on S3 Urza's own fencing must do."""
+def _held(storage: Storage, *, shared: bool) -> Iterator[None]:
+    """Holds a directory: runs on a joined Ray hold it together, one that starts its own Ray holds it alone.
+
+    This is for one machine; between machines, and on S3, Urza's own fencing must do.
+    """
     if not storage.is_local:
         yield
         return
@@ -237,15 +240,17 @@ def _held(storage: Storage) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
+            holder = file.read().strip()
             raise StorageError(
-                f"{path.parent} is served by the run of process {file.read().strip() or 'unknown'}",
+                f"{path.parent} is served by {f'the run of process {holder}' if holder else 'another Ray'}",
                 field="storage",
                 remedy="wait for it, give another --storage, or share one Ray: ray start --head, RAY_ADDRESS=auto",
             ) from error
         file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        if not shared:
+            file.write(str(os.getpid()))
+            file.flush()
         yield
