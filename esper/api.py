@@ -51,7 +51,7 @@ from torch import nn
 
 from esper import kasmina
 from esper.config import Budget, RunConfig, parse_config
-from esper.leyline.errors import ConfigError, NotFoundError
+from esper.leyline.errors import ConfigError, NotFoundError, SiteError
 from esper.leyline.growth import SeedView
 from esper.leyline.kernels import SiteSignature
 from esper.leyline.ops import fits
@@ -465,7 +465,10 @@ def check_workload(workload: Workload, config: RunConfig) -> None:
     if config.tolaria.num_workers == 0:
         _device(config)
     trial = replace(workload, model=copy.deepcopy(workload.model))
-    sites = _wrap_workload(trial, config, torch.device("cpu")).sites
+    try:
+        sites = _wrap_workload(trial, config, torch.device("cpu")).sites
+    except SiteError as error:  # its field is an argument's name; people write the setting
+        raise SiteError(error.message, field="kasmina.sites", remedy=error.remedy) from error
     for name in () if names == "library" else names:
         _fitting(library, name, sites.values(), field="tezzeret.blueprints")
     for index, graft in enumerate(schedule if config.tamiyo.policy == "schedule" else ()):

@@ -47,5 +47,5 @@ def check_file(file: Path) -> dict[str, Any]:
         cost = f"{ops.count_parameters(design.ir, signature):,} parameters"
         examples.append({"signature": signature.key, "verdict": f"passed {len(report.checks)} checks, {cost}"})
     if len(misfits) == len(examples):
-        raise BlueprintError(misfits[0], field=str(file), remedy="r(h) must have the shape of h")
+        raise BlueprintError(misfits[0], field=str(file), remedy="it must fit a site of a kind that it declares")
     return {"name": design.name, "ir_hash": canonical_hash(design.ir), "examples": examples}
