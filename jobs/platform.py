@@ -13,9 +13,9 @@ from esper.leyline import ConfigError
 def up(storage: str) -> list[dict[str, Any]]:
     """Brings the platform up on the cluster at `RAY_ADDRESS`; returns the state of its actors."""
     _need_cluster()
-    from actors import platform
-
     with connected():
+        from actors import platform  # imports Ray, whose settings come first
+
         platform.up(parse_config({"storage": storage}), detached=True)
         return [state._asdict() for state in platform.find(storage)]
 
@@ -23,18 +23,18 @@ def up(storage: str) -> list[dict[str, Any]]:
 def status(storage: str) -> list[dict[str, Any]]:
     """Returns the state of the platform's actors."""
     _need_cluster()
-    from actors import platform
-
     with connected():
+        from actors import platform  # imports Ray, whose settings come first
+
         return [state._asdict() for state in platform.find(storage)]
 
 
 def down(storage: str) -> list[dict[str, Any]]:
     """Takes the platform down; returns what was ended."""
     _need_cluster()
-    from actors import platform
-
     with connected():
+        from actors import platform  # imports Ray, whose settings come first
+
         return [state._asdict() for state in platform.down(storage)]
 
 
