@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from esper.tolaria.workload import Workload
 
 INTERRUPTED = 130
+LOG_FILE = "driver.log"
 
 
 def train(path: Path, overrides: list[str], *, as_json: bool) -> int:
@@ -62,7 +64,7 @@ def _launch(config: RunConfig, *, as_json: bool, run_id: str | None = None) -> i
         config,
         run_id=run_id,
         resume=run_id is not None,
-        on_start=None if as_json else _greet,
+        on_start=partial(_begin, says=not as_json),
     )
     _show(result, as_json=as_json)
     return {RunStatus.FINISHED: 0, RunStatus.INTERRUPTED: INTERRUPTED}.get(result.summary.status, 1)
@@ -90,8 +92,13 @@ class _Once:
         return _Once, (self._factory,)
 
 
-def _greet(run_id: str, directory: str) -> None:
-    typer.echo(f"run {run_id} in {directory}")
+def _begin(run_id: str, directory: str, *, says: bool) -> None:
+    """Names the run, and sends this process's log into its folder; the terminal is for the view."""
+    from esper.nissa.logs import configure
+
+    configure(Path(directory) / LOG_FILE if "://" not in directory else None, run=run_id)
+    if says:
+        typer.echo(f"run {run_id} in {directory}")
 
 
 def _show(result: RunResult, *, as_json: bool) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TextIO
 
 _BOUND: ContextVar[dict[str, Any] | None] = ContextVar("esper_log_fields", default=None)
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-ROOT = "esper"
+ROOTS = ("esper", "actors", "jobs")
 
 
 @contextlib.contextmanager
@@ -101,7 +101,7 @@ def configure(
         **fields: bound to every event of this process, such as `actor="urza"`.
 
     Returns:
-        The logger above all of Esper's.
+        The library's logger; those of actors and jobs write to the same place.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -113,11 +113,12 @@ def configure(
         handler = logging.StreamHandler(target or sys.stderr)
     handler.setFormatter(_FORMATS[form or ("json" if isinstance(target, Path) else "text")]())
     handler.addFilter(_Fields(fields))
-    logger = logging.getLogger(ROOT)
-    for old in list(logger.handlers):
-        logger.removeHandler(old)
-        old.close()
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    logger.propagate = False
-    return logger
+    for root in ROOTS:
+        logger = logging.getLogger(root)
+        for old in list(logger.handlers):
+            logger.removeHandler(old)
+            old.close()
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False
+    return logging.getLogger(ROOTS[0])

@@ -11,20 +11,21 @@ import threading
 
 import pytest
 
-from esper.nissa.logs import ROOT, bind, configure
+from esper.nissa.logs import ROOTS, bind, configure
 
 
 @pytest.fixture(autouse=True)
 def _restored():
-    logger = logging.getLogger(ROOT)
-    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    loggers = [logging.getLogger(root) for root in ROOTS]
+    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     yield
-    for handler in logger.handlers:
-        if handler not in handlers:
-            handler.close()
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
-    logger.propagate = propagate
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        for handler in logger.handlers:
+            if handler not in handlers:
+                handler.close()
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def test_json_lines_in_a_file(tmp_path):
