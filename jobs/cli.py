@@ -160,7 +160,7 @@ def doctor(storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
     raise typer.Exit(1 if any(finding.state == "missing" for finding in findings) else 0)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="Which; none lists them.", autocompletion=_complete_bench)] = None,
@@ -169,6 +169,9 @@ def bench(
     """Run a benchmark. Options after the name are the benchmark's own (`esper bench growth --help`)."""
     from jobs.bench import BENCHMARKS, run_benchmark
 
+    if name == "--help":
+        typer.echo(context.get_help())
+        return
     if name is None:
         _print_json(sorted(BENCHMARKS)) if as_json else typer.echo("\n".join(sorted(BENCHMARKS)))
         return

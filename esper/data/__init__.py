@@ -3,6 +3,7 @@
 What cannot be found or read is a `DataError` that names the setting and every address tried; nothing is made up.
 """
 
-from esper.data.sets import DataSets, load_data
+from esper.data.load import load_data
+from esper.data.sets import DataSets
 
 __all__ = ["DataSets", "load_data"]
