@@ -1,0 +1,70 @@
+"""One Ray for a module of faults, and the runs on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from actors.cluster import connected, prepare_environment
+
+prepare_environment()
+
+import fault_support as support  # noqa: E402 - Ray's environment comes first
+from ray import cloudpickle  # noqa: E402
+
+from actors import platform  # noqa: E402
+from actors.launch import run  # noqa: E402
+from esper.leyline import FaultPlan  # noqa: E402
+from esper.urza.storage import Storage  # noqa: E402
+
+cloudpickle.register_pickle_by_value(support)  # workers know no folder of tests
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with connected(dashboard=True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def train(cluster):
+    """Trains on the module's Ray: `train(storage, run_id, faults=None, **settings)`. What is detached ends with it."""
+    storages = set()
+
+    def start(storage: Path, run_id: str, faults: FaultPlan | None = None, **settings: object):
+        config = support.config(storage, **settings)
+        storages.add(config.storage)
+        return run(support.WatchedWorkload(config), config, run_id=run_id, faults=faults)
+
+    yield start
+    for storage in storages:
+        platform.down(storage)
+
+
+@pytest.fixture(scope="module")
+def quiet(train, tmp_path_factory):
+    """The run that nobody disturbs, in a storage of its own."""
+    storage = tmp_path_factory.mktemp("undisturbed")
+    result = train(storage, "quiet")
+    platform.down(str(storage))
+    assert support.stages(result.summary) == support.STAGES
+    return result
+
+
+@pytest.fixture(scope="module")
+def undisturbed(quiet):
+    """The final weights of the run that nobody disturbs."""
+    return support.final_weights(quiet.directory)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """The storage, and so the platform, of the runs that are disturbed."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def key(shared):
+    """What the names of the shared platform's actors carry."""
+    return Storage.at(str(shared)).key

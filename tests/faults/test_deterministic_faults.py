@@ -1,0 +1,121 @@
+"""With `deterministic: true`, `kill -9` of anything ends in the same weights, bit for bit, as if nothing had happened.
+
+One undisturbed run in a storage of its own is what all others are compared with.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fault_support as support
+import pytest
+from fault_support import KillActors, KillSelf, WriteHashes
+
+from esper.leyline import NoFaults, RunStatus
+
+pytestmark = [
+    pytest.mark.ray,
+    # Ray's own, as Serve and Train are imported
+    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
+]
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_a_driver_killed_in_the_middle_of_growth_resumes_to_the_same_weights(undisturbed, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])}
+    environment.pop("RAY_ADDRESS", None)
+    marker = tmp_path / "fired"
+    place = ["step", str(support.IN_GRAFTING)]
+    killed = subprocess.run(
+        [sys.executable, Path(__file__).with_name("driver.py"), tmp_path / "store", marker, *place],
+        env=environment, check=False, timeout=240, capture_output=True, text=True,
+    )  # fmt: skip
+    assert marker.exists(), killed.stderr
+    assert killed.returncode == -9
+    resumed = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "train", "--resume", "killed", "--storage", tmp_path / "store"],
+        env=environment, cwd=tmp_path, check=False, timeout=240, capture_output=True, text=True,
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    assert support.differences(support.final_weights(tmp_path / "store" / "runs" / "killed"), undisturbed) == []
+
+
+def test_a_killed_train_worker_is_replaced_and_ends_with_the_same_weights(train, undisturbed, shared, tmp_path):
+    faults = KillSelf("step", support.IN_GRAFTING, tmp_path / "fired")
+    result = train(shared, "worker", faults, tolaria__num_workers=1)
+    assert faults.marker.exists()
+    assert result.summary.status is RunStatus.FINISHED
+    assert support.stages(result.summary) == support.STAGES
+    assert support.differences(support.final_weights(result.directory), undisturbed) == []
+
+
+@pytest.mark.parametrize(
+    ("system", "step"),
+    [
+        ("urza", support.IN_TRAINING),
+        pytest.param("urza", 2, marks=pytest.mark.soak),
+        pytest.param("oona", support.IN_TRAINING, marks=pytest.mark.soak),
+        pytest.param("oona", 2, marks=pytest.mark.soak),
+    ],
+)
+def test_a_killed_system_is_waited_for(train, undisturbed, shared, key, tmp_path, system, step):
+    faults = KillActors("step", step, tmp_path / "fired", [f"{system}-{key}"])
+    result = train(shared, f"{system}-{step}", faults)
+    assert faults.marker.read_text()
+    assert support.differences(support.final_weights(result.directory), undisturbed) == []
+    assert result.summary.went_without == ()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("step", [2, support.IN_TRAINING])
+def test_a_killed_tamiyo_is_waited_for(train, undisturbed, shared, tmp_path, step):
+    faults = KillActors("step", step, tmp_path / "fired", ["SERVE_REPLICA::tamiyo#"], namespace="serve")
+    result = train(shared, f"tamiyo-{step}", faults)
+    assert faults.marker.read_text()
+    assert support.differences(support.final_weights(result.directory), undisturbed) == []
+    assert result.summary.went_without == ()
+
+
+@pytest.mark.soak
+def test_a_compiler_killed_at_its_work_is_waited_for(train, undisturbed, tmp_path):
+    faults = KillActors("step", 0, tmp_path / "fired", ["tezzeret-"])
+    result = train(tmp_path / "fresh", "compiler", faults)
+    assert faults.marker.read_text()
+    assert support.differences(support.final_weights(result.directory), undisturbed) == []
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seam", ["checkpoint", "logged", "control"])
+def test_a_worker_killed_at_a_seam_of_the_boundary(train, undisturbed, shared, tmp_path, seam):
+    """Between checkpoint and decision, between decision and its being applied, and after that."""
+    faults = KillSelf(seam, 2, tmp_path / "fired")
+    result = train(shared, f"seam-{seam}", faults, tolaria__num_workers=1)
+    assert faults.marker.exists()
+    assert support.stages(result.summary) == support.STAGES
+    assert support.differences(support.final_weights(result.directory), undisturbed) == []
+
+
+def test_two_workers_graft_at_the_same_step_and_stay_equal(train, quiet, shared, tmp_path):
+    result = train(shared, "two", WriteHashes(tmp_path, NoFaults()), tolaria__num_workers=2)
+    assert support.stages(result.summary) == support.STAGES
+    first, second = ((tmp_path / f"rank-{rank}").read_text().splitlines() for rank in (0, 1))
+    assert first == second
+    assert len(first) == support.NUM_EPOCHS * support.STEPS_PER_EPOCH
+    assert len({line.split()[1] for line in first}) == 2  # the kernel's parameters came, on both at once
+    # each saw half of every batch; the account is that of both
+    assert result.summary.ledger.flops.host == quiet.summary.ledger.flops.host
+
+
+@pytest.mark.soak
+def test_one_of_two_workers_killed_ends_with_the_weights_of_two(train, shared, tmp_path):
+    quiet = train(shared, "pair", tolaria__num_workers=2)
+    faults = KillSelf("step", support.IN_FINE_TUNING, tmp_path / "fired", rank=1)
+    killed = train(shared, "pair-killed", faults, tolaria__num_workers=2)
+    assert faults.marker.exists()
+    weights = [support.final_weights(result.directory) for result in (quiet, killed)]
+    assert support.differences(*weights) == []
