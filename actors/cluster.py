@@ -98,11 +98,11 @@ def connected(*, dashboard: bool = True, metadata: Mapping[str, str] | None = No
             log_to_driver=False,
             **options,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises a bare Exception where its processes do not come up in time
         where = os.environ.get("RAY_ADDRESS", "here")
         raise UnavailableError(
             f"Ray did not start or answer at {where}: {' '.join(str(error).split())[:300]}",
-            remedy="check RAY_ADDRESS and RAY_AUTH_MODE=token, or unset RAY_ADDRESS to start Ray here",
+            remedy="try again on a less busy machine; on a cluster check RAY_ADDRESS and RAY_AUTH_MODE=token",
         ) from error
     try:
         _tell_submission(metadata)
