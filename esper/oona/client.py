@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from esper.config import OonaConfig
 from esper.leyline.messages import OonaMessage, Topic
@@ -56,14 +57,13 @@ class BusClient:
         return self._transport.counts(key)
 
     def close(self) -> None:
-        """Flushes, leaves every group joined through this bus, and lets go.
+        """Flushes, leaves every group joined through this bus, and lets go; one that fails does not keep the others.
 
         Raises:
             UnavailableError: if the broker does not answer.
         """
-        try:
-            self._publisher.close()
+        with ExitStack() as last_first:
+            last_first.callback(self._transport.close)
             for consumer in self._consumers:
-                consumer.close()
-        finally:
-            self._transport.close()
+                last_first.callback(consumer.close)
+            last_first.callback(self._publisher.close)

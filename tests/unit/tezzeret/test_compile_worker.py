@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -168,19 +169,34 @@ def test_a_worker_takes_up_what_was_submitted_before_it_came(pool: Pool):
     )
 
 
+class WatchedHub(MemoryHub):
+    """Tells when a worker has found nothing to do: from then on only news makes it look again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_empty = threading.Event()
+
+    def claim(self, *args, **settings):
+        job = super().claim(*args, **settings)
+        if job is None:
+            self.is_empty.set()
+        return job
+
+
 def test_news_wakes_a_waiting_worker(pool: Pool):
+    pool.hub = hub = WatchedHub()
     worker = pool.start("w1", wake_s=3600.0)
-    pool.submit("first", SITES[0])
-    pool.hear(2)
-    pool.submit("second", SITES[1], ir=GOOD.model_copy(update={"fit": (SiteKind.VECTOR, SiteKind.SEQUENCE)}))
+    assert hub.is_empty.wait(20.0)
+    pool.submit("good", SITES[0])
     verdict, ready = sorted(pool.hear(2), key=lambda message: message.topic is Topic.KERNEL_READY)
     body = verdict.body()
     assert isinstance(body, KernelCharacterized)
     assert body.report.passed
-    assert (ready.trace_id, ready.sender_id) == ("t-second", "w1")
-    assert worker.counts() == (2, 0)
+    # the trace is the message's: it was the news and nothing else that woke the worker
+    assert (ready.trace_id, ready.sender_id) == ("t-good", "w1")
+    assert worker.counts() == (1, 0)
     assert repr(worker).startswith("Tezzeret(w1, ")
-    assert repr(worker).endswith(", 2 compiled, 0 rejected)")
+    assert repr(worker).endswith(", 1 compiled, 0 rejected)")
 
 
 def test_two_workers_share_the_work_and_do_it_once(pool: Pool):
