@@ -50,11 +50,22 @@ class Cluster:
 
 
 def prepare_environment() -> None:
-    """Sets Ray's environment for this process and its children. Call it before `import ray`."""
+    """Sets Ray's environment for this process and its children."""
     for key, value in _SETTINGS.items():
         os.environ.setdefault(key, value)
     if os.environ["RAY_AUTH_MODE"] == "token":
         _ensure_private_token()
+    ray = sys.modules.get("ray")
+    if ray is not None and not ray.is_initialized():
+        _reread_environment()
+
+
+def _reread_environment() -> None:
+    """Makes a Ray that was imported already take the settings in: scripts import it first, and would have no token."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue] - Cython
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def joins() -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -141,3 +145,19 @@ def test_a_wrong_site_is_refused_before_anything_is_written(settings, tmp_path):
             overrides=(*settings, f"storage={tmp_path}/store"),
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+RAY_FIRST = """
+import ray
+from actors.cluster import connected
+with connected(dashboard=False) as cluster:
+    print(cluster.owned, ray.get(ray.remote(lambda: 7).remote()))
+"""
+
+
+def test_a_script_may_import_ray_before(settings):
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", RAY_FIRST], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == "True 7\n", done.stderr[-2000:]
