@@ -221,6 +221,11 @@ class RayTransport:
     def append(self, shard: int, body: bytes) -> Future[bool]:
         """Sends without waiting; Ray repeats the call if the shard restarts."""
         answer: Future[bool] = Future()
+        try:
+            actor = self._connected()[shard]
+        except UnavailableError as error:
+            answer.set_exception(error)
+            return answer
 
         def settle(future: Future[bool]) -> None:
             error = future.exception()
@@ -229,18 +234,18 @@ class RayTransport:
             else:
                 answer.set_exception(_cause(error, self._name) or error)
 
-        self._shards[shard].append.remote(body, APPEND_WAIT_S).future().add_done_callback(settle)
+        actor.append.remote(body, APPEND_WAIT_S).future().add_done_callback(settle)
         return answer
 
     def subscribe(self, group: str, topics: Sequence[str], *, key: str | None, from_start: bool) -> None:
         """See `Transport.subscribe`."""
-        _get([shard.subscribe.remote(group, topics, key, from_start) for shard in self._shards], self._name)
+        _get([shard.subscribe.remote(group, topics, key, from_start) for shard in self._connected()], self._name)
 
     def poll(self, group: str, member: str, *, max_records: int, timeout_s: float) -> list[Received]:
         """Waits for whichever shard answers first. The others' answers are taken by the next poll."""
         each = max(1, max_records // len(self._shards))
         asked: dict[Any, tuple[int, int]] = {}
-        for index, shard in enumerate(self._shards):
+        for index, shard in enumerate(self._connected()):
             number, ref = self._polls.get((member, index), (0, None))
             if ref is None:
                 ref = shard.poll.remote(group, member, number, each, timeout_s)
@@ -262,17 +267,18 @@ class RayTransport:
 
     def ack(self, group: str, offsets: Mapping[int, Sequence[int]]) -> None:
         """See `Transport.ack`."""
-        _get([self._shards[shard].ack.remote(group, list(some)) for shard, some in offsets.items()], self._name)
+        shards = self._connected()
+        _get([shards[shard].ack.remote(group, list(some)) for shard, some in offsets.items()], self._name)
 
     def leave(self, group: str, member: str) -> None:
         """See `Transport.leave`."""
         for index in range(len(self._shards)):
             self._polls.pop((member, index), None)
-        _get([shard.leave.remote(group, member) for shard in self._shards], self._name)
+        _get([shard.leave.remote(group, member) for shard in self._connected()], self._name)
 
     def counts(self, key: str) -> BusCounts:
         """Sums over the shards."""
-        each: list[BusCounts] = _get([shard.counts.remote(key) for shard in self._shards], self._name)
+        each: list[BusCounts] = _get([shard.counts.remote(key) for shard in self._connected()], self._name)
         return BusCounts(
             published=sum(counts.published for counts in each),
             delivered=sum(counts.delivered for counts in each),
@@ -281,6 +287,11 @@ class RayTransport:
 
     def close(self) -> None:
         """Nothing to let go of: the shards live on."""
+
+    def _connected(self) -> list[Any]:
+        if not ray.is_initialized():  # or the thread of a bus that was left open would start a Ray of its own
+            raise UnavailableError(f"{self._name} is gone: this process has left Ray")
+        return self._shards
 
 
 class RayBus(BusClient):

@@ -9,7 +9,7 @@ import pytest
 import ray
 from bus_conformance import WAIT_S, BusConformance, numbers, step, take
 
-from actors.oona import connect, spawn
+from actors.oona import RayTransport, connect, spawn
 from esper.config import OonaConfig
 from esper.leyline import BusCounts, ConflictError, NotFoundError, Topic, UnavailableError
 
@@ -214,3 +214,23 @@ def test_a_shard_that_is_gone_is_unavailable(start):
     bus.publish([step(0)])
     with pytest.raises(UnavailableError, match="1 messages were not acknowledged"):
         bus.flush(timeout_s=0.5)
+    with pytest.raises(UnavailableError):
+        bus._publisher.close(timeout_s=0.0)  # what `close` does, without its patience
+    with pytest.raises(UnavailableError):
+        bus.close()
+
+
+def test_a_process_that_has_left_ray_starts_no_other(monkeypatch):
+    """Ray starts by itself at the first call: a thread of a bus that was left open would do it."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    transport = RayTransport([None, None], "left")
+    assert isinstance(transport.append(1, b"").exception(timeout=0), UnavailableError)
+    for call in (
+        lambda: transport.subscribe("g", [], key=None, from_start=False),
+        lambda: transport.poll("g", "m", max_records=1, timeout_s=0.0),
+        lambda: transport.ack("g", {0: [1]}),
+        lambda: transport.leave("g", "m"),
+        lambda: transport.counts("run"),
+    ):
+        with pytest.raises(UnavailableError, match="has left Ray"):
+            call()

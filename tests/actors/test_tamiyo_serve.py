@@ -8,8 +8,10 @@ import threading
 import time
 
 import pytest
+import ray
 
-from actors.cluster import connected, prepare_environment
+from actors import tamiyo
+from actors.cluster import connected
 from esper.config import TamiyoConfig
 from esper.leyline import (
     BudgetState,
@@ -25,17 +27,7 @@ from esper.leyline import (
 )
 from esper.tamiyo import initial_state, step
 
-prepare_environment()
-
-import ray  # noqa: E402 - its environment comes first
-
-from actors import tamiyo  # noqa: E402
-
-pytestmark = [
-    pytest.mark.ray,
-    # Ray Serve's own schema, as it is imported
-    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning"),
-]
+pytestmark = pytest.mark.ray
 
 CONFIG = TamiyoConfig(warmup_epochs=0, plateau_window=2, deadline_s=5.0, startup_s=30.0)
 

@@ -13,21 +13,16 @@ import uuid
 from pathlib import Path
 
 import pytest
+import ray
+from hub_conformance import HubConformance
+from ray.exceptions import OwnerDiedError
+from urza_samples import BUILD, VECTOR, WIDE, artifact_of, design
 
-from actors.cluster import NAMESPACE, prepare_environment
-
-prepare_environment()
-sys.path.append(str(Path(__file__).parents[1] / "unit" / "urza"))
-
-import ray  # noqa: E402 - its environment comes first
-from hub_conformance import HubConformance  # noqa: E402
-from ray.exceptions import OwnerDiedError  # noqa: E402
-from urza_samples import BUILD, VECTOR, WIDE, artifact_of, design  # noqa: E402
-
-from actors import urza  # noqa: E402
-from esper.leyline import FencedError, NotFoundError, OonaMessage, StorageError, Topic, UnavailableError  # noqa: E402
-from esper.urza.hub import Hub  # noqa: E402
-from esper.urza.storage import Storage  # noqa: E402
+from actors import urza
+from actors.cluster import NAMESPACE
+from esper.leyline import FencedError, NotFoundError, OonaMessage, StorageError, Topic, UnavailableError
+from esper.urza.hub import Hub
+from esper.urza.storage import Storage
 
 pytestmark = pytest.mark.ray
 
