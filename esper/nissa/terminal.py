@@ -99,10 +99,10 @@ class PlainView(_Closing):
         self._write_notes(notes, before=None)
 
     def notice(self, text: str) -> None:
-        """Writes the line, unless it was the last one."""
-        if text != self._notice:
-            self._notice = text
+        """Writes the line, unless it was the last one; an empty notice takes back the last and needs no line."""
+        if text and text != self._notice:
             self._write(f"! {text}")
+        self._notice = text
 
     def _write_notes(self, notes: list[Note], *, before: int | None) -> list[Note]:
         """Writes the notes of epochs below `before`; returns the others."""

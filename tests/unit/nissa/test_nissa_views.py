@@ -128,6 +128,7 @@ def test_plain_lines_carry_no_line_breaks_or_escape_codes_of_others():
     view = PlainView(stream)
     view.notice("a\x1b[2Jb\nc")
     view.notice("a\x1b[2Jb\nc")
+    view.notice("")
     assert stream.getvalue() == "! a [2Jb c\n"
 
 
