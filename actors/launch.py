@@ -61,6 +61,10 @@ class Stop:
         self._reason = self._reason or reason
 
 
+def _silent(_words: str) -> None:
+    """Says nothing."""
+
+
 def run(
     workload_factory: WorkloadFactory,
     config: RunConfig,
@@ -68,6 +72,7 @@ def run(
     run_id: str | None = None,
     resume: bool = False,
     on_start: Callable[[str, str], None] | None = None,
+    say: Callable[[str], None] = _silent,
     faults: FaultPlan | None = None,
 ) -> RunResult:
     """Trains on Ray: on the cluster at `RAY_ADDRESS`, or on one that starts here and ends with the run.
@@ -78,6 +83,7 @@ def run(
         run_id: of the run; None makes one.
         resume: go on with this run from its last checkpoint.
         on_start: told the run's id and folder before anything slow begins.
+        say: told what is being waited for until the view takes over.
         faults: a script of faults, for tests.
 
     Returns:
@@ -101,7 +107,8 @@ def run(
             folder.write(CONFIG_FILE, dump_config(_without_secrets(config)).encode())
         if on_start is not None:
             on_start(run_id, folder.address)
-        summary = _train(workload_factory, config, run_id, folder, resume=resume, faults=faults or NoFaults())
+        faults = faults or NoFaults()
+        summary = _train(workload_factory, config, run_id, folder, resume=resume, say=say, faults=faults)
     return RunResult(run_id, folder.address, summary)
 
 
@@ -112,11 +119,17 @@ def _train(
     folder: Folder,
     *,
     resume: bool,
+    say: Callable[[str], None],
     faults: FaultPlan,
 ) -> RunSummary:
     """Connects, brings the platform up, trains; returns with Ray as it was found."""
     stop = Stop()
+    say("joining Ray" if joins() else "starting Ray")
     with connected(dashboard=config.nissa.dashboard, metadata={"esper_run_id": run_id}) as cluster:
+        say(
+            "bringing up Oona, Urza, Tezzeret, Tamiyo and Nissa"
+            + (f"; {cluster.dashboard}" if cluster.dashboard else "")
+        )
         from actors import platform, tolaria
 
         with _signals(stop), platform.running(config, owned=cluster.owned) as systems:

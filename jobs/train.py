@@ -65,6 +65,7 @@ def _launch(config: RunConfig, *, as_json: bool, run_id: str | None = None) -> i
         run_id=run_id,
         resume=run_id is not None,
         on_start=partial(_begin, says=not as_json),
+        say=_nothing if as_json else typer.echo,
     )
     _show(result, as_json=as_json)
     return {RunStatus.FINISHED: 0, RunStatus.INTERRUPTED: INTERRUPTED}.get(result.summary.status, 1)
@@ -99,6 +100,10 @@ def _begin(run_id: str, directory: str, *, says: bool) -> None:
     configure(Path(directory) / LOG_FILE if "://" not in directory else None, run=run_id)
     if says:
         typer.echo(f"run {run_id} in {directory}")
+
+
+def _nothing(_words: str) -> None:
+    """Standard output is the summary's."""
 
 
 def _show(result: RunResult, *, as_json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -15,25 +16,37 @@ from esper.nissa.viewmodel import LiveView
 log = logging.getLogger("esper.nissa")
 
 POLL_HZ = 3.0
+STARTUP_S = 30.0
 MISSING = "the view has no answer from Nissa; training goes on without it"
 
 Fetch = Callable[[], LiveView | None]
 """Returns the run's newest picture, None before there is one; may raise `UnavailableError`."""
 
 
-def follow(fetch: Fetch, view: View, stop: threading.Event, *, hz: float = POLL_HZ) -> None:
-    """Shows what `fetch` returns until `stop` is set, and once more then. Does not open or close the view."""
-    missing = False
+def follow(
+    fetch: Fetch, view: View, stop: threading.Event, *, hz: float = POLL_HZ, startup_s: float = STARTUP_S
+) -> None:
+    """Shows what `fetch` returns until `stop` is set, and once more then. Does not open or close the view.
+
+    Args:
+        fetch: see `Fetch`.
+        view: takes the pictures.
+        stop: ends it.
+        hz: pictures a second.
+        startup_s: seconds in which a Nissa that has not answered yet is coming up, and not missing.
+    """
+    missing, is_up, began = False, False, time.monotonic()
     while True:
         is_last = stop.wait(1.0 / hz)
         try:
             picture = fetch()
         except TransientError as error:
-            if not missing:
+            if not missing and (is_up or time.monotonic() - began >= startup_s):
                 missing = True
                 log.warning("view.missed", extra={"error": str(error)})
                 view.notice(MISSING)
         else:
+            is_up = True
             if missing:
                 missing = False
                 view.notice("")

@@ -196,6 +196,15 @@ def test_following_says_once_that_nissa_is_missing_and_goes_on():
     assert view.told[-1] == 4
 
 
+@pytest.mark.parametrize(("startup_s", "told"), [(60.0, [2]), (0.0, [MISSING, "", 2])])
+def test_a_nissa_that_comes_up_is_not_missing_before_its_time(startup_s, told):
+    away = UnavailableError("no answer within 2 s")
+    script = Script(away, away, view_after(1), view_after(1))
+    view = Recorded()
+    follow(script, view, script.stop, hz=1000, startup_s=startup_s)
+    assert view.told[: len(told)] == told
+
+
 def test_a_broken_view_does_not_end_the_run_and_is_closed(caplog):
     class Broken(Recorded):
         def show(self, view: LiveView) -> None:
