@@ -12,15 +12,15 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from actors.cluster import connected, joins
-from esper.config import RunConfig, dump_config
+from esper.config import ParquetImageData, RunConfig, TextData, dump_config
 from esper.leyline import (
     EsperError,
     FaultPlan,
@@ -35,12 +35,11 @@ from esper.leyline import (
 from esper.leyline.keys import load_or_create, public_hex
 from esper.leyline.summary import CONFIG_FILE, HISTORY_FILE, REPORT_FILE, SUMMARY_FILE, RunHistory
 from esper.nissa import Follower, view_for, write_report
-from esper.urza.storage import Storage
+from esper.storage import Storage
 
 if TYPE_CHECKING:
     from actors.platform import Platform
     from esper.api import RunResult, WorkloadFactory
-    from esper.tolaria.files import Folder
 
 LOCK_FILE = "platform.lock"
 
@@ -95,28 +94,27 @@ def run(
         EsperError: if the run failed; the summary says FAILED and names the error.
     """
     from esper.api import RunResult, new_run_id
-    from esper.tolaria.files import Folder
 
     storage = Storage.at(config.storage, config.storage_options)
     storage.check_writable()
     config = _pin_key(config)
     run_id = run_id or new_run_id(config)
-    folder = Folder(storage.child("runs", run_id), config.storage_options)
+    folder = storage.below("runs", run_id)
     with _held(storage, shared=joins()):  # before anything is written or started
         if not resume:
             folder.write(CONFIG_FILE, dump_config(_without_secrets(config)).encode())
         if on_start is not None:
-            on_start(run_id, folder.address)
+            on_start(run_id, folder.shown)
         faults = faults or NoFaults()
         summary = _train(workload_factory, config, run_id, folder, resume=resume, say=say, faults=faults)
-    return RunResult(run_id, folder.address, summary)
+    return RunResult(run_id, folder.shown, summary)
 
 
 def _train(
     workload_factory: WorkloadFactory,
     config: RunConfig,
     run_id: str,
-    folder: Folder,
+    folder: Storage,
     *,
     resume: bool,
     say: Callable[[str], None],
@@ -135,7 +133,7 @@ def _train(
         with _signals(stop), platform.running(config, owned=cluster.owned) as systems:
             job = tolaria.Job(
                 run_id=run_id,
-                directory=folder.address,
+                directory=folder.shown,
                 workload=workload_factory,
                 config=config,
                 platform=systems,
@@ -165,8 +163,14 @@ def _pin_key(config: RunConfig) -> RunConfig:
 
 def _without_secrets(config: RunConfig) -> RunConfig:
     """What is saved with the run; a resumed run takes credentials from the environment."""
-    options = {key: value for key, value in config.storage_options.items() if key not in {"key", "secret", "token"}}
-    return config.model_copy(update={"storage_options": options})
+
+    def public(options: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in options.items() if key not in {"key", "secret", "token"}}
+
+    changes: dict[str, Any] = {"storage_options": public(config.storage_options)}
+    if isinstance(config.data, ParquetImageData | TextData):
+        changes["data"] = config.data.model_copy(update={"options": public(config.data.options)})
+    return config.model_copy(update=changes)
 
 
 def _in_thread(work: Callable[[], RunSummary]) -> RunSummary:
@@ -205,7 +209,7 @@ def _catch_up(systems: Platform, run_id: str) -> None:
         _LOG.warning("view.behind", extra={"reason": str(error)})
 
 
-def _count(systems: Platform, folder: Folder, summary: RunSummary) -> RunSummary:
+def _count(systems: Platform, folder: Storage, summary: RunSummary) -> RunSummary:
     """Takes the bus's own counts of the run, delivery to the view included, into the summary."""
     bus = systems.bus.bus()
     try:
@@ -219,7 +223,7 @@ def _count(systems: Platform, folder: Folder, summary: RunSummary) -> RunSummary
     return counted
 
 
-def _note_failure(folder: Folder, error: EsperError) -> None:
+def _note_failure(folder: Storage, error: EsperError) -> None:
     """Makes sure that a summary, where there is one, does not say that the run still runs."""
     try:
         summary = RunSummary.model_validate_json(folder.read(SUMMARY_FILE))
@@ -230,7 +234,7 @@ def _note_failure(folder: Folder, error: EsperError) -> None:
         folder.write(SUMMARY_FILE, failed.model_dump_json(indent=2).encode())
 
 
-def _report(folder: Folder, summary: RunSummary) -> None:
+def _report(folder: Storage, summary: RunSummary) -> None:
     history = RunHistory.model_validate_json(folder.read(HISTORY_FILE))
     if folder.local is not None:
         write_report(summary, history, folder.local / REPORT_FILE)

@@ -20,7 +20,7 @@ from actors.cluster import NAMESPACE
 from esper.config import RunConfig
 from esper.leyline import Bus, ConflictError, EsperError, NotFoundError, UnavailableError
 from esper.leyline.keys import load, load_or_create, public_hex
-from esper.urza.storage import Storage
+from esper.storage import Storage
 
 _LOG = logging.getLogger(__name__)
 

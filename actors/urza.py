@@ -37,9 +37,9 @@ from esper.leyline import (
     Topic,
     UnavailableError,
 )
+from esper.storage import Storage
 from esper.urza.catalog import Target, TargetState
 from esper.urza.hub import Hub
-from esper.urza.storage import Storage
 
 HOT_BYTES = 256 << 20
 """Bytes of kernels whose refs Urza keeps alive in the object store."""

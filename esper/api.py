@@ -58,9 +58,9 @@ from esper.leyline.ops import fits
 from esper.leyline.ports import AssetHub, Bus, Controller, FaultPlan, NoFaults
 from esper.leyline.signals import EpochRecord
 from esper.leyline.summary import HISTORY_FILE, REPORT_FILE, RunHistory, RunSummary
+from esper.storage import Storage
 from esper.tolaria.checkpoint import Checkpoints, Restored
 from esper.tolaria.course import Ports, never
-from esper.tolaria.files import Folder
 from esper.tolaria.loop import Trainer
 from esper.tolaria.numerics import numerics
 from esper.tolaria.optim import Optimization, OptimizerFactory, SchedulerFactory
@@ -224,7 +224,7 @@ class Run:
         """Writes `report.html` beside the summary (in the working folder, if that is not on this machine)."""
         from esper import nissa
 
-        folder = Folder(self.directory, self.config.storage_options)
+        folder = Storage.at(self.directory, self.config.storage_options)
         history = RunHistory.model_validate_json(folder.read(HISTORY_FILE))
         target = (folder.local or Path.cwd() / self.summary.run_id) / REPORT_FILE
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -515,7 +515,7 @@ def export_checkpoint(workload: Workload, config: RunConfig, *, directory: str, 
     Raises:
         NotFoundError: if there is no such checkpoint.
     """
-    checkpoints = Checkpoints(Folder(directory, config.storage_options))
+    checkpoints = Checkpoints(Storage.at(directory, config.storage_options))
     found: Restored | None = checkpoints.best() if best else checkpoints.latest()
     if found is None:
         raise NotFoundError(f"{directory} holds no {'best ' if best else ''}checkpoint")

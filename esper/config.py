@@ -45,6 +45,8 @@ class ParquetImageData(Section):
     type: Literal["parquet_images"] = "parquet_images"
     path: str
     """Folder or any fsspec address. A relative path is also looked up below `ESPER_DATA`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Of the fsspec driver, for a path with a scheme. Secrets belong in its environment variables."""
     image_column: str = "image"
     label_column: str = "label"
     train_limit: PositiveInt | None = None
@@ -59,6 +61,8 @@ class TextData(Section):
     type: Literal["text"] = "text"
     path: str
     """A file or any fsspec address. A relative path is also looked up below `ESPER_DATA`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Of the fsspec driver, for a path with a scheme. Secrets belong in its environment variables."""
     context: PositiveInt = 64
     """Characters a sample."""
     train_samples: PositiveInt = 8192

@@ -92,7 +92,7 @@ def _memory() -> Finding:
 
 
 def _storage(storage: str) -> Finding:
-    from esper.urza.storage import Storage
+    from esper.storage import Storage
 
     try:
         Storage.at(storage).check_writable()

@@ -6,12 +6,12 @@ import datetime as dt
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from pydantic import ValidationError
 
 from esper.leyline import NotFoundError, RunHistory, RunSummary, StorageError
 from esper.leyline.errors import UserError
 from esper.leyline.summary import CONFIG_FILE, HISTORY_FILE, REPORT_FILE, SUMMARY_FILE
+from esper.storage import Storage
 
 
 class UnknownRunError(NotFoundError, UserError):
@@ -26,23 +26,16 @@ class RunStore:
     """
 
     def __init__(self, storage: str, options: dict[str, Any] | None = None) -> None:
-        self.storage = storage
-        try:
-            self._fs, root = fsspec.core.url_to_fs(
-                str(Path(storage).expanduser()) if "://" not in storage else storage, **(options or {})
-            )
-        except (ValueError, ImportError, OSError) as error:
-            raise StorageError(f"cannot use {storage}: {error}", field="storage") from error
-        self._root = f"{root.rstrip('/')}/runs"
+        self.storage = Storage.at(storage, options)
 
     def ids(self) -> list[str]:
-        """Run ids, newest first."""
-        try:
-            found = self._fs.glob(f"{self._root}/*/{SUMMARY_FILE}")
-        except OSError as error:
-            raise StorageError(f"cannot read {self.storage}: {error}", field="storage") from error
-        stamped = [(self._fs.modified(path), path.split("/")[-2]) for path in found]
-        return [run for _, run in sorted(stamped, reverse=True)]
+        """Run ids, newest first. A run that was stopped before it trained has a configuration and no summary."""
+        fs, stamped = self.storage.fs, {}
+        with self.storage.named_errors("list"):
+            for name in (CONFIG_FILE, SUMMARY_FILE):  # the summary's time counts, where there is one
+                for path in map(str, fs.glob(self.storage.path("runs", "*", name))):
+                    stamped[path.split("/")[-2]] = fs.modified(path)
+        return sorted(stamped, key=lambda run: (stamped[run], run), reverse=True)
 
     def resolve(self, name: str) -> str:
         """Returns the full id for an id, a unique beginning of one, or `latest`.
@@ -57,14 +50,15 @@ class RunStore:
         if len(fitting) == 1:
             return fitting[0]
         if not fitting:
-            raise UnknownRunError(f"no run {name!r} under {self.storage}", field="run", remedy="see esper runs ls")
+            where = self.storage.shown
+            raise UnknownRunError(f"no run {name!r} under {where}", field="run", remedy="see esper runs ls")
         raise UnknownRunError(
             f"{name!r} could be any of {', '.join(fitting[:5])}", field="run", remedy="give more of it"
         )
 
     def directory(self, run: str) -> str:
         """The run's folder, as an address fsspec opens."""
-        return self._fs.unstrip_protocol(f"{self._root}/{self.resolve(run)}").removeprefix("file://")
+        return self.storage.below("runs", self.resolve(run)).shown
 
     def summary(self, run: str) -> RunSummary:
         return RunSummary.model_validate_json(self._read(run, SUMMARY_FILE))
@@ -91,6 +85,9 @@ class RunStore:
         for run in self.ids():
             try:
                 summary = self.summary(run)
+            except UnknownRunError:
+                rows.append({"run_id": run, "status": "has not trained"})
+                continue
             except ValidationError as error:
                 rows.append({"run_id": run, "status": f"unreadable summary ({error.error_count()} errors)"})
                 continue
@@ -114,11 +111,13 @@ class RunStore:
         return rows
 
     def _read(self, run: str, file: str) -> bytes:
-        path = f"{self._root}/{self.resolve(run)}/{file}"
         try:
-            return self._fs.cat_file(path)
-        except FileNotFoundError as error:
-            raise UnknownRunError(f"run {run} has no {file}", field="run") from error
+            return self.storage.read(f"runs/{self.resolve(run)}/{file}")
+        except UnknownRunError:
+            raise
+        except NotFoundError as error:
+            words = f"run {run} has no {file}: it has not trained"
+            raise UnknownRunError(words, field="run", remedy="see esper runs ls") from error
 
 
 def list_table(rows: list[dict[str, Any]]) -> str:

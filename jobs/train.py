@@ -49,7 +49,7 @@ def resume(name: str, storage: str, *, as_json: bool) -> int:
 
 
 def _launch(config: RunConfig, *, as_json: bool, run_id: str | None = None) -> int:
-    from esper.urza.storage import Storage
+    from esper.storage import Storage
 
     # what can be wrong is found out before Ray starts and before anything is written
     Storage.at(config.storage, config.storage_options).check_writable()

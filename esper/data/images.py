@@ -6,8 +6,6 @@ Every image is decoded once, when the data are loaded, into float32 (4 bytes a v
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,15 +23,13 @@ TRAIN, TEST = "train.parquet", "test.parquet"
 _GREY = {"1", "L", "I", "I;16", "F"}
 
 
-def load_images(
-    config: ParquetImageData, *, data_root: str | None = None, options: Mapping[str, Any] | None = None
-) -> DataSets:
+def load_images(config: ParquetImageData, *, data_root: str | None = None) -> DataSets:
     """Loads `train.parquet` and `test.parquet` as (N, C, H, W) float32, standardised by channel.
 
     Raises:
         DataError: if a file is missing or not in the schema, or an image cannot be decoded or differs in size.
     """
-    place = find(config.path, needs=(TRAIN, TEST), data_root=data_root, options=options)
+    place = find(config.path, needs=(TRAIN, TEST), data_root=data_root, options=config.options)
     images, labels, num_classes = _read(place, TRAIN, config, config.train_limit)
     test_images, test_labels, num_test_classes = _read(place, TEST, config, config.test_limit)
     if num_test_classes > num_classes:

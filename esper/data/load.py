@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from esper.config import Data, DigitsData, GivenData, ParquetImageData, TextData
 from esper.data.sets import DataSets
 from esper.leyline.errors import ConfigError
@@ -16,7 +13,6 @@ def load_data(
     task: str,
     seed: int,
     data_root: str | None = None,
-    options: Mapping[str, Any] | None = None,
 ) -> DataSets:
     """Loads a data set.
 
@@ -28,7 +24,6 @@ def load_data(
         task: `classification` or `language_model`.
         seed: of whatever is drawn at random in an epoch.
         data_root: folder or address below which a relative `data.path` is looked up too.
-        options: of the storage driver, for addresses with a scheme.
 
     Raises:
         DataError: if the data cannot be found or read, or are not in the expected schema.
@@ -56,8 +51,8 @@ def load_data(
         case ParquetImageData():
             from esper.data.images import load_images
 
-            return load_images(config, data_root=data_root, options=options)
+            return load_images(config, data_root=data_root)
         case TextData():
             from esper.data.text import load_text
 
-            return load_text(config, seed=seed, data_root=data_root, options=options)
+            return load_text(config, seed=seed, data_root=data_root)

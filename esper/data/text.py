@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -52,9 +49,7 @@ class TextWindows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return window[:-1], window[1:]
 
 
-def load_text(
-    config: TextData, *, seed: int, data_root: str | None = None, options: Mapping[str, Any] | None = None
-) -> DataSets:
+def load_text(config: TextData, *, seed: int, data_root: str | None = None) -> DataSets:
     """Loads a UTF-8 text: the first 90% train, the rest is halved for validation and test, at fixed windows.
 
     Characters that the training part does not have share one number after the vocabulary's.
@@ -62,7 +57,7 @@ def load_text(
     Raises:
         DataError: if the file is missing, not UTF-8, or too short for one window in each part.
     """
-    place = find(config.path, data_root=data_root, options=options)
+    place = find(config.path, data_root=data_root, options=config.options)
     with place.open() as file:
         data = file.read()
     try:

@@ -22,7 +22,7 @@ import safetensors.torch
 
 from esper.leyline.contract import API_VERSION
 from esper.leyline.errors import NotFoundError, TamperedError
-from esper.tolaria.files import Folder
+from esper.storage import Storage
 from esper.tolaria.tree import flatten, unflatten
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Checkpoints:
         keep: how many of the latest to keep; the best one is kept besides.
     """
 
-    def __init__(self, folder: Folder, *, keep: int = 2) -> None:
+    def __init__(self, folder: Storage, *, keep: int = 2) -> None:
         self._folder = folder
         self._keep = keep
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from esper.leyline.errors import ConflictError, NotFoundError, TamperedError
 from esper.leyline.signals import AdaptationSignal
-from esper.tolaria.files import Folder
+from esper.storage import Storage
 
 FILE = "commands.jsonl"
 
@@ -63,7 +63,7 @@ class CommandLog:
         TamperedError: if a line other than the last is not a decision.
     """
 
-    def __init__(self, folder: Folder, *, fresh: bool = False) -> None:
+    def __init__(self, folder: Storage, *, fresh: bool = False) -> None:
         self._folder = folder
         if fresh:
             folder.remove(FILE)
@@ -108,4 +108,4 @@ class CommandLog:
         try:
             return LoggedDecision.decode(line)
         except ValueError as error:
-            raise TamperedError(f"{self._folder.address}/{FILE}: {error}") from error
+            raise TamperedError(f"{self._folder.shown}/{FILE}: {error}") from error

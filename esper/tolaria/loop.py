@@ -22,11 +22,11 @@ from esper.leyline.growth import Growable
 from esper.leyline.messages import Topic
 from esper.leyline.signals import EpochRecord, RunStarted
 from esper.leyline.summary import HISTORY_FILE, SUMMARY_FILE, RunStatus, RunSummary
+from esper.storage import Storage
 from esper.tolaria.checkpoint import Checkpoints
 from esper.tolaria.commands import CommandLog
 from esper.tolaria.course import Ports
 from esper.tolaria.evidence import Evaluation
-from esper.tolaria.files import Folder
 from esper.tolaria.optim import SEED_KEY, Optimization, clip_norms
 from esper.tolaria.session import Session
 from esper.tolaria.workload import Workload, evaluation_batches, model_args, to_device, training_batches
@@ -98,7 +98,7 @@ class Trainer:
         self._config, self._workload, self._ports, self._on_epoch = config, workload, ports, on_epoch
         self._run_id, self._directory = run_id, directory
         self._is_first = ports.ranks.rank == 0
-        self._folder = Folder(directory, config.storage_options)
+        self._folder = Storage.at(directory, config.storage_options)
         self._checkpoints = Checkpoints(self._folder, keep=tolaria.keep_checkpoints)
         self._train = training_batches(workload.train, batch_size=tolaria.batch_size, seed=config.seed)
         self._val = evaluation_batches(workload.val, batch_size=tolaria.batch_size)

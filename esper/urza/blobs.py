@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Protocol, cast
+from typing import Protocol
 
-from esper.leyline import NotFoundError, TamperedError, new_id
-from esper.urza.storage import Storage
+from esper.leyline import NotFoundError, TamperedError
+from esper.storage import Storage
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -61,17 +61,7 @@ class StoredBlobs:
             StorageError: if the address cannot be written.
         """
         digest = sha256(data)
-        target = self.path(digest)
-        fs = self._storage.fs
-        with self._storage.named_errors("write"):
-            if self._storage.is_local:
-                # a reader, or a crash, must never meet half a blob
-                fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-                part = f"{target}.{new_id()}.part"
-                fs.pipe_file(part, bytes(data))
-                fs.mv(part, target)
-            else:
-                fs.pipe_file(target, bytes(data))  # one PUT is atomic
+        self._storage.write(_name(digest), data)
         return digest
 
     def get(self, digest: str) -> bytes:
@@ -80,20 +70,16 @@ class StoredBlobs:
         Raises:
             StorageError: if the address cannot be read.
         """
-        try:
-            with self._storage.named_errors("read"):
-                data = cast("bytes", self._storage.fs.cat_file(self.path(digest)))
-        except FileNotFoundError as error:
-            raise NotFoundError(f"no blob {digest} below {self._storage.uri}") from error
+        data = self._storage.read(_name(digest))
         if sha256(data) != digest:
             raise TamperedError(f"the blob {digest} below {self._storage.uri} holds other bytes")
         return data
 
-    def path(self, digest: str) -> str:
-        """Where a blob lies, as a path of the storage's filesystem."""
-        if not _DIGEST.fullmatch(digest):
-            raise NotFoundError(f"{digest!r} is no SHA-256")
-        return self._storage.path("blobs", digest[:2], digest)
+
+def _name(digest: str) -> str:
+    if not _DIGEST.fullmatch(digest):
+        raise NotFoundError(f"{digest!r} is no SHA-256")
+    return f"blobs/{digest[:2]}/{digest}"
 
 
 def sha256(data: bytes | memoryview) -> str:

@@ -18,8 +18,8 @@ from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from esper.leyline import FencedError, StorageError, UnavailableError, new_id
+from esper.storage import Storage
 from esper.urza.records import BODIES, SCHEMA_VERSION, EpochTaken, Event, EventKind
-from esper.urza.storage import Storage
 
 TABLE = "events"
 _TAKE_OVERS = 5

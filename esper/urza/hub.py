@@ -28,12 +28,12 @@ from esper.leyline import (
     UnavailableError,
     now,
 )
+from esper.storage import Storage
 from esper.urza import projections, rules
 from esper.urza.blobs import Blobs, StoredBlobs, sha256
 from esper.urza.catalog import Catalog, Target
 from esper.urza.events import DeltaLog, EventLog
 from esper.urza.records import Event, Fact
-from esper.urza.storage import Storage
 
 
 class Hub:

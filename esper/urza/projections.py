@@ -10,7 +10,7 @@ from deltalake import write_deltalake
 from deltalake.exceptions import DeltaError
 
 from esper.leyline import Blueprint, CompiledKernelArtifact, Outcome
-from esper.urza.storage import Storage
+from esper.storage import Storage
 
 BLUEPRINTS = pa.schema(
     {

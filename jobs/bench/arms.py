@@ -30,9 +30,9 @@ from esper.leyline import RunSummary, SeedStage
 from esper.leyline.errors import NotFoundError
 from esper.leyline.growth import PREFIX
 from esper.leyline.lower import initialise
+from esper.storage import Storage
 from esper.tamiyo.controller import LocalController
 from esper.tolaria.checkpoint import Checkpoints
-from esper.tolaria.files import Folder
 from esper.tolaria.schedules import optimizer_factory, scheduler_factory
 from esper.tolaria.task import resolve_task
 from esper.tolaria.workload import Workload, example_of
@@ -172,7 +172,7 @@ def _train(workload: Workload, config: RunConfig, say: Callable[[str], None], *,
             public_key=public_key,
             on_epoch=lambda record: say(f"epoch {record.epoch + 1} of {record.num_epochs}"),
         )
-        restored = Checkpoints(Folder(directory)).latest()
+        restored = Checkpoints(Storage.at(directory)).latest()
     if restored is None:
         raise NotFoundError("the run left no checkpoint")
     parts = tuple(f"{layer.site}:{facts.blueprint}" for layer, _, facts in _blended(workload.model))

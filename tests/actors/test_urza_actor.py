@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import uuid
@@ -21,8 +18,8 @@ from urza_samples import BUILD, VECTOR, WIDE, artifact_of, design
 from actors import urza
 from actors.cluster import NAMESPACE
 from esper.leyline import FencedError, NotFoundError, OonaMessage, StorageError, Topic, UnavailableError
+from esper.storage import Storage
 from esper.urza.hub import Hub
-from esper.urza.storage import Storage
 
 pytestmark = pytest.mark.ray
 
@@ -286,46 +283,6 @@ def test_closing_writes_the_tables_for_other_readers(address, hub):
 
 
 # ---------------------------------------------------------------- S3
-
-
-@pytest.fixture(scope="module")
-def s3_options():
-    server = os.environ.get("ESPER_TEST_MOTO_SERVER") or shutil.which("moto_server")
-    server = server or shutil.which("moto_server", path=str(Path(sys.executable).parent))
-    if server is None:
-        pytest.skip("moto_server is not installed (pip install 'moto[server]')")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [server, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    options = {
-        "endpoint_url": f"http://127.0.0.1:{port}",
-        "key": "testkey",
-        "secret": "testsecret",
-        "region": "eu-west-1",
-    }
-    try:
-        _wait_for(port)
-        Storage.at("s3://bucket", options).fs.mkdir("bucket")
-        yield options
-    finally:
-        process.kill()
-        process.wait(30)
-
-
-def _wait_for(port, timeout_s=60.0):
-    import time
-
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
-        except OSError:
-            assert time.monotonic() < deadline, "moto_server did not start"
-            time.sleep(0.05)  # a poll for another process; no order of ours depends on it
-        else:
-            return
 
 
 def test_on_s3_what_was_acknowledged_survives_kill_9_and_a_second_writer_is_fenced(s3_options):

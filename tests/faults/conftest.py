@@ -16,7 +16,7 @@ from ray import cloudpickle  # noqa: E402
 from actors import platform  # noqa: E402
 from actors.launch import run  # noqa: E402
 from esper.leyline import FaultPlan  # noqa: E402
-from esper.urza.storage import Storage  # noqa: E402
+from esper.storage import Storage  # noqa: E402
 
 cloudpickle.register_pickle_by_value(support)  # workers know no folder of tests
 

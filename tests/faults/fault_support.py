@@ -15,8 +15,8 @@ import torch
 from actors.cluster import NAMESPACE
 from esper.config import RunConfig, parse_config
 from esper.leyline import FaultPlan
+from esper.storage import Storage
 from esper.tolaria.checkpoint import Checkpoints
-from esper.tolaria.files import Folder
 from esper.tolaria.workload import Workload
 from jobs.workload import ConfiguredWorkload
 
@@ -56,7 +56,7 @@ def config(storage: Path, **settings: object) -> RunConfig:
 
 def final_weights(directory: str | Path) -> dict[str, torch.Tensor]:
     """The module's tensors in the last checkpoint, which must be that of the last epoch."""
-    found = Checkpoints(Folder(str(directory))).latest()
+    found = Checkpoints(Storage.at(directory)).latest()
     assert found is not None
     assert found.epoch == NUM_EPOCHS - 1
     return found.state["session"]["module"]

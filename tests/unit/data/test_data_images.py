@@ -11,6 +11,7 @@ from PIL import Image
 from esper.config import ParquetImageData
 from esper.data import load_data
 from esper.leyline import DataError
+from esper.storage import Storage
 
 
 def png(pixels):
@@ -97,6 +98,16 @@ def test_any_fsspec_address_will_do(folder):
         assert len(load("memory://images", val_fraction=0.2).test[1]) == 20
     finally:
         memory.rm("/images", recursive=True)
+
+
+def test_options_reach_the_driver(folder, s3_options):
+    options = {key: s3_options[key] for key in ("endpoint_url", "key", "secret")}
+    store = Storage.at("s3://bucket/images", s3_options)
+    for name in ("train.parquet", "test.parquet"):
+        store.write(name, (folder / name).read_bytes())
+    assert len(load("s3://bucket/images", val_fraction=0.2, options=options).test[1]) == 20
+    with pytest.raises(DataError, match="s3://bucket/images"):
+        load("s3://bucket/images", options={**options, "endpoint_url": "http://127.0.0.1:1"})
 
 
 def test_missing_data_name_the_setting_and_every_address(tmp_path):

@@ -105,6 +105,16 @@ def test_an_empty_storage_says_how_to_begin(tmp_path):
     assert "esper train" in list_table(store.rows())
 
 
+def test_a_run_that_was_stopped_before_it_trained_is_listed_and_says_so(store, tmp_path):
+    (tmp_path / "runs" / "early").mkdir()
+    (tmp_path / "runs" / "early" / "config.yaml").write_text("seed: 1\n")
+    assert "early" in store.ids()
+    (line,) = [line for line in list_table(store.rows()).splitlines() if line.startswith("early")]
+    assert "has not trained" in line
+    with pytest.raises(UnknownRunError, match="has not trained"):
+        store.summary("early")
+
+
 def test_a_report_lies_beside_the_run_or_where_it_is_wanted(store, tmp_path):
     assert store.write_report("latest") == str(tmp_path / "runs" / OLDER / "report.html")
     wanted = tmp_path / "elsewhere.html"
@@ -119,5 +129,5 @@ def test_the_home_folder_may_be_abbreviated(tmp_path, monkeypatch):
 
 
 def test_an_address_that_nothing_reads_is_refused():
-    with pytest.raises(StorageError, match="cannot use carrier-pigeon"):
+    with pytest.raises(StorageError, match="unknown scheme in carrier-pigeon"):
         RunStore("carrier-pigeon://loft")

@@ -6,17 +6,16 @@ import json
 import random
 from collections import Counter
 
-import fsspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.leyline import AdaptationSignal, ConflictError, NotFoundError, StorageError, TamperedError
+from esper.leyline import AdaptationSignal, ConflictError, NotFoundError, TamperedError
+from esper.storage import Storage
 from esper.tolaria.checkpoint import Checkpoints
 from esper.tolaria.commands import CommandLog, LoggedDecision
-from esper.tolaria.files import Folder
 from esper.tolaria.numerics import numerics, rng_state, set_rng_state
 from esper.tolaria.tree import clone, flatten, unflatten
 
@@ -24,10 +23,8 @@ from esper.tolaria.tree import clone, flatten, unflatten
 @pytest.fixture(params=["directory", "object store"])
 def folder(request, tmp_path):
     if request.param == "directory":
-        yield Folder(str(tmp_path / "run"))
-        return
-    yield Folder(f"memory://{tmp_path.name}/run")
-    fsspec.filesystem("memory").store.clear()
+        return Storage.at(tmp_path / "run")
+    return Storage.at(f"s3://bucket/{tmp_path.name}/run", request.getfixturevalue("s3_options"))
 
 
 STATE = {"weights": torch.arange(6.0).reshape(2, 3), "step": 3, "nested": [{"a": (1, None)}, True, 0.1]}
@@ -113,25 +110,6 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(folder, part, harm):
     assert latest.epoch == 0 or (part, harm) == ("manifest", "altered")
 
 
-def test_a_write_leaves_no_temporary_file(tmp_path):
-    folder = Folder(str(tmp_path))
-    folder.write("a/b.json", b"1")
-    folder.write("a/b.json", b"2")
-    assert folder.read("a/b.json") == b"2"
-    assert folder.names("a") == ["b.json"]
-    assert folder.names("nowhere") == []
-    with pytest.raises(NotFoundError):
-        folder.read("a/c.json")
-
-
-def test_an_address_that_cannot_be_used_is_named(tmp_path):
-    with pytest.raises(StorageError, match="nosuch://"):
-        Folder("nosuch://x")
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageError, match="file/x"):
-        Folder(str(tmp_path / "file")).write("x", b"1")
-
-
 def decision(epoch: int) -> LoggedDecision:
     signal = AdaptationSignal(run_id="run", epoch=epoch, policy="none", reason="wait")
     return LoggedDecision(epoch, 10 * epoch, signal, {"seen": epoch})
@@ -155,7 +133,7 @@ def decision_of(log: CommandLog, epoch: int) -> LoggedDecision | None:
 
 
 def test_a_torn_last_line_was_never_applied(tmp_path):
-    folder = Folder(str(tmp_path))
+    folder = Storage.at(tmp_path)
     log = CommandLog(folder)
     log.append(decision(0))
     log.append(decision(1))
@@ -171,7 +149,7 @@ def test_a_torn_last_line_was_never_applied(tmp_path):
 def test_a_line_that_is_no_decision_is_not_passed_over(tmp_path):
     (tmp_path / "commands.jsonl").write_text('{"epoch": 0}\n')
     with pytest.raises(TamperedError):
-        CommandLog(Folder(str(tmp_path)))
+        CommandLog(Storage.at(tmp_path))
 
 
 def test_generators_go_on_from_a_state():

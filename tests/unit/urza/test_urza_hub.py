@@ -12,11 +12,11 @@ from hub_conformance import HubConformance, LeaseConformance
 from urza_samples import BUILD, VECTOR, WIDE, Clock, artifact_of, design, report_of
 
 from esper.leyline import BlueprintStatus, FencedError, KernelStatus, NotFoundError, StorageError, UnavailableError
+from esper.storage import Storage
 from esper.urza.blobs import MemoryBlobs, StoredBlobs
 from esper.urza.events import DeltaLog, MemoryLog
 from esper.urza.hub import Hub
 from esper.urza.memory import MemoryHub
-from esper.urza.storage import Storage
 
 
 @pytest.fixture

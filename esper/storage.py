@@ -1,22 +1,22 @@
-"""Where everything that must last lies: one address, as fsspec and as deltalake want it.
+"""Where everything that must last lies: one address, as fsspec and as deltalake want it, and files below it.
 
-Responsible for the address alone: parsing it, the options of its driver, and the one question that is asked before a
-run starts: can it be written. Knows nothing of tables and blobs.
+Responsible for the address (parsing it, the options of its driver) and for files that are whole or absent. Knows
+nothing of tables, blobs and runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from esper.leyline import StorageError, new_id
+from esper.leyline import NotFoundError, StorageError, new_id
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -88,6 +88,20 @@ class Storage:
         """Joins parts below the address, as an address for deltalake."""
         return self.path(*parts) if self.is_local else "/".join((self.uri, *parts))
 
+    def below(self, *parts: str) -> Storage:
+        """The address of a folder below this one, reached in the same way."""
+        return Storage("/".join((self.uri, *parts)), self.options)
+
+    @property
+    def local(self) -> Path | None:
+        """The directory on this machine; None at another address."""
+        return Path(self._directory) if self.is_local else None
+
+    @property
+    def shown(self) -> str:
+        """The address as people write it: a plain path, where it is a directory."""
+        return self._directory if self.is_local else self.uri
+
     @property
     def _directory(self) -> str:
         from urllib.request import url2pathname
@@ -131,26 +145,31 @@ class Storage:
             options["AWS_ALLOW_HTTP"] = "true"
         return options
 
-    @contextmanager
-    def named_errors(self, doing: str) -> Iterator[None]:
+    @contextlib.contextmanager
+    def named_errors(self, doing: str, name: str = "") -> Iterator[None]:
         """Turns the driver's errors into a `StorageError` that names the setting, the address and the remedy.
 
         `FileNotFoundError` passes: what is not there is for the caller to judge.
+
+        Args:
+            doing: a verb: what was tried.
+            name: of the file below the address that it was tried with.
         """
         try:
             yield
         except FileNotFoundError:
             raise
         except self._errors as error:
-            raise self.failure(doing, error) from error
+            raise self.failure(doing, error, name) from error
 
-    def failure(self, doing: str, error: Exception) -> StorageError:
+    def failure(self, doing: str, error: Exception, name: str = "") -> StorageError:
         """The error that a person sees."""
         said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         remedy = "choose a directory you may write to: storage=DIR"
         if not self.is_local:
             remedy = "check bucket, storage_options.endpoint_url and credentials, or use a directory: storage=DIR"
-        return StorageError(f"cannot {doing} {self.uri}: {' '.join(said.split())}", field="storage", remedy=remedy)
+        place = f"{self.uri}/{name}" if name else self.uri
+        return StorageError(f"cannot {doing} {place}: {' '.join(said.split())}", field="storage", remedy=remedy)
 
     @property
     def _errors(self) -> tuple[type[Exception], ...]:
@@ -159,6 +178,68 @@ class Storage:
         from botocore.exceptions import BotoCoreError
 
         return (OSError, BotoCoreError)
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        """Writes a file whole: no reader and no crash meets half of it; durable on return.
+
+        Args:
+            name: relative to the address, `/` between folders, which are made.
+            data: the whole of it.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        try:
+            with self.named_errors("write", name):
+                if self.is_local:
+                    _write_local(Path(self.path(name)), data)
+                else:
+                    self.fs.pipe_file(self.path(name), bytes(data))  # one PUT is atomic
+        except FileNotFoundError as error:  # S3 says so of a bucket that does not exist
+            raise self.failure("write", error, name) from error
+
+    def append(self, name: str, data: bytes) -> None:
+        """Appends to a file of a directory; durable on return.
+
+        Raises:
+            StorageError: if it cannot be written, and always on an object store: those cannot append.
+        """
+        if not self.is_local:
+            raise StorageError(f"{self.uri} cannot append to {name}", field="storage")
+        target = Path(self.path(name))
+        with self.named_errors("write", name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("ab") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def read(self, name: str) -> bytes:
+        """Returns a file's bytes.
+
+        Raises:
+            NotFoundError: if there is no such file.
+            StorageError: if it cannot be read.
+        """
+        try:
+            with self.named_errors("read", name):
+                return cast("bytes", self.fs.cat_file(self.path(name)))
+        except FileNotFoundError as error:
+            raise NotFoundError(f"no {name} below {self.shown}") from error
+
+    def names(self, below: str = "") -> list[str]:
+        """Returns the names directly below a folder, sorted; none if it does not exist."""
+        try:
+            with self.named_errors("list", below):
+                entries = self.fs.ls(self.path(below) if below else self.root, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(name for entry in entries if (name := entry.rstrip("/").rsplit("/", 1)[-1]))
+
+    def remove(self, name: str) -> None:
+        """Removes a file, or a folder with all it holds; nothing happens if it does not exist."""
+        with contextlib.suppress(FileNotFoundError), self.named_errors("remove", name):
+            self.fs.rm(self.path(name), recursive=True)
 
     def check_writable(self) -> None:
         """Writes and removes a probe: in the directory, or in the nearest one above it that exists.
@@ -175,6 +256,20 @@ class Storage:
         except FileNotFoundError as error:
             # S3 says so of a bucket that does not exist
             raise self.failure("write", error) from error
+
+
+def _write_local(target: Path, data: bytes | memoryview) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{new_id()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _no_options(options: Mapping[str, Any] | None) -> dict[str, str]:
