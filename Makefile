@@ -27,11 +27,11 @@ test: test-unit test-ray  ## the whole test suite, with a coverage report
 
 test-unit: $(STAMP)  ## the library's tests; Ray is hidden from them
 	@$(BIN)/coverage erase
-	ESPER_TEST_WITHOUT_RAY=1 $(BIN)/coverage run -m pytest tests/unit
+	ESPER_TEST_WITHOUT_RAY=1 $(BIN)/python -m pytest -n 2 --cov --cov-report= tests/unit
 
 test-ray: $(STAMP)  ## the tests that start Ray
 	$(BIN)/coverage run -m pytest tests/architecture tests/actors tests/integration tests/faults -m "not soak"
-	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report
+	@$(BIN)/coverage combine --quiet --append && $(BIN)/coverage report
 
 soak: $(STAMP)  ## the long tests
 	$(BIN)/python -m pytest tests -m soak

@@ -173,7 +173,7 @@ def _on_run_started(view: LiveView, body: RunStarted, at: float) -> LiveView:
 
 
 def _on_epoch(view: LiveView, body: EpochRecord, at: float) -> LiveView:
-    point = Point(body.epoch, body.train_loss, body.val_loss, body.train_metric, body.val_metric)
+    point = Point(body.epoch, body.train_loss, body.val_loss, body.train_metric, body.val_metric, body.params)
     # an epoch that comes again after a resume replaces itself and what followed
     points = (*(p for p in view.points if p.epoch < body.epoch), point)[-NUM_POINTS:]
     best = view.best if view.best and view.best.epoch < body.epoch else None

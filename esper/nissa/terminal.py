@@ -124,8 +124,8 @@ def _epoch_line(view: LiveView, point: Point) -> str:
         parts.append(f"val_loss {words.loss(point.val_loss)}")
     if point.val_metric is not None:
         parts.append(f"val_{name or 'metric'} {words.metric(name, point.val_metric)}")
+    parts.append(f"params {point.params:,}")
     if view.last is not None and view.last.epoch == point.epoch:
-        parts.append(f"params {view.params:,}")
         active = sum(seed.stage.is_active for seed in view.seeds.values())
         parts.append(f"kernels {view.kernels_ready}" + (f"+{view.kernels_pending}" if view.kernels_pending else ""))
         parts += [f"active {active}"] if active else []

@@ -34,6 +34,7 @@ class Point(NamedTuple):
     val_loss: float | None
     train_metric: float | None
     val_metric: float | None
+    params: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,8 @@ def test_an_epoch_written_again_replaces_the_first_writing(folder):
 
 @pytest.mark.parametrize("part", ["state", "tensors", "manifest"])
 @pytest.mark.parametrize("harm", ["altered", "cut", "gone"])
-def test_a_checkpoint_that_is_not_whole_is_passed_over(folder, part, harm):
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, part, harm):
+    folder = Storage.at(tmp_path)
     checkpoints = Checkpoints(folder, keep=3)
     checkpoints.save(0, STATE)
     checkpoints.save(1, STATE)
