@@ -141,7 +141,8 @@ class Storage:
         options = {S3_OPTIONS[key]: value for key, value in self.options.items()}
         # a commit is a PUT that fails if the version exists; this, and not a lock table, keeps a second writer out
         options["AWS_CONDITIONAL_PUT"] = "etag"
-        if self.options.get("endpoint_url", "").startswith("http://"):
+        endpoint = self.options.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL", "")
+        if endpoint.startswith("http://"):  # s3fs goes by the address alone, deltalake asks to be told
             options["AWS_ALLOW_HTTP"] = "true"
         return options
 

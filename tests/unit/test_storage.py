@@ -49,6 +49,12 @@ class TestAddress:
         assert storage.fs.endpoint_url == "http://127.0.0.1:1"
         assert "hidden" not in repr(storage)
 
+    def test_an_endpoint_of_the_environment_may_be_plain_http_too(self, monkeypatch):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        assert Storage.at("s3://bucket").delta_options["AWS_ALLOW_HTTP"] == "true"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "https://127.0.0.1:1")
+        assert "AWS_ALLOW_HTTP" not in Storage.at("s3://bucket").delta_options
+
     @pytest.mark.parametrize(
         ("address", "options", "field"),
         [
