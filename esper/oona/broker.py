@@ -292,9 +292,16 @@ class Broker:
                     self._expiry = min(self._expiry, deadline)
         return num_expired
 
-    def idle_groups(self, now: float, idle_s: float) -> list[str]:
-        """Groups that nobody has joined, polled or acknowledged for so long."""
-        return [group.name for group in self._groups.values() if now - group.seen_at > idle_s]
+    def idle_groups(self, now: float, idle_s: float, *, pending: int = 0) -> list[str]:
+        """Groups that nobody has joined, polled or acknowledged for so long.
+
+        Args:
+            now: seconds, on the clock of the other calls.
+            idle_s: seconds.
+            pending: only groups that hold at least so many records of one topic.
+        """
+        idle = (group for group in self._groups.values() if now - group.seen_at > idle_s)
+        return [group.name for group in idle if max(group.pending.values(), default=0) >= pending]
 
     def forget(self, name: str) -> None:
         """Drops a group and its position."""

@@ -19,7 +19,9 @@ from esper.oona.log import Frame, SegmentLog
 from esper.oona.wire import Batch, Leased, decode_batch
 
 FORGET_AFTER_S = 86_400.0
-"""A group that nobody used for so long loses its position, or it would hold the backlog for ever."""
+"""A group that nobody used for so long loses its position, or the log would grow for it for ever."""
+ABANDON_AFTER_S = 600.0
+"""So long a group that nobody uses may keep publishers waiting: if it fills half of the backlog it is forgotten then."""
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +118,9 @@ class Journal:
 
     def expire(self, now: float) -> int:
         """Takes back leases that ran out, and forgets groups that nobody uses any more."""
-        for name in self._broker.idle_groups(now, FORGET_AFTER_S):
-            logger.warning("oona.group.forgotten", extra={"group": name, "idle_s": FORGET_AFTER_S})
-            self._broker.forget(name)
-            self._write_json(Kind.FORGET, (name,))
+        abandoned = self._broker.idle_groups(now, ABANDON_AFTER_S, pending=self._broker.backlog // 2)
+        self._forget(abandoned, "nobody reads it, and it holds half of the backlog", ABANDON_AFTER_S)
+        self._forget(self._broker.idle_groups(now, FORGET_AFTER_S), "nobody reads it", FORGET_AFTER_S)
         return self._broker.expire(now)
 
     def counts(self, key: str) -> BusCounts:
@@ -135,6 +136,12 @@ class Journal:
         self._log.close()
 
     # ---- within
+
+    def _forget(self, names: Sequence[str], reason: str, idle_s: float) -> None:
+        for name in names:
+            logger.warning("oona.group.forgotten", extra={"group": name, "reason": reason, "idle_s": idle_s})
+            self._broker.forget(name)
+            self._write_json(Kind.FORGET, (name,))
 
     def _write_json(self, kind: Kind, values: object) -> None:
         self._log.write(kind, json.dumps(values, separators=(",", ":")).encode())

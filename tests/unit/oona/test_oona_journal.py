@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.leyline.errors import TamperedError
+from esper.leyline.errors import NotFoundError, TamperedError
 from esper.oona import Admission, Batch, Broker, Journal, Record, SegmentLog, decode_batch, encode_batch, shard_of
+from esper.oona.journal import ABANDON_AFTER_S
 
 
 def batch(seq, *keys, size=4):
@@ -110,6 +111,23 @@ def test_a_group_nobody_uses_is_forgotten_also_after_a_restart(reopen):
     journal.expire(1e6)
     journal = reopen(now=1e6)
     journal.join("g", ["other"], key=None, from_start=False, now=1e6)  # a conflict, were it still known
+
+
+def test_a_dead_group_keeps_publishers_waiting_for_ten_minutes_at_most(reopen):
+    journal = reopen(backlog=4)
+    for name in ("dead", "read"):
+        journal.join(name, ["t"], key=None, from_start=False, now=0.0)
+    append(journal, batch(0, "a", "b", "c", "d"))
+    full = batch(1, "e")
+    assert append(journal, full) is Admission.FULL
+    journal.expire(ABANDON_AFTER_S - 1)
+    assert append(journal, full) is Admission.FULL
+    journal.ack("read", offsets(journal.poll("read", "m", 0, 9, ABANDON_AFTER_S)), ABANDON_AFTER_S)
+    journal.expire(ABANDON_AFTER_S + 1)
+    assert append(journal, full) is Admission.ACCEPT
+    assert offsets(journal.poll("read", "m", 1, 9, ABANDON_AFTER_S)) == [4]
+    with pytest.raises(NotFoundError, match="forgotten"):
+        journal.poll("dead", "m", 0, 9, ABANDON_AFTER_S)
 
 
 def test_a_replayed_group_starts_where_it_did(reopen):
