@@ -21,7 +21,7 @@ from esper.oona.wire import Batch, Leased, decode_batch
 FORGET_AFTER_S = 86_400.0
 """A group that nobody used for so long loses its position, or the log would grow for it for ever."""
 ABANDON_AFTER_S = 600.0
-"""So long a group that nobody uses may keep publishers waiting: if it fills half of the backlog it is forgotten then."""
+"""So long may a group that nobody uses keep publishers waiting; if it fills half the backlog it is forgotten then."""
 
 logger = logging.getLogger(__name__)
 
