@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -335,6 +336,10 @@ def main(argv: list[str] | None = None) -> None:
         _fail("aborted", 130, None, arguments)
     except KeyboardInterrupt:
         _fail("interrupted", 130, None, arguments)
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:  # so says Ray's handler, which is in force until training begins
+            raise
+        _fail("stopped by SIGTERM before training began", 128 + signal.SIGTERM, None, arguments)
     except Exception as error:
         if error.__class__.__module__.partition(".")[0] != "click" and not hasattr(error, "format_message"):
             raise

@@ -286,3 +286,14 @@ def test_the_shell_completes_commands_runs_and_names(tmp_path):
     assert complete("runs sh") == ["show"]
     assert complete("runs show dig", ESPER_STORAGE=str(tmp_path)) == ["digits-1"]
     assert complete("blueprints show conv_l") == ["conv_light"]
+
+
+@pytest.mark.parametrize(("raised", "code", "words"), [(15, 143, "stopped by SIGTERM"), (3, 3, "")])
+def test_the_end_that_rays_handler_makes_of_sigterm_is_said_in_words(esper, monkeypatch, raised, code, words):
+    def stopped(**_):
+        sys.exit(raised)
+
+    monkeypatch.setattr(cli, "app", stopped)
+    exit_code, _, err = esper("train", DIGITS)
+    assert exit_code == code
+    assert words in err
