@@ -6,6 +6,7 @@ compilers of new work, and serving bytes through Ray's object store. This proces
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -130,6 +131,7 @@ class UrzaActor:
             if self._hub is None:
                 self._hub = Hub.open(self._storage)
                 self._hub.project(self._storage)
+                gc.freeze()  # what was read stays: no later collection, and no query during one, waits for it
             elif self._hub.broken is not None and not isinstance(self._hub.broken, FencedError):
                 _LOG.warning("urza.reopened", extra={"reason": str(self._hub.broken)})
                 self._hub = Hub.open(self._storage, after_epoch=self._hub.epoch)

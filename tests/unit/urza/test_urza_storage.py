@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
+from deltalake import DeltaTable
 from urza_samples import Clock
 
 from esper.leyline import FencedError, NotFoundError, StorageError, TamperedError, UnavailableError
@@ -132,3 +133,40 @@ class TestDeltaLog:
         (tmp_path / "store" / "events").write_text("in the way")
         with pytest.raises(StorageError):
             DeltaLog.take_over(Storage.at(tmp_path / "store"), Clock())
+
+    def test_the_table_is_tidied_now_and_then_and_holds_all_that_it_did(self, storage, monkeypatch, tmp_path):
+        monkeypatch.setattr(events_module, "TIDY_EVERY", 10)
+        log = DeltaLog.take_over(storage, Clock())
+        appended = [note(log, seq) for seq in range(2, 40)]
+        for event in appended:
+            log.append([event])
+        assert len(DeltaTable(storage.child("events")).file_uris()) <= 10
+        assert (tmp_path / "store" / "events" / "_delta_log" / "_last_checkpoint").exists()
+        assert DeltaLog.take_over(storage, Clock()).replay()[1:-1] == appended
+
+    def test_tidying_never_lets_a_writer_back_in(self, storage):
+        """deltalake accepts a compaction from a stale handle and refreshes it: the writer must notice by itself."""
+        stalled = DeltaLog.take_over(storage, Clock())
+        for seq in range(2, 6):
+            stalled.append([note(stalled, seq)])
+        successor = DeltaLog.take_over(storage, Clock())
+        successor.append([note(successor, 7, "acknowledged")])
+        stalled._tidy()
+        for _ in range(2):
+            with pytest.raises(FencedError):
+                stalled.append([note(stalled, 6)])
+        assert [event.seq for event in DeltaLog.take_over(storage, Clock()).replay()] == [*range(1, 9)]
+
+    def test_a_writer_that_cannot_see_who_writes_writes_no_more(self, storage, monkeypatch):
+        log = DeltaLog.take_over(storage, Clock())
+
+        def unreadable(_):
+            raise StorageError("cannot read")
+
+        monkeypatch.setattr(events_module, "_last_epoch", unreadable)
+        monkeypatch.setattr(events_module, "TIDY_EVERY", 1)
+        log.append([note(log, 2)])  # durable before the table was tidied
+        with pytest.raises(UnavailableError, match="not known who writes"):
+            log.append([note(log, 3)])
+        monkeypatch.undo()
+        assert [event.seq for event in DeltaLog.take_over(storage, Clock()).replay()] == [1, 2, 3]
