@@ -44,6 +44,8 @@ from esper.urza.hub import Hub
 
 HOT_BYTES = 256 << 20
 """Bytes of kernels whose refs Urza keeps alive in the object store."""
+HELD_REFS = 16
+"""Refs that a handle keeps; what they name stays in the object store for so long."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -180,6 +182,11 @@ class UrzaHandle:
     def __init__(self, actor: Any, *, deadline_s: float = 30.0) -> None:
         self._actor = actor
         self._deadline_s = deadline_s
+        self._refs: OrderedDict[str, ray.ObjectRef] = OrderedDict()  # of the kernels fetched last
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_handle, (self._actor, self._deadline_s))
 
     def __repr__(self) -> str:
         return f"UrzaHandle({self._actor})"
@@ -269,16 +276,24 @@ class UrzaHandle:
     def fetch(self, kernel_id: str) -> memoryview:
         """See `AssetHub`. The view lies in shared memory, without a copy, for as long as it is held.
 
-        When Urza dies its refs die with it; then its successor is asked again, until the deadline.
+        The refs of the last few kernels are kept: an id names its bytes, so a ref never goes stale. When Urza dies its
+        refs die with it; then its successor is asked again, until the deadline.
         """
         deadline = time.monotonic() + self._deadline_s
         while True:
+            with self._lock:
+                ref = self._refs.pop(kernel_id, None)
             try:
-                ref = self._locate(kernel_id, deadline - time.monotonic())
+                if ref is None:
+                    ref = self._locate(kernel_id, deadline - time.monotonic())
                 array = _get(ref, deadline - time.monotonic())
             except ObjectLostError as error:
                 _LOG.info("kernel.ref_lost", extra={"kernel_id": kernel_id, "reason": type(error).__name__})
                 continue
+            with self._lock:
+                self._refs[kernel_id] = ref
+                while len(self._refs) > HELD_REFS:
+                    self._refs.popitem(last=False)
             return memoryview(array)
 
     def close(self) -> None:
@@ -294,6 +309,11 @@ class UrzaHandle:
 
     def _ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return _get(getattr(self._actor, method).remote(*args, **kwargs), self._deadline_s)
+
+
+def _handle(actor: Any, deadline_s: float) -> UrzaHandle:
+    """A handle in another process; refs and locks stay where they are."""
+    return UrzaHandle(actor, deadline_s=deadline_s)
 
 
 def _get(ref: ray.ObjectRef, timeout_s: float) -> Any:

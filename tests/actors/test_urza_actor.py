@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import threading
+import time
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -197,9 +200,35 @@ def test_a_call_that_takes_too_long_is_unavailable(hub):
             ask()
 
 
+def test_a_kernel_that_was_fetched_is_read_again_without_asking_urza(address):
+    handle = start(address)
+    record, container = compiled(handle)
+    assert bytes(handle.fetch(record.kernel_id)) == container
+    process = Path(f"/proc/{handle.ready()}")
+    with _stopped(process):
+        patient = pickle.loads(pickle.dumps(handle))
+        patient._deadline_s = 0.5
+        with pytest.raises(UnavailableError):
+            patient.fetch(record.kernel_id)  # another process's handle has to ask
+        assert bytes(handle.fetch(record.kernel_id)) == container
+
+
+@contextmanager
+def _stopped(process):
+    """The process answers nothing meanwhile."""
+    os.kill(int(process.name), signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(int(process.name), signal.SIGCONT)
+
+
 def test_an_urza_that_is_gone_for_good_is_unavailable(address):
     handle = start(address)
+    process = Path(f"/proc/{handle.ready()}")
     ray.kill(handle._actor)
+    while process.exists():  # a call that comes before the kill is still answered; the test's own deadline ends this
+        time.sleep(0.01)
     with pytest.raises(UnavailableError, match="gone"):
         handle.ready()
 
