@@ -38,7 +38,18 @@ from esper.leyline import (
     Topic,
     UnavailableError,
 )
+from esper.leyline.catalogue import (
+    BenchmarkResult,
+    BlueprintPage,
+    BlueprintQuery,
+    KernelEntry,
+    KernelPage,
+    KernelQuery,
+    MaintenanceReport,
+    Outlook,
+)
 from esper.storage import Storage
+from esper.urza import upkeep
 from esper.urza.catalog import Target, TargetState
 from esper.urza.hub import Hub
 
@@ -46,6 +57,11 @@ HOT_BYTES = 256 << 20
 """Bytes of kernels whose refs Urza keeps alive in the object store."""
 HELD_REFS = 16
 """Refs that a handle keeps; what they name stays in the object store for so long."""
+
+MAINTAIN_EVERY_S = 3600.0
+"""From one round of maintenance to the next."""
+MAINTENANCE_S = 600.0
+"""The longest that one round may take before its caller is told that there is no answer."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,10 +78,16 @@ class UrzaActor:
         storage: the address. It is opened on the first call, so that what is wrong with it reaches the caller as it is.
         make_bus: gives the bus on which compilers are told of new work; None tells nobody.
         hot_bytes: see `HOT_BYTES`.
+        maintain_every_s: see `MAINTAIN_EVERY_S`; None leaves maintenance to those who ask for it.
     """
 
     def __init__(
-        self, storage: Storage, make_bus: Callable[[], Bus] | None = None, *, hot_bytes: int = HOT_BYTES
+        self,
+        storage: Storage,
+        make_bus: Callable[[], Bus] | None = None,
+        *,
+        hot_bytes: int = HOT_BYTES,
+        maintain_every_s: float | None = MAINTAIN_EVERY_S,
     ) -> None:
         self._storage = storage
         self._make_bus = make_bus
@@ -74,6 +96,8 @@ class UrzaActor:
         self._bus: Bus | None = None
         self._hot: OrderedDict[str, tuple[ray.ObjectRef, int]] = OrderedDict()
         self._lock = threading.Lock()
+        self._maintain_every_s = maintain_every_s
+        self._maintaining = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Urza({self._storage.uri})"
@@ -107,9 +131,12 @@ class UrzaActor:
         Ray would resolve a bare ref; a nested one travels as it is.
         """
         with self._lock:
-            if kernel_id in self._hot:
+            hot = self._hot.get(kernel_id)
+            if hot is not None:
                 self._hot.move_to_end(kernel_id)
-                return [self._hot[kernel_id][0]]
+        if hot is not None:
+            self._open_hub().note_use(kernel_id)
+            return [hot[0]]
         data = self._open_hub().fetch(kernel_id)
         ref = ray.put(np.frombuffer(data, dtype=np.uint8))
         with self._lock:
@@ -120,12 +147,31 @@ class UrzaActor:
         return [ref]
 
     def close(self) -> None:
-        """Writes the tables for other readers and lets the bus go."""
-        self._open_hub().project(self._storage)
+        """Writes the tables for other readers, the fetches among them, and lets the bus go."""
+        hub = self._open_hub()
+        hub.write_uses()
+        hub.project(self._storage)
         with self._lock:
             bus, self._bus = self._bus, None
         if bus is not None:
             bus.close()
+
+    def maintain(self) -> MaintenanceReport:
+        """Does a round of maintenance; see `upkeep.maintain`."""
+        with self._maintaining:  # one round at a time
+            return upkeep.maintain(self._open_hub(), self._storage)
+
+    def _keep_up(self, every_s: float) -> None:
+        """The loop of the maintenance thread. What went wrong is logged; the next round tries again."""
+        while True:
+            time.sleep(every_s)
+            try:
+                self.maintain()
+            except FencedError as error:
+                _LOG.error("urza.fenced", extra={"reason": str(error)})
+                return
+            except EsperError as error:
+                _LOG.warning("urza.unmaintained", extra={"reason": str(error)})
 
     def _open_hub(self) -> Hub:
         """The hub; a new one takes over where a commit failed, unless another Urza has done so."""
@@ -134,6 +180,9 @@ class UrzaActor:
                 self._hub = Hub.open(self._storage)
                 self._hub.project(self._storage)
                 gc.freeze()  # what was read stays: no later collection, and no query during one, waits for it
+                if self._maintain_every_s is not None:
+                    every_s = (self._maintain_every_s,)
+                    threading.Thread(target=self._keep_up, args=every_s, name="urza-maintenance", daemon=True).start()
             elif self._hub.broken is not None and not isinstance(self._hub.broken, FencedError):
                 _LOG.warning("urza.reopened", extra={"reason": str(self._hub.broken)})
                 self._hub = Hub.open(self._storage, after_epoch=self._hub.epoch)
@@ -154,19 +203,27 @@ class UrzaActor:
 
 _METHODS = frozenset(
     {
+        "benchmark",
         "blueprint",
         "blueprints",
         "claim",
         "complete",
         "fail",
         "kernel",
+        "kernel_entry",
         "kernels",
+        "lineage",
         "mark_kernel",
         "outcomes",
+        "outlook",
         "pending",
         "report",
         "retire_blueprint",
+        "search_blueprints",
+        "search_kernels",
+        "signatures",
         "targets",
+        "write_uses",
     }
 )
 
@@ -205,6 +262,7 @@ class UrzaHandle:
         priority: int = 5,
         submitted_by: str = "unknown",
         parent_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
         pipeline: Pipeline = Pipeline.FAST,
     ) -> Blueprint:
         """See `Hub.submit_blueprint`."""
@@ -217,6 +275,7 @@ class UrzaHandle:
             priority=priority,
             submitted_by=submitted_by,
             parent_id=parent_id,
+            metadata=metadata,
             pipeline=pipeline,
         )
 
@@ -225,6 +284,22 @@ class UrzaHandle:
 
     def blueprints(self, *, status: BlueprintStatus | None = None, name: str | None = None) -> list[Blueprint]:
         return self._call("blueprints", status=status, name=name)
+
+    def search_blueprints(self, query: BlueprintQuery) -> BlueprintPage:
+        """See `Hub.search_blueprints`."""
+        return self._call("search_blueprints", query)
+
+    def lineage(self, blueprint_id: str) -> list[Blueprint]:
+        """See `Hub.lineage`."""
+        return self._call("lineage", blueprint_id)
+
+    def outlook(self, blueprint_id: str) -> Outlook:
+        """See `Hub.outlook`."""
+        return self._call("outlook", blueprint_id)
+
+    def signatures(self) -> list[SiteSignature]:
+        """See `Hub.signatures`."""
+        return self._call("signatures")
 
     def targets(self, blueprint_id: str) -> list[Target]:
         """See `Hub.targets`."""
@@ -257,6 +332,26 @@ class UrzaHandle:
 
     def kernel(self, kernel_id: str) -> CompiledKernelArtifact:
         return self._call("kernel", kernel_id)
+
+    def search_kernels(self, query: KernelQuery) -> KernelPage:
+        """See `Hub.search_kernels`."""
+        return self._call("search_kernels", query)
+
+    def kernel_entry(self, kernel_id: str) -> KernelEntry:
+        """See `Hub.kernel_entry`."""
+        return self._call("kernel_entry", kernel_id)
+
+    def benchmark(self, result: BenchmarkResult) -> None:
+        """See `Hub.benchmark`."""
+        self._call("benchmark", result)
+
+    def write_uses(self) -> int:
+        """See `Hub.write_uses`."""
+        return self._call("write_uses")
+
+    def maintain(self) -> MaintenanceReport:
+        """Does a round of maintenance now; see `esper.urza.upkeep`."""
+        return _get(self._actor.maintain.remote(), MAINTENANCE_S)
 
     def mark_kernel(self, kernel_id: str, status: KernelStatus, reason: str) -> None:
         """See `Hub.mark_kernel`."""

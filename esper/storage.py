@@ -237,6 +237,20 @@ class Storage:
             return []
         return sorted(name for entry in entries if (name := entry.rstrip("/").rsplit("/", 1)[-1]))
 
+    def listing(self, below: str) -> list[tuple[str, int, float]]:
+        """Returns the files directly below a folder, or the one file of that name; none if it does not exist.
+
+        Returns:
+            Of each its name without folders, its size in bytes and when it was written, in seconds since the epoch.
+        """
+        try:
+            with self.named_errors("list", below):
+                entries = self.fs.ls(self.path(below), detail=True)
+        except FileNotFoundError:
+            return []
+        files = (entry for entry in entries if entry["type"] == "file")
+        return sorted((entry["name"].rsplit("/", 1)[-1], entry["size"] or 0, _written_at(entry)) for entry in files)
+
     def remove(self, name: str) -> None:
         """Removes a file, or a folder with all it holds; nothing happens if it does not exist."""
         with contextlib.suppress(FileNotFoundError), self.named_errors("remove", name):
@@ -271,6 +285,11 @@ def _write_local(target: Path, data: bytes | memoryview) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _written_at(entry: Mapping[str, Any]) -> float:
+    """The age of a file, where a directory says seconds and S3 a date."""
+    return entry["mtime"] if "mtime" in entry else entry["LastModified"].timestamp()
 
 
 def _no_options(options: Mapping[str, Any] | None) -> dict[str, str]:

@@ -13,9 +13,10 @@ A *target* is one blueprint for one signature by one pipeline. Blueprints, targe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import islice
 from typing import Any
 
 from esper.leyline import (
@@ -30,8 +31,20 @@ from esper.leyline import (
     SiteSignature,
     compile_key,
 )
-from esper.leyline.kernels import check_blueprint_transition, check_kernel_transition
+from esper.leyline.catalogue import (
+    BenchmarkResult,
+    BlueprintOrder,
+    BlueprintPage,
+    BlueprintQuery,
+    KernelEntry,
+    KernelPage,
+    KernelQuery,
+    KernelStatistics,
+    Outlook,
+)
+from esper.leyline.kernels import check_blueprint_transition
 from esper.urza import records
+from esper.urza.index import KernelIndex
 from esper.urza.records import Event, EventKind
 
 
@@ -96,11 +109,9 @@ class Catalog:
         self._targets_of: dict[str, list[str]] = {}
         self._progress: dict[str, _Progress] = {}
         self._open: dict[str, None] = {}
-        self._kernels: dict[str, CompiledKernelArtifact] = {}
-        self._by_compile_key: dict[str, str] = {}
-        self._by_signature: dict[str, list[str]] = {}
-        self._reports: dict[str, str] = {}
-        self._outcomes: dict[str, Counter[Outcome]] = {}
+        self._signatures: dict[SiteSignature, None] = {}
+        self._compile_s: dict[Pipeline, float] = {}  # running mean
+        self._kernels = KernelIndex()
         self._fold: dict[EventKind, Callable[[Event, Any], None]] = {
             EventKind.EPOCH: self._epoch_taken,
             EventKind.BLUEPRINT_SUBMITTED: self._blueprint_submitted,
@@ -114,6 +125,8 @@ class Catalog:
             EventKind.KERNEL_STORED: self._kernel_stored,
             EventKind.KERNEL_MARKED: self._kernel_marked,
             EventKind.KERNEL_REPORTED: self._kernel_reported,
+            EventKind.KERNEL_BENCHMARKED: self._kernel_benchmarked,
+            EventKind.KERNELS_USED: self._kernels_used,
         }
         for event in events:
             self.apply(event)
@@ -122,11 +135,11 @@ class Catalog:
         """One that knows the same and goes its own way from here on; far quicker than to fold the events again."""
         other = Catalog()
         other.seq, other.fingerprint = self.seq, self.fingerprint
-        for index in ("_blueprints", "_targets", "_open", "_kernels", "_by_compile_key", "_reports"):
+        for index in ("_blueprints", "_targets", "_open", "_signatures", "_compile_s"):
             setattr(other, index, dict(getattr(self, index)))
-        for index in ("_by_name", "_targets_of", "_by_signature"):
+        for index in ("_by_name", "_targets_of"):
             setattr(other, index, {key: list(ids) for key, ids in getattr(self, index).items()})
-        other._outcomes = {key: Counter(counts) for key, counts in self._outcomes.items()}
+        other._kernels = self._kernels.copy()
         other._progress = {key: progress.copy() for key, progress in self._progress.items()}
         return other
 
@@ -142,6 +155,36 @@ class Catalog:
         found = (self._blueprints[one] for one in ids)
         return [blueprint for blueprint in found if status is None or blueprint.status is status]
 
+    def search_blueprints(self, query: BlueprintQuery) -> BlueprintPage:
+        """One page of the blueprints that a query names."""
+        wanted_any, wanted_all = set(query.tags_any), set(query.tags_all)
+        found = [
+            blueprint
+            for blueprint in self.blueprints(status=query.status, name=query.name)
+            if wanted_all.issubset(blueprint.tags)
+            and (not wanted_any or not wanted_any.isdisjoint(blueprint.tags))
+            and (query.parent_id is None or blueprint.parent_id == query.parent_id)
+        ]
+        if query.order is BlueprintOrder.NAME:
+            found.sort(key=lambda one: (one.name, one.version), reverse=query.descending)
+        elif query.order is BlueprintOrder.PRIORITY:
+            found.sort(key=lambda one: one.priority, reverse=query.descending)
+        elif query.descending:
+            found.reverse()
+        page = islice(found, query.offset, query.offset + query.limit)
+        return BlueprintPage(total=len(found), blueprints=tuple(page))
+
+    def lineage(self, blueprint_id: str) -> list[Blueprint]:
+        """A blueprint, the one it was derived from, and so on to the root; raises `NotFoundError` for an unknown id."""
+        line = [self.blueprint(blueprint_id)]
+        while (parent_id := line[-1].parent_id) is not None:  # a parent exists before its child: there are no circles
+            line.append(self.blueprint(parent_id))
+        return line
+
+    def signatures(self) -> list[SiteSignature]:
+        """Every signature that was ever asked for, in the order in which that happened first."""
+        return list(self._signatures)
+
     def target(self, job_id: str) -> Target:
         """Raises `NotFoundError` for an unknown id."""
         return _found(self._targets, job_id, "compile job")
@@ -156,14 +199,29 @@ class Catalog:
         usable = (target for target in found if not self._is_retired(target.blueprint_id))
         return sorted(usable, key=lambda target: (-target.priority, target.seq))
 
+    def outlook(self, blueprint_id: str) -> Outlook:
+        """What a blueprint still waits for; raises `NotFoundError` for an unknown id."""
+        self.blueprint(blueprint_id)
+        line = self.open_targets()
+        own = [place for place, target in enumerate(line, 1) if target.blueprint_id == blueprint_id]
+        ahead = line[: own[-1]] if own else []
+        means = [self._compile_s.get(target.pipeline) for target in ahead]
+        known = [mean for mean in means if mean is not None]
+        num_workers = len({target.worker for target in line if target.state is TargetState.LEASED}) or 1
+        estimated_s = sum(known) / num_workers if len(known) == len(means) else None
+        return Outlook(num_open=len(own), queue_position=len(ahead), estimated_s=estimated_s)
+
     def kernel(self, kernel_id: str) -> CompiledKernelArtifact:
         """Raises `NotFoundError` for an unknown id."""
-        return _found(self._kernels, kernel_id, "kernel")
+        return self._kernels.get(kernel_id)
+
+    def entry(self, kernel_id: str) -> KernelEntry:
+        """A kernel with all that is known of it; raises `NotFoundError` for an unknown id."""
+        return self._kernels.entry(kernel_id)
 
     def kernel_by_compile_key(self, key: str) -> CompiledKernelArtifact | None:
         """The kernel that this work gave, if it was done."""
-        kernel_id = self._by_compile_key.get(key)
-        return None if kernel_id is None else self._kernels[kernel_id]
+        return self._kernels.by_compile_key(key)
 
     def kernels(
         self,
@@ -174,26 +232,41 @@ class Catalog:
     ) -> list[CompiledKernelArtifact]:
         """Filtered, oldest first. A kernel that blueprints of the same IR share is found under each of them."""
         if blueprint_id is not None:
-            ids: Iterable[str] = (one for target in self.targets(blueprint_id) for one in target.kernel_ids)
-            ids = dict.fromkeys(ids)
+            ids: Iterable[str] = self._kernels_of(blueprint_id)
         elif signature is not None:
-            ids = self._by_signature.get(signature.key, ())
+            ids = self._kernels.by_signature(signature)
         else:
-            ids = self._kernels
-        found = (self._kernels[one] for one in ids)
+            ids = self._kernels.ids()
+        found = (self._kernels.get(one) for one in ids)
         return [
             kernel
             for kernel in found
             if (status is None or kernel.status is status) and (signature is None or kernel.signature == signature)
         ]
 
-    def has_report(self, report_id: str) -> bool:
-        """Whether this report was counted."""
-        return report_id in self._reports
+    def search_kernels(self, query: KernelQuery) -> KernelPage:
+        """One page of the kernels that a query names."""
+        of_blueprint = None if query.blueprint_id is None else self._kernels_of(query.blueprint_id)
+        return self._kernels.search(query, of_blueprint)
+
+    def _kernels_of(self, blueprint_id: str) -> Sequence[str]:
+        return list(dict.fromkeys(one for target in self.targets(blueprint_id) for one in target.kernel_ids))
+
+    def has_kernel(self, kernel_id: str) -> bool:
+        """Whether an event names this kernel, and so its bytes must stay."""
+        return kernel_id in self._kernels
+
+    def has_counted(self, id_: str) -> bool:
+        """Whether this report or benchmark was counted."""
+        return self._kernels.has_counted(id_)
+
+    def statistics(self, kernel_id: str) -> KernelStatistics:
+        """How a kernel was used; raises `NotFoundError` for an unknown id."""
+        return self._kernels.statistics(kernel_id)
 
     def outcomes(self, kernel_id: str) -> Counter[Outcome]:
         """How the adaptations with this kernel ended."""
-        return Counter(self._outcomes.get(kernel_id, ()))
+        return self._kernels.outcomes(kernel_id)
 
     def compile_key(self, target: Target, fingerprint: str) -> str:
         """The key of this target's work on a worker of this build."""
@@ -238,6 +311,7 @@ class Catalog:
     def _name_target(self, event: Event, body: records.TargetNamed, state: TargetState) -> None:
         if event.id not in self._targets:
             self._targets_of.setdefault(body.blueprint_id, []).append(event.id)
+            self._signatures[body.signature] = None
         self._replace(
             Target(
                 event.id,
@@ -282,20 +356,22 @@ class Catalog:
         self._replace(replace(target, state=TargetState.FAILED, settled=settled, reason=body.reason))
 
     def _kernel_stored(self, _event: Event, body: CompiledKernelArtifact) -> None:
-        if body.kernel_id in self._kernels:
-            return
-        self._kernels[body.kernel_id] = body
-        self._by_compile_key.setdefault(body.compile_key, body.kernel_id)
-        self._by_signature.setdefault(body.signature.key, []).append(body.kernel_id)
+        if body.kernel_id not in self._kernels:
+            old = self._compile_s.get(body.pipeline, body.compile_s)
+            self._compile_s[body.pipeline] = old + (body.compile_s - old) * 0.2  # the last few count most
+        self._kernels.put(body)
 
     def _kernel_marked(self, event: Event, body: records.KernelMarked) -> None:
-        kernel = self.kernel(event.id)
-        check_kernel_transition(kernel.status, body.status)
-        self._kernels[event.id] = kernel.model_copy(update={"status": body.status})
+        self._kernels.mark(event.id, body.status)
 
-    def _kernel_reported(self, event: Event, body: FieldReport) -> None:
-        self._reports[event.id] = body.kernel_id
-        self._outcomes.setdefault(body.kernel_id, Counter())[body.outcome] += 1
+    def _kernel_reported(self, _event: Event, body: FieldReport) -> None:
+        self._kernels.count_report(body)
+
+    def _kernel_benchmarked(self, _event: Event, body: BenchmarkResult) -> None:
+        self._kernels.add_benchmark(body)
+
+    def _kernels_used(self, _event: Event, body: records.KernelsUsed) -> None:
+        self._kernels.count_uses(body.counts)
 
     def _replace(self, target: Target) -> None:
         old = self._targets.get(target.job_id)

@@ -7,19 +7,20 @@ every later commit of the old writer is refused. Knows nothing of what the event
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
-from esper.leyline import EsperError, FencedError, StorageError, UnavailableError, new_id
+from esper.leyline import EsperError, FencedError, NotFoundError, StorageError, UnavailableError, new_id
 from esper.storage import Storage
+from esper.urza import schema
 from esper.urza.records import BODIES, SCHEMA_VERSION, EpochTaken, Event, EventKind
 
 TABLE = "events"
@@ -31,6 +32,22 @@ _TAKE_OVERS = 5
 """Attempts to take over while another writer starts at the same moment."""
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Tidied:
+    """What was done to a table.
+
+    Attributes:
+        files_before, files_after: data files that a reader has to open.
+        files_removed: replaced ones that were old enough to go.
+        problem: what could not be done, in words; nothing is lost by it.
+    """
+
+    files_before: int = 0
+    files_after: int = 0
+    files_removed: int = 0
+    problem: str = ""
 
 
 class EventLog(Protocol):
@@ -54,6 +71,15 @@ class EventLog(Protocol):
         """
         ...
 
+    def maintain(self, *, kept_hours: float) -> Tidied:
+        """Makes the log quick to read again, and removes what was replaced more than `kept_hours` ago.
+
+        Raises:
+            FencedError: if another writer has taken over; this one must stop.
+            UnavailableError: if it is not known who writes.
+        """
+        ...
+
 
 class MemoryLog:
     """A log in a list."""
@@ -67,6 +93,10 @@ class MemoryLog:
 
     def append(self, events: Sequence[Event]) -> None:
         self._events += events
+
+    def maintain(self, *, kept_hours: float) -> Tidied:
+        del kept_hours
+        return Tidied()
 
 
 class DeltaLog:
@@ -130,7 +160,15 @@ class DeltaLog:
             self._num_commits = 0
             self._tidy()
 
-    def _tidy(self) -> None:
+    def maintain(self, *, kept_hours: float = KEPT_HOURS) -> Tidied:
+        if self._ended is not None:
+            raise self._ended
+        tidied = self._tidy(kept_hours)
+        if self._ended is not None:
+            raise self._ended
+        return tidied
+
+    def _tidy(self, kept_hours: float = KEPT_HOURS) -> Tidied:
         """Puts the files of many commits into one and writes a checkpoint; removes files that were replaced long ago.
 
         A commit takes longer with every file that the table has, by about 0.1 ms. A failure loses nothing: the events
@@ -138,17 +176,15 @@ class DeltaLog:
         is the one place where a writer that was taken over from could come back: it has to look, and if it cannot
         look it writes no more.
         """
-        try:
-            self._table.optimize.compact()
-            self._table.create_checkpoint()
-            self._table.vacuum(retention_hours=KEPT_HOURS, dry_run=False, enforce_retention_duration=False)
-        except (DeltaError, OSError) as error:
-            _LOG.warning("urza.events_untidy", extra={"reason": str(error)})
+        tidied = tidy(self._table, kept_hours)
+        if tidied.problem:
+            _LOG.warning("urza.events_untidy", extra={"reason": tidied.problem})
         try:
             if _last_epoch(self._storage) > self.epoch:
                 self._ended = _fenced(self._storage, self.epoch)
         except EsperError as error:
             self._ended = UnavailableError(f"it is not known who writes {self._storage.child(TABLE)}: {error}")
+        return tidied
 
     def _someone_took_over(self) -> bool:
         """Looks with a handle of its own: this writer's must stay as it is."""
@@ -189,6 +225,41 @@ _SCHEMA = pa.schema(
 )
 
 
+def tidy(table: DeltaTable, kept_hours: float) -> Tidied:
+    """Compacts a table, writes a checkpoint, and removes data files and log entries that were replaced long ago.
+
+    Killed at any point it leaves a table that reads the same: each step is one commit, or removes what no commit needs.
+    """
+    before, removed, problem = len(table.file_uris()), 0, ""
+    try:
+        table.optimize.compact()
+        table.create_checkpoint()
+        gone = table.vacuum(retention_hours=round(kept_hours), dry_run=False, enforce_retention_duration=False)
+        removed = len(gone)
+        table.cleanup_metadata()
+    except (DeltaError, OSError) as error:
+        problem = f"{table.table_uri} could not be tidied: {' '.join(str(error).split())}"
+    return Tidied(before, len(table.file_uris()), removed, problem)
+
+
+def read_events(storage: Storage) -> list[Event]:
+    """Reads the log as it is now, beside whoever writes it; changes nothing.
+
+    Raises:
+        NotFoundError: if there is none.
+        StorageError: if it cannot be read, or is of a newer schema.
+    """
+    try:
+        table = DeltaTable(storage.child(TABLE), storage_options=storage.delta_options)
+    except TableNotFoundError as error:
+        raise NotFoundError(
+            f"no catalogue below {storage.shown}", remedy="esper train, or name another --storage"
+        ) from (error)
+    except (DeltaError, OSError) as error:
+        raise storage.failure("open the events of", error) from error
+    return _read(storage, table)
+
+
 def _open(storage: Storage) -> DeltaTable:
     uri, options = storage.child(TABLE), storage.delta_options
     try:
@@ -217,12 +288,14 @@ def _read(storage: Storage, table: DeltaTable) -> list[Event]:
     except (DeltaError, OSError) as error:
         raise storage.failure("read the events of", error) from error
     rows = list(zip(*(columns[name] for name in _SCHEMA.names), strict=True))
-    _check_schema_version(storage, [body for _, _, _, kind, _, body in rows if kind == EventKind.EPOCH])
+    epochs = {epoch: body for _, epoch, _, kind, _, body in rows if kind == EventKind.EPOCH}
+    upgrades = schema.upgrades(epochs, where=storage.uri)
     parse = {kind.value: (kind, body.__pydantic_validator__.validate_json) for kind, body in BODIES.items()}
     events = []
     for seq, epoch, time, name, id_, body in rows:  # a restart waits for this: no look-ups that can be done once
         kind, validate = parse[name]
-        events.append(Event(seq, epoch, time, kind, id_, validate(body)))
+        upgrade = upgrades.get(epoch)
+        events.append(Event(seq, epoch, time, kind, id_, validate(upgrade(name, body) if upgrade else body)))
     return events
 
 
@@ -232,14 +305,3 @@ def _last_epoch(storage: Storage) -> int:
         return max(_open(storage).to_pyarrow_table(columns=["epoch"])["epoch"].to_pylist(), default=0)
     except (DeltaError, OSError) as error:
         raise storage.failure("read the events of", error) from error
-
-
-def _check_schema_version(storage: Storage, epochs: Sequence[str]) -> None:
-    """Looks at the raw bodies: events of a newer schema may not parse."""
-    newest = max((json.loads(body)["schema_version"] for body in epochs), default=SCHEMA_VERSION)
-    if newest > SCHEMA_VERSION:
-        raise StorageError(
-            f"{storage.uri} was written by a newer Esper (schema {newest}, this one reads {SCHEMA_VERSION})",
-            field="storage",
-            remedy="upgrade Esper or choose another storage",
-        )

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from esper.leyline import (
     Blueprint,
@@ -30,12 +32,30 @@ from esper.leyline import (
     UnavailableError,
     now,
 )
+from esper.leyline.catalogue import (
+    BenchmarkResult,
+    BlueprintPage,
+    BlueprintQuery,
+    KernelEntry,
+    KernelPage,
+    KernelQuery,
+    MaintenanceReport,
+    Outlook,
+)
 from esper.storage import Storage
 from esper.urza import projections, rules
 from esper.urza.blobs import Blobs, StoredBlobs, sha256
 from esper.urza.catalog import Catalog, Target
 from esper.urza.events import DeltaLog, EventLog
-from esper.urza.records import Event, Fact
+from esper.urza.records import SCHEMA_VERSION, Event, Fact
+
+
+class Swept(NamedTuple):
+    """What became of the blobs."""
+
+    kept: int
+    removed: int
+    bytes_removed: int
 
 
 class Hub:
@@ -55,6 +75,9 @@ class Hub:
         self._waiting: list[Event] = []
         self._broken: EsperError | None = None
         self._committing = False
+        self._uses: Counter[str] = Counter()  # fetches that are not written down yet
+        self._being_stored: Counter[str] = Counter()  # blobs that no event may name yet
+        self._projected = 0
         self._state = threading.Condition()  # guards all of the above; told of every commit
 
     @classmethod
@@ -91,10 +114,12 @@ class Hub:
         priority: int = 5,
         submitted_by: str = "unknown",
         parent_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
         pipeline: Pipeline = Pipeline.FAST,
     ) -> Blueprint:
         """See `AssetHub`. A target that does not fit is recorded with its reason (`targets`) and not queued.
 
+        `metadata` (plain JSON) is kept with the first submission, as the tags are.
         A target that was compiled, or failed, is queued again only if the workers are of another build by now: the
         build of the last worker that asked for work.
 
@@ -114,6 +139,7 @@ class Hub:
                 priority=priority,
                 submitted_by=submitted_by,
                 parent_id=parent_id,
+                metadata=metadata or {},
                 fingerprint=self._fingerprint,
                 time=self._clock(),
             )
@@ -128,6 +154,26 @@ class Hub:
     def blueprints(self, *, status: BlueprintStatus | None = None, name: str | None = None) -> list[Blueprint]:
         with self._state:
             return self._known.blueprints(status=status, name=name)
+
+    def search_blueprints(self, query: BlueprintQuery) -> BlueprintPage:
+        """One page of the blueprints that a query names."""
+        with self._state:
+            return self._known.search_blueprints(query)
+
+    def lineage(self, blueprint_id: str) -> list[Blueprint]:
+        """A blueprint, the one it was derived from, and so on to the root; raises `NotFoundError`."""
+        with self._state:
+            return self._known.lineage(blueprint_id)
+
+    def outlook(self, blueprint_id: str) -> Outlook:
+        """What a blueprint still waits for; raises `NotFoundError`."""
+        with self._state:
+            return self._known.outlook(blueprint_id)
+
+    def signatures(self) -> list[SiteSignature]:
+        """Every signature that was ever asked for."""
+        with self._state:
+            return self._known.signatures()
 
     def targets(self, blueprint_id: str) -> list[Target]:
         """Every signature that was asked for, with its state and the reason where it does not fit or failed."""
@@ -181,11 +227,12 @@ class Hub:
             raise ConflictError(f"the container has {len(container)} bytes", field="size_bytes")
         with self._state:
             rules.complete(self._head, job, artifact, time=self._clock())  # refuse before anything is stored
-        self._blobs.put(container)
-        with self._state:
-            kernel_id, facts = rules.complete(self._head, job, artifact, time=self._clock())
-            ticket = self._decide(facts)
-        self._commit(ticket)
+        with self._storing(artifact.kernel_id):
+            self._blobs.put(container)
+            with self._state:
+                kernel_id, facts = rules.complete(self._head, job, artifact, time=self._clock())
+                ticket = self._decide(facts)
+            self._commit(ticket)
         return self.kernel(kernel_id)
 
     def fail(self, job: CompileJob, reason: str) -> None:
@@ -219,6 +266,16 @@ class Hub:
         with self._state:
             return self._known.kernel(kernel_id)
 
+    def search_kernels(self, query: KernelQuery) -> KernelPage:
+        """One page of the kernels that a query names, with all that was learned of them."""
+        with self._state:
+            return self._known.search_kernels(query)
+
+    def kernel_entry(self, kernel_id: str) -> KernelEntry:
+        """A kernel with all that was learned of it; raises `NotFoundError`."""
+        with self._state:
+            return self._known.entry(kernel_id)
+
     def fetch(self, kernel_id: str) -> memoryview:
         """See `AssetHub`.
 
@@ -226,7 +283,14 @@ class Hub:
             NotFoundError: if there is no such kernel.
             TamperedError: if the stored bytes have another hash.
         """
-        return memoryview(self._blobs.get(self.kernel(kernel_id).kernel_id))
+        data = memoryview(self._blobs.get(self.kernel(kernel_id).kernel_id))
+        self.note_use(kernel_id)
+        return data
+
+    def note_use(self, kernel_id: str) -> None:
+        """Counts a fetch; it is written down with the next round of maintenance, and when the hub is closed."""
+        with self._state:
+            self._uses[kernel_id] += 1
 
     def mark_kernel(self, kernel_id: str, status: KernelStatus, reason: str) -> None:
         """Rejects or retires a kernel; raises `ConflictError` if the status table forbids it."""
@@ -244,17 +308,112 @@ class Hub:
             ticket = self._decide(rules.report(self._head, report))
         self._commit(ticket)
 
+    def benchmark(self, result: BenchmarkResult) -> None:
+        """Adds a measurement to a kernel; repeating it is harmless.
+
+        Raises:
+            NotFoundError: if there is no such kernel.
+        """
+        with self._state:
+            ticket = self._decide(rules.benchmark(self._head, result))
+        self._commit(ticket)
+
     def outcomes(self, kernel_id: str) -> Counter[Outcome]:
         """How the adaptations with this kernel ended."""
         with self._state:
             return self._known.outcomes(kernel_id)
 
+    # ------------------------------------------------------------ upkeep
+
     def project(self, storage: Storage) -> None:
-        """Writes the tables `blueprints` and `kernels`, one row an id, for readers other than Urza."""
+        """Writes the tables `blueprints` and `kernels`, one row an id, for readers other than Urza.
+
+        Where nothing changed since this hub last did so, nothing is written.
+        """
         with self._state:
+            seq = self._known.seq
+            if seq == self._projected:
+                return
             blueprints = self._known.blueprints()
-            kernels = [(kernel, self._known.outcomes(kernel.kernel_id)) for kernel in self._known.kernels(status=None)]
+            kernels = [self._known.entry(kernel.kernel_id) for kernel in self._known.kernels(status=None)]
         projections.write(storage, blueprints, kernels)
+        self._projected = seq
+
+    def write_uses(self) -> int:
+        """Makes the fetches counted so far durable; returns how many."""
+        with self._state:
+            counts = dict(self._uses)
+            ticket = self._decide(rules.use(counts, self._clock()))
+            self._uses.clear()
+        self._commit(ticket)
+        return sum(counts.values())
+
+    def maintain(self, *, kept_hours: float = 24.0, grace_hours: float = 24.0) -> MaintenanceReport:
+        """Tidies log and blobs, and writes down the fetches. Requests wait while the log is compacted.
+
+        A blob goes if no event names it, nobody is storing it, and it was last written more than `grace_hours` ago.
+        What an event names stays for good, whatever became of its kernel: a run may come back for it.
+
+        Args:
+            kept_hours: files of the log's table that were replaced stay so long, for whoever reads it meanwhile.
+            grace_hours: see above; more than any worker or clock may be late.
+
+        Raises:
+            FencedError: if another Urza has taken over; no blob was removed then.
+            UnavailableError: if that is not known.
+            StorageError: if the blobs cannot be listed or removed.
+        """
+        begin = time.monotonic()
+        num_uses = self.write_uses()
+        with self._exclusively():
+            tidied = self._log.maintain(kept_hours=kept_hours)  # raises where another has taken over: blobs stay
+        swept = self._sweep(grace_hours)
+        return MaintenanceReport(
+            schema_version=SCHEMA_VERSION,
+            num_events=self._durable.seq,
+            files_before=tidied.files_before,
+            files_after=tidied.files_after,
+            files_removed=tidied.files_removed,
+            blobs_kept=swept.kept,
+            blobs_removed=swept.removed,
+            bytes_removed=swept.bytes_removed,
+            uses_written=num_uses,
+            seconds=time.monotonic() - begin,
+            problems=(tidied.problem,) if tidied.problem else (),
+        )
+
+    def _sweep(self, grace_hours: float) -> Swept:
+        """Looks at each blob by itself: none may be waited for by a request while the next one is listed.
+
+        An Urza that takes over at this moment may store a blob that is just being swept: it was written a moment ago
+        then, and is not removed.
+        """
+        before = self._clock() - grace_hours * 3600.0
+        kept = removed = freed = 0
+        self._blobs.drop_drafts(before=before)
+        for blob in self._blobs.stored():
+            with self._state:
+                self._check_whole()
+                wanted = self._head.has_kernel(blob.digest) or blob.digest in self._being_stored
+                # removed in here, so that nobody begins to store it meanwhile
+                if not wanted and blob.written_at < before and self._blobs.remove(blob, before=before):
+                    removed, freed = removed + 1, freed + blob.size_bytes
+                    continue
+            kept += 1
+        return Swept(kept, removed, freed)
+
+    @contextmanager
+    def _storing(self, digest: str) -> Iterator[None]:
+        """Keeps a blob from being swept from before it is written until an event names it."""
+        with self._state:
+            self._being_stored[digest] += 1
+        try:
+            yield
+        finally:
+            with self._state:
+                self._being_stored[digest] -= 1
+                if not self._being_stored[digest]:
+                    del self._being_stored[digest]
 
     # ------------------------------------------------------------ durability
 
@@ -303,6 +462,26 @@ class Hub:
                 if failure is None:
                     for event in batch:
                         self._durable.apply(event)
+                self._state.notify_all()
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """Holds every commit back; an `EsperError` inside breaks the hub, as a failed commit does."""
+        with self._state:
+            self._state.wait_for(lambda: self._broken is not None or not self._committing)
+            self._check_whole()
+            self._committing = True
+        failure: EsperError | None = UnavailableError("maintenance was interrupted; it is not known what is durable")
+        try:
+            yield
+            failure = None
+        except EsperError as error:
+            failure = error
+            raise
+        finally:
+            with self._state:
+                self._broken = failure
+                self._committing = False
                 self._state.notify_all()
 
     def _is_settled(self, ticket: int) -> bool:

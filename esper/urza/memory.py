@@ -14,4 +14,4 @@ class MemoryHub(Hub):
     """An `AssetHub` for tests and for runs without a cluster that need nothing to last."""
 
     def __init__(self, *, clock: Callable[[], float] = now) -> None:
-        super().__init__(MemoryLog(clock), MemoryBlobs(), clock=clock)
+        super().__init__(MemoryLog(clock), MemoryBlobs(clock), clock=clock)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
-from deltalake import write_deltalake
+from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError
 
-from esper.leyline import Blueprint, CompiledKernelArtifact, Outcome
+from esper.leyline import Blueprint, Outcome
+from esper.leyline.catalogue import KernelEntry
 from esper.storage import Storage
+from esper.urza import events
+from esper.urza.events import Tidied
 
 BLUEPRINTS = pa.schema(
     {
@@ -49,6 +52,9 @@ KERNELS = pa.schema(
         "status": pa.string(),
         "tags": pa.list_(pa.string()),
         "compile_s": pa.float64(),
+        "performance": pa.float64(),
+        "num_fetches": pa.int64(),
+        "mean_gain": pa.float64(),
         "created_at": pa.float64(),
         **{outcome.value: pa.int64() for outcome in Outcome},
         "record": pa.string(),
@@ -60,7 +66,7 @@ KERNELS = pa.schema(
 def write(
     storage: Storage,
     blueprints: Sequence[Blueprint],
-    kernels: Sequence[tuple[CompiledKernelArtifact, Mapping[Outcome, int]]],
+    kernels: Sequence[KernelEntry],
 ) -> None:
     """Replaces the tables `blueprints` and `kernels` below a storage address.
 
@@ -68,7 +74,23 @@ def write(
         StorageError: if that fails.
     """
     _replace(storage, "blueprints", BLUEPRINTS, map(_blueprint_row, blueprints))
-    _replace(storage, "kernels", KERNELS, (_kernel_row(kernel, counts) for kernel, counts in kernels))
+    _replace(storage, "kernels", KERNELS, map(_kernel_row, kernels))
+
+
+def tidy(storage: Storage, kept_hours: float) -> list[Tidied]:
+    """Removes what replaced versions of both tables left, `kept_hours` after it was replaced.
+
+    Raises:
+        StorageError: if a table cannot be opened.
+    """
+    tidied = []
+    for name in ("blueprints", "kernels"):
+        try:
+            table = DeltaTable(storage.child(name), storage_options=storage.delta_options)
+        except (DeltaError, OSError) as error:
+            raise storage.failure(f"open the table {name} of", error) from error
+        tidied.append(events.tidy(table, kept_hours))
+    return tidied
 
 
 def _replace(storage: Storage, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
@@ -90,7 +112,14 @@ def _blueprint_row(blueprint: Blueprint) -> dict[str, Any]:
     return blueprint.model_dump(mode="json", include=set(BLUEPRINTS.names)) | own
 
 
-def _kernel_row(kernel: CompiledKernelArtifact, counts: Mapping[Outcome, int]) -> dict[str, Any]:
-    own = {"signature": kernel.signature.key, "record": kernel.model_dump_json()}
-    ended = {outcome.value: counts.get(outcome, 0) for outcome in Outcome}
+def _kernel_row(entry: KernelEntry) -> dict[str, Any]:
+    kernel, statistics = entry.kernel, entry.statistics
+    own = {
+        "signature": kernel.signature.key,
+        "performance": entry.performance,
+        "num_fetches": statistics.num_fetches,
+        "mean_gain": statistics.mean_gain,
+        "record": kernel.model_dump_json(),
+    }
+    ended = {outcome.value: statistics.outcomes.get(outcome, 0) for outcome in Outcome}
     return kernel.model_dump(mode="json", include=set(KERNELS.names)) | own | ended

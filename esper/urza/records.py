@@ -17,10 +17,11 @@ from esper.leyline import (
     Pipeline,
     SiteSignature,
 )
+from esper.leyline.catalogue import BenchmarkResult
 from esper.leyline.contract import Finite, Name, Sha256
 
-SCHEMA_VERSION = 1
-"""Grows when an older Urza would misread the events. A log that names a newer version is refused."""
+SCHEMA_VERSION = 2
+"""Grows when an older Urza would misread the events; then `schema.MIGRATIONS` gets an entry."""
 
 
 class EventKind(StrEnum):
@@ -38,6 +39,8 @@ class EventKind(StrEnum):
     KERNEL_STORED = "kernel.stored"
     KERNEL_MARKED = "kernel.marked"
     KERNEL_REPORTED = "kernel.reported"
+    KERNEL_BENCHMARKED = "kernel.benchmarked"
+    KERNELS_USED = "kernels.used"
 
 
 class EpochTaken(Contract):
@@ -98,6 +101,12 @@ class KernelMarked(Contract):
     reason: str
 
 
+class KernelsUsed(Contract):
+    """How often the bytes of kernels were asked for since this was last written."""
+
+    counts: dict[Sha256, Annotated[int, Field(ge=1)]]
+
+
 BODIES: dict[EventKind, type[Contract]] = {
     EventKind.EPOCH: EpochTaken,
     EventKind.BLUEPRINT_SUBMITTED: Blueprint,
@@ -111,6 +120,8 @@ BODIES: dict[EventKind, type[Contract]] = {
     EventKind.KERNEL_STORED: CompiledKernelArtifact,
     EventKind.KERNEL_MARKED: KernelMarked,
     EventKind.KERNEL_REPORTED: FieldReport,
+    EventKind.KERNEL_BENCHMARKED: BenchmarkResult,
+    EventKind.KERNELS_USED: KernelsUsed,
 }
 
 

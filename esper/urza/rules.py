@@ -7,7 +7,9 @@ that the request was carried out before: repeating any request is harmless.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -28,6 +30,7 @@ from esper.leyline import (
     compile_key,
 )
 from esper.leyline.canonical import canonical_hash
+from esper.leyline.catalogue import BenchmarkResult
 from esper.leyline.kernels import check_blueprint_transition, check_kernel_transition
 from esper.leyline.ops import fits
 from esper.urza import records
@@ -36,6 +39,9 @@ from esper.urza.records import EventKind, Fact
 
 MAX_ATTEMPTS = 5
 """Leases of one target that may run out before it counts as failed: work that kills every worker must end."""
+
+MAX_METADATA = 16_384
+"""Characters of a blueprint's metadata as JSON."""
 
 SELF = "urza"
 """The worker's name in the record where a target was settled without one, by a kernel that exists."""
@@ -57,6 +63,7 @@ def submit(
     priority: int,
     submitted_by: str,
     parent_id: str | None,
+    metadata: Mapping[str, Any],
     fingerprint: str | None,
     time: float,
 ) -> tuple[str, list[Fact]]:
@@ -87,6 +94,7 @@ def submit(
                 ir_hash=ir_hash,
                 tags=tuple(tags),
                 priority=priority,
+                metadata=_checked(metadata),
                 submitted_by=submitted_by,
                 created_at=time,
             )
@@ -108,6 +116,17 @@ def submit(
             )
             facts.append(Fact(EventKind.TARGET_UNFIT if misfit else EventKind.TARGET_QUEUED, job_id, body))
     return id_, facts
+
+
+def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata as they will be read back: plain JSON of a size that a catalogue can hold many of."""
+    try:
+        text = json.dumps(dict(metadata), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BlueprintError(f"is not plain JSON: {error}", field="metadata") from error
+    if len(text) > MAX_METADATA:
+        raise BlueprintError(f"has {len(text)} characters of JSON, at most {MAX_METADATA}", field="metadata")
+    return json.loads(text)
 
 
 def _is_wanted_again(target: Target, priority: int, fingerprint: str | None) -> bool:
@@ -227,7 +246,22 @@ def mark_kernel(catalog: Catalog, kernel_id: str, status: KernelStatus, reason: 
 def report(catalog: Catalog, body: FieldReport) -> list[Fact]:
     """Counts what became of a kernel; raises `NotFoundError` for an unknown one."""
     catalog.kernel(body.kernel_id)
-    return [] if catalog.has_report(body.report_id) else [Fact(EventKind.KERNEL_REPORTED, body.report_id, body)]
+    return [] if catalog.has_counted(body.report_id) else [Fact(EventKind.KERNEL_REPORTED, body.report_id, body)]
+
+
+def benchmark(catalog: Catalog, body: BenchmarkResult) -> list[Fact]:
+    """Adds a measurement to a kernel; raises `NotFoundError` for an unknown one."""
+    catalog.kernel(body.kernel_id)
+    if catalog.has_counted(body.benchmark_id):
+        return []
+    return [Fact(EventKind.KERNEL_BENCHMARKED, body.benchmark_id, body)]
+
+
+def use(counts: Mapping[str, int], time: float) -> list[Fact]:
+    """Writes down how often kernels were fetched."""
+    if not counts:
+        return []
+    return [Fact(EventKind.KERNELS_USED, f"{time:.0f}", records.KernelsUsed(counts=dict(counts)))]
 
 
 def _holds(target: Target, job: CompileJob) -> bool:

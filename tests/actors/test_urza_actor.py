@@ -54,7 +54,7 @@ class MovableUrza(urza.UrzaActor):
     """Serves another address from now on: a process for each test of the suite would take a second each."""
 
     def move(self, address):
-        self.__init__(Storage.at(address))
+        self.__init__(Storage.at(address), maintain_every_s=None)
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +309,36 @@ def test_closing_writes_the_tables_for_other_readers(address, hub):
     hub.close()
     table = DeltaTable(Storage.at(address).child("kernels")).to_pyarrow_table()
     assert table["kernel_id"].to_pylist() == [record.kernel_id]
+
+
+def test_maintenance_on_demand_and_on_schedule(address):
+    from deltalake import DeltaTable
+
+    storage = Storage.at(address)
+    actor = urza.UrzaActor(storage, maintain_every_s=0.05)
+    hub = Hub.open(storage)
+    record, _ = compiled(hub)
+    actor.ready()  # takes over
+    actor.submit_blueprint(design(6), name="late", targets=[VECTOR])
+    rounds = range(600)  # of 0.1 s, should the machine be busy
+    names = []
+    for _ in rounds:
+        names = DeltaTable(storage.child("blueprints")).to_pyarrow_table()["name"].to_pylist()
+        if "late" in names:  # written by the schedule alone
+            break
+        threading.Event().wait(0.1)
+    assert names == ["adapter", "late"]
+    actor.fetch(record.kernel_id)
+    report = actor.maintain()
+    assert (report.blobs_kept, report.blobs_removed, report.problems) == (1, 0, ())
+
+
+def test_maintenance_through_the_handle(hub):
+    record, container = compiled(hub)
+    hub.fetch(record.kernel_id)
+    report = hub.maintain()
+    assert (report.blobs_kept, report.uses_written, report.problems) == (1, 1, ())
+    assert bytes(hub.fetch(record.kernel_id)) == container
 
 
 # ---------------------------------------------------------------- S3

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import pytest
-from urza_samples import BUILD, IMAGE, NEXT_BUILD, VECTOR, WIDE, artifact_of, design, report_of
+from urza_samples import BUILD, IMAGE, NEXT_BUILD, VECTOR, WIDE, artifact_of, compiled, design, report_of
 
 from esper.leyline import (
     BlueprintError,
     BlueprintStatus,
     ConflictError,
+    Evidence,
+    EvidenceKind,
     KernelRejectedError,
     KernelStatus,
     LeaseLostError,
     Node,
     NotFoundError,
+    Outcome,
     TamperedError,
 )
+from esper.leyline.catalogue import BenchmarkResult, BlueprintOrder, BlueprintQuery, KernelOrder, KernelQuery
 from esper.urza.catalog import TargetState
 from esper.urza.rules import MAX_ATTEMPTS
 
@@ -220,9 +224,138 @@ class HubConformance:
         assert sum(hub.outcomes(record.kernel_id).values()) == 1
 
     def test_what_does_not_exist_is_not_found(self, hub):
-        for ask in (hub.blueprint, hub.kernel, hub.fetch):
+        for ask in (hub.blueprint, hub.lineage, hub.outlook, hub.kernel, hub.kernel_entry, hub.fetch):
             with pytest.raises(NotFoundError):
                 ask("0" * 64)
+        with pytest.raises(NotFoundError):
+            hub.benchmark(BenchmarkResult(kernel_id="0" * 64, name="step", speed=1.0))
+
+    def test_lineage_goes_from_a_design_to_the_root(self, hub):
+        root = hub.submit_blueprint(design(4), name="adapter", targets=[])
+        child = hub.submit_blueprint(design(5), name="adapter", targets=[], parent_id=root.blueprint_id)
+        grandchild = hub.submit_blueprint(design(6), name="wider", targets=[], parent_id=child.blueprint_id)
+        hub.submit_blueprint(design(7), name="stranger", targets=[])
+        assert hub.lineage(grandchild.blueprint_id) == [grandchild, child, root]
+        assert hub.lineage(root.blueprint_id) == [root]
+        children = hub.search_blueprints(BlueprintQuery(parent_id=root.blueprint_id))
+        assert list(children.blueprints) == [child]
+
+    def test_metadata_are_kept_and_must_be_plain_json_of_some_size(self, hub):
+        metadata = {"paper": "arXiv", "widths": [1, 2], "nested": {"ok": True}}
+        blueprint = hub.submit_blueprint(design(), name="adapter", targets=[], metadata=metadata)
+        assert hub.blueprint(blueprint.blueprint_id).metadata == metadata
+        for bad in ({"x": float("nan")}, {"x": {1, 2}}, {"x": "y" * 20_000}):
+            with pytest.raises(BlueprintError) as caught:
+                hub.submit_blueprint(design(5), name="bad", targets=[], metadata=bad)
+            assert caught.value.field == "metadata"
+
+    def test_blueprints_are_found_by_tag_name_and_status_in_pages(self, hub):
+        made = [
+            hub.submit_blueprint(design(n), name=name, targets=[], tags=tags, priority=priority)
+            for n, (name, tags, priority) in enumerate(
+                [("c", ["small", "conv"], 1), ("a", ["small"], 9), ("b", ["conv"], 5), ("d", [], 5)], start=1
+            )
+        ]
+
+        def found(**query):
+            page = hub.search_blueprints(BlueprintQuery(**query))
+            return page.total, [blueprint.name for blueprint in page.blueprints]
+
+        assert hub.search_blueprints(BlueprintQuery()).blueprints == tuple(made)
+        assert found(tags_any=("small", "conv")) == (3, ["c", "a", "b"])
+        assert found(tags_all=("small", "conv")) == (1, ["c"])
+        assert found(tags_any=("nothing",)) == (0, [])
+        assert found(name="b") == (1, ["b"])
+        assert found(status=BlueprintStatus.VALIDATED) == (0, [])
+        assert found(order=BlueprintOrder.NAME) == (4, ["a", "b", "c", "d"])
+        assert found(order=BlueprintOrder.PRIORITY, descending=True, limit=2) == (4, ["a", "b"])
+        assert found(descending=True, limit=2, offset=1) == (4, ["b", "a"])
+        assert found(offset=9) == (4, [])
+
+    def test_kernels_are_found_by_tags_status_blueprint_and_signature_in_pages(self, hub):
+        one = compiled(hub, "one", tags=["small", "conv"], num_parameters=30)
+        two = compiled(hub, "two", tags=["small"], num_parameters=10)
+        three = compiled(hub, "three", tags=["conv"], num_parameters=20, target=WIDE)
+        gone = compiled(hub, "gone", tags=["small", "conv"])
+        hub.mark_kernel(gone.kernel_id, KernelStatus.RETIRED, "replaced")
+
+        def found(**query):
+            page = hub.search_kernels(KernelQuery(**query))
+            return page.total, [entry.kernel for entry in page.kernels]
+
+        gone = hub.kernel(gone.kernel_id)
+        assert found() == (3, [one, two, three])
+        assert found(status=None) == (4, [one, two, three, gone])
+        assert found(status=KernelStatus.RETIRED) == (1, [gone])
+        assert found(tags_any=("small", "conv")) == (3, [one, two, three])
+        assert found(tags_all=("small", "conv")) == (1, [one])
+        assert found(tags_all=("small",), tags_any=("conv",), status=None) == (2, [one, gone])
+        assert found(tags_all=("nothing",)) == (0, [])
+        assert found(signature=WIDE) == (1, [three])
+        assert found(blueprint_id=two.blueprint_id) == (1, [two])
+        assert found(blueprint_id="nobody") == (0, [])
+        assert found(order=KernelOrder.PARAMETERS) == (3, [two, three, one])
+        assert found(order=KernelOrder.PARAMETERS, descending=True, limit=1, offset=1) == (3, [three])
+        assert found(descending=True) == (3, [three, two, one])
+        assert found(limit=1, offset=1) == (3, [two])
+
+    def test_measured_speed_is_kept_searched_and_ordered_by(self, hub):
+        eager = compiled(hub, "eager")
+        quick = compiled(hub, "quick", optimization_level=2)
+        unknown = compiled(hub, "unknown", optimization_level=2)
+        first = BenchmarkResult(kernel_id=quick.kernel_id, name="step", speed=0.9, figures={"forward_ms": 2.0})
+        last = BenchmarkResult(kernel_id=quick.kernel_id, name="step", speed=1.5, spread=0.1)
+        for result in (first, last, last, first):
+            hub.benchmark(result)
+        entry = hub.kernel_entry(quick.kernel_id)
+        assert (entry.performance, entry.benchmarks) == (1.5, (first, last))
+        assert hub.kernel_entry(eager.kernel_id).performance == 1.0
+        assert hub.kernel_entry(unknown.kernel_id).performance is None
+
+        def found(**query):
+            return [entry.kernel for entry in hub.search_kernels(KernelQuery(**query)).kernels]
+
+        assert found(min_performance=1.0) == [eager, quick]
+        assert found(min_performance=1.2) == [quick]
+        assert found(order=KernelOrder.PERFORMANCE) == [eager, quick, unknown]
+        assert found(order=KernelOrder.PERFORMANCE, descending=True) == [quick, eager, unknown]
+
+    def test_statistics_add_up_fetches_outcomes_and_gains(self, hub):
+        kernel = compiled(hub, "adapter")
+        gains = [0.2, 0.4]
+        for gain in gains:
+            evidence = Evidence(kind=EvidenceKind.SHADOW, gain=gain, num_pairs=10)
+            hub.report(report_of(kernel, evidence=evidence, seconds=2.0))
+        nothing = Evidence(kind=EvidenceKind.NONE)
+        hub.report(report_of(kernel, Outcome.CULLED, evidence=nothing, seconds=1.0))
+        hub.fetch(kernel.kernel_id)
+        hub.write_uses()
+        statistics = hub.kernel_entry(kernel.kernel_id).statistics
+        assert (statistics.num_reports, statistics.outcomes) == (3, {Outcome.FOSSILIZED: 2, Outcome.CULLED: 1})
+        assert (statistics.num_gains, statistics.seconds) == (2, 5.0)
+        assert statistics.mean_gain == pytest.approx(sum(gains) / 2)
+        assert statistics.num_fetches >= 1
+
+    def test_the_outlook_counts_what_comes_before(self, hub):
+        hub.submit_blueprint(design(2), name="before", targets=[VECTOR, WIDE], priority=5)
+        mine = hub.submit_blueprint(design(3), name="mine", targets=[VECTOR], priority=5)
+        hub.submit_blueprint(design(4), name="after", targets=[VECTOR], priority=5)
+        outlook = hub.outlook(mine.blueprint_id)
+        assert (outlook.num_open, outlook.queue_position, outlook.estimated_s) == (1, 3, None)
+        job = hub.claim("w", fingerprint=BUILD)
+        hub.complete(job, *artifact_of(job, compile_s=4.0))
+        outlook = hub.outlook(mine.blueprint_id)
+        assert (outlook.queue_position, outlook.estimated_s) == (2, 8.0)
+        while (job := hub.claim("w", fingerprint=BUILD)) is not None:
+            hub.complete(job, *artifact_of(job, compile_s=4.0))
+        outlook = hub.outlook(mine.blueprint_id)
+        assert (outlook.num_open, outlook.queue_position, outlook.estimated_s) == (0, 0, 0.0)
+
+    def test_every_signature_that_was_asked_for_is_known(self, hub):
+        assert hub.signatures() == []
+        hub.submit_blueprint(design(), name="adapter", targets=[WIDE, IMAGE])
+        hub.submit_blueprint(design(5), name="other", targets=[VECTOR, WIDE])
+        assert hub.signatures() == [WIDE, IMAGE, VECTOR]
 
 
 class LeaseConformance:

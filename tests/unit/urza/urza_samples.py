@@ -39,7 +39,7 @@ def design(width: int = 4) -> BlueprintIR:
 
 
 def artifact_of(
-    job: CompileJob, *, content: bytes = b"weights", fingerprint: str = BUILD, passed: bool = True
+    job: CompileJob, *, content: bytes = b"weights", fingerprint: str = BUILD, passed: bool = True, **fields
 ) -> tuple[CompiledKernelArtifact, bytes]:
     """The record and the bytes that a worker would hand over for this job."""
     key = compile_key(job.blueprint.ir_hash, job.signature, job.pipeline, fingerprint)
@@ -59,10 +59,18 @@ def artifact_of(
         zero_at_birth=False,
         report=ValidationReport(checks=(Check(name="shape", passed=passed),)),
     )
-    return record, container
+    return record.model_copy(update=fields), container
 
 
-def report_of(kernel: CompiledKernelArtifact, outcome: Outcome = Outcome.FOSSILIZED) -> FieldReport:
+def compiled(hub, name: str, *, target=VECTOR, tags=(), **fields) -> CompiledKernelArtifact:
+    """Takes a design of its own all the way; `fields` are of the kernel's record. Only its target may be open."""
+    width = 1 + int(hashlib.sha256(name.encode()).hexdigest()[:4], 16)
+    hub.submit_blueprint(design(width), name=name, targets=[target], tags=tags)
+    job = hub.claim("w", fingerprint=BUILD)
+    return hub.complete(job, *artifact_of(job, tags=tuple(tags), **fields))
+
+
+def report_of(kernel: CompiledKernelArtifact, outcome: Outcome = Outcome.FOSSILIZED, **fields) -> FieldReport:
     """A report on this kernel."""
     return FieldReport(
         run_id="run",
@@ -73,6 +81,7 @@ def report_of(kernel: CompiledKernelArtifact, outcome: Outcome = Outcome.FOSSILI
         blueprint=kernel.blueprint_name,
         kernel_id=kernel.kernel_id,
         outcome=outcome,
+        **fields,
     )
 
 
