@@ -179,7 +179,10 @@ class KasminaConfig(Section):
     sites: Literal["auto"] | tuple[str, ...] = "auto"
     """`auto` takes block outputs; else module paths or globs (`blocks.*`)."""
     telemetry_every: PositiveInt = 10
-    """Steps between samples of health."""
+    """Steps between samples of health, at least."""
+    telemetry_share: Annotated[float, Field(gt=0, le=1)] | None = 0.02
+    """What samples of health may cost, as a share of the time of all steps: where they cost more, they come less often
+    (but in every epoch). null keeps to `telemetry_every`, as deterministic mode always does."""
     shadow_every: PositiveInt = 1
     """Steps between shadow updates of seeds in TRAINING."""
     shadow_lr: PositiveFloat = 3e-3

@@ -1,15 +1,19 @@
 """The health of a site from sampled steps, in streams that need one pass and little memory.
 
-An `Observer` sees h and dL/dh of a step and changes neither. Means and squared deviations are merged by the update of
-Chan, Golub and LeVeque (1979) in float64, so that a large mean does not eat the variance. A figure without a sample is
-None, never 0.
+An `Observer` sees h and dL/dh of a step and changes neither. A sampled step takes little: the extremes of each channel
+and the norms of the gradient from all of h, and for variance and correlation `HEALTH_ROWS` rows, spread evenly over
+samples and positions, other ones at each step. Further arithmetic waits until several steps are there, and nothing
+waits for the device before. Means and squared deviations are merged by the update of Chan, Golub and LeVeque (1979) in
+float64, so that a large mean does not eat the variance. A figure without a sample is None, never 0.
 
 The growth potential is the norm of the gradient that the zero-initialised last layer of a kernel would receive here
 (the idea of GradMax, Evci et al. 2022): with phi(h) = relu(h U) for a fixed random U, it is the norm of the mean over
 the sampled steps of G = sum over samples and positions of dL/dh phi(h)^T, divided by sqrt(number of probe features).
-U is scaled such that a probe feature is as large as a channel of h, and depends on nothing but the site's name.
+U is scaled such that a probe feature is as large as a channel of h, and depends on nothing but the site's name. It
+is taken on every `PROBE_EVERY`th sampled step and then from all rows: from a share of them the noise of the choice
+outweighs the mean (8 times too large on a map of 32 x 32, measured).
 
-Suffixes: n rows (samples times positions), c channels, k watched channels, p probe features.
+Suffixes: b samples, n rows (samples times positions), c channels, k watched channels, p probe features.
 """
 
 from __future__ import annotations
@@ -23,13 +27,17 @@ from typing import Any
 import torch
 
 from esper.leyline.errors import ConflictError
+from esper.leyline.growth import HEALTH_CHANNELS, HEALTH_ROWS, PROBE_FEATURES
 from esper.leyline.kernels import SiteKind, SiteSignature
 
 DEAD_BELOW = 1e-6
 """A channel whose absolute activation never exceeds this is dead."""
-MAX_WATCHED = 64
-"""Channels whose correlations are watched; more are sampled evenly."""
-PROBE_FEATURES = 32
+PROBE_EVERY = 2
+"""Sampled steps to one on which the growth potential is taken; the first is one."""
+PENDING_STEPS = 16
+"""Sampled steps whose rows wait at most before they are worked into the figures: few large operations are cheap."""
+PENDING_VALUES = 1 << 18
+"""Numbers that wait at most: 1 MiB a site, in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +79,15 @@ class Moments:
         self.mean = torch.zeros(width, dtype=torch.float64)
         self.comoment = torch.zeros(width, width, dtype=torch.float64)
 
-    def add(self, rows_nk: torch.Tensor) -> None:
-        """Merges the moments of a batch of rows."""
-        rows = rows_nk.to(torch.float64)
-        mean = rows.mean(0)
-        centred = rows - mean
-        num = rows.shape[0]
+    def add(self, mean_k: torch.Tensor, centred_nk: torch.Tensor) -> None:
+        """Merges the moments of a batch of rows, given as their mean and what each deviates from it."""
+        num = centred_nk.shape[0]
         total = self.count + num
-        delta = mean - self.mean.to(mean.device)
+        delta = mean_k - self.mean.to(mean_k.device)
         weight = self.count * num / total
-        self.comoment = self.comoment.to(mean.device) + centred.T @ centred + weight * torch.outer(delta, delta)
-        self.mean = self.mean.to(mean.device) + delta * (num / total)
+        own = centred_nk.T @ centred_nk
+        self.comoment = self.comoment.to(own.device) + own + weight * torch.outer(delta, delta)
+        self.mean = self.mean.to(own.device) + delta * (num / total)
         self.count = total
 
     def correlation(self) -> float | None:
@@ -97,13 +103,54 @@ class Moments:
         return min(1.0, max(0.0, float(off_diagonal) / (num * (num - 1))))
 
 
+@dataclass(slots=True)
+class _Sample:
+    """What one sampled step left.
+
+    Attributes:
+        rows_nc: some rows of h.
+        low_c, high_c: extremes of all of h.
+        norm_b: norm of each sample's slice of dL/dh, once the backward has come.
+        pull_cp: G of the step, if it is taken.
+    """
+
+    num_samples: int
+    rows_nc: torch.Tensor
+    low_c: torch.Tensor
+    high_c: torch.Tensor
+    norm_b: torch.Tensor | None = None
+    pull_cp: torch.Tensor | None = None
+
+
+def some_rows(h: torch.Tensor, kind: SiteKind, *, turn: int) -> torch.Tensor:
+    """About `HEALTH_ROWS` rows [N, C] of `h`, a copy in float32.
+
+    Args:
+        h: of a site.
+        kind: of the site.
+        turn: number of the sampled step; it moves the first position.
+    """
+    every_sample = -(-h.shape[0] // HEALTH_ROWS)
+    if every_sample > 1:
+        turn, first = divmod(turn, every_sample)
+        h = h[first::every_sample]
+    h_bcl = h.flatten(2) if kind is SiteKind.FEATURE_MAP else h.reshape(h.shape[0], -1, h.shape[-1]).transpose(1, 2)
+    positions = h_bcl.shape[2]
+    stride = -(-positions // max(1, HEALTH_ROWS // h_bcl.shape[0]))
+    while stride > 1 and kind is SiteKind.FEATURE_MAP and math.gcd(stride, h.shape[-1]) > 1:
+        stride += 1  # else the same columns of a map would be taken in each of its lines
+    rows_bnc = h_bcl[:, :, turn % min(stride, positions) :: stride].transpose(1, 2)
+    copied = rows_bnc.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return copied.view(-1, h_bcl.shape[1])
+
+
 class Observer:
     """Watches one site on sampled steps; see the module's docstring."""
 
     def __init__(self, site: str, signature: SiteSignature) -> None:
         self._kind = signature.kind
         self._channels = signature.channels
-        num_watched = min(signature.channels, MAX_WATCHED)
+        num_watched = min(signature.channels, HEALTH_CHANNELS)
         self._watched = torch.arange(num_watched) * signature.channels // num_watched
         digest = hashlib.sha256(site.encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -113,6 +160,8 @@ class Observer:
 
     def reset(self) -> None:
         """Begins a new interval."""
+        self._pending: list[_Sample] = []
+        self._turn = 0
         self._rows = 0
         self._mean = torch.zeros(self._channels, dtype=torch.float64)
         self._deviation = torch.zeros(self._channels, dtype=torch.float64)
@@ -127,19 +176,22 @@ class Observer:
     @torch.no_grad()
     def watch(self, h: torch.Tensor) -> None:
         """Takes in h at once (the host may overwrite it later) and asks autograd for dL/dh."""
-        rows_nc = self._as_rows(h.detach()).float()
-        if not bool(torch.isfinite(rows_nc).all()):
-            self._skipped += 1
-            return
-        self._samples += h.shape[0]
-        self._add_channels(rows_nc)
-        self._moments.add(rows_nc[:, self._watched.to(h.device)])
+        # now, not at the end of this call: the latest sample still waits for its gradient
+        if len(self._pending) >= PENDING_STEPS or sum(s.rows_nc.numel() for s in self._pending) > PENDING_VALUES:
+            self._settle()
+        values, is_map = h.detach(), self._kind is SiteKind.FEATURE_MAP
+        over = (0, *range(2, h.dim())) if is_map else tuple(range(h.dim() - 1))
+        rows_nc = some_rows(values, self._kind, turn=self._turn)
+        sample = _Sample(h.shape[0], rows_nc, values.amin(over), values.amax(over))
+        self._pending.append(sample)
         if h.requires_grad:
-            phi_np = torch.relu(rows_nc @ self._probe_cp.to(h.device))
-            h.register_hook(lambda gradient: self._take_gradient(gradient, phi_np))
+            phi = self._features(values) if self._turn % PROBE_EVERY == 0 else None
+            h.register_hook(lambda gradient: _take_gradient(gradient, phi, sample))
+        self._turn += 1
 
     def health(self) -> Health:
         """The figures since the last reset."""
+        self._settle()
         gradient, num_gradients = self._gradient
         pull = float((self._pull_cp / self._pulls).norm()) if self._pulls else None
         return Health(
@@ -152,40 +204,71 @@ class Observer:
             num_skipped=self._skipped,
         )
 
-    def _as_rows(self, h: torch.Tensor) -> torch.Tensor:
+    def _features(self, h: torch.Tensor) -> torch.Tensor:
+        """phi(h): [B, P, L] of a map, else [N, P]."""
+        probe_cp = self._probe_cp.to(h.device, h.dtype)
         if self._kind is SiteKind.FEATURE_MAP:
-            h = h.permute(0, 2, 3, 1)
-        return h.reshape(-1, self._channels)
-
-    def _add_channels(self, rows_nc: torch.Tensor) -> None:
-        mean = rows_nc.mean(0, dtype=torch.float64)
-        num = rows_nc.shape[0]
-        total = self._rows + num
-        delta = mean - self._mean.to(mean.device)
-        # the difference is taken in float64: float32 would lose the deviation of a channel with a large mean
-        deviation = (rows_nc - mean).square().sum(0)
-        self._deviation = self._deviation.to(mean.device) + deviation + delta.square() * (self._rows * num / total)
-        self._mean = self._mean.to(mean.device) + delta * (num / total)
-        self._peak = torch.maximum(self._peak.to(mean.device), rows_nc.abs().amax(0).double())
-        self._rows = total
+            return torch.matmul(probe_cp.T, h.flatten(2)).relu_()
+        return torch.mm(h.reshape(-1, self._channels), probe_cp).relu_()
 
     @torch.no_grad()
-    def _take_gradient(self, gradient: torch.Tensor, phi_np: torch.Tensor) -> None:
-        rows_nc = self._as_rows(gradient).float()
-        if not bool(torch.isfinite(rows_nc).all()):
-            self._skipped += 1
+    def _settle(self) -> None:
+        """Works the steps that wait into the figures; the first place that waits for the device."""
+        if not self._pending:
             return
+        waiting, self._pending = self._pending, []
+        peaks = torch.stack([torch.maximum(-s.low_c, s.high_c) for s in waiting]).double()
+        is_sound = peaks.isfinite().all(1).tolist()  # extremes hand on what is not finite
+        self._skipped += is_sound.count(False)
+        sound = [sample for sample, good in zip(waiting, is_sound, strict=True) if good]
+        if not sound:
+            return
+        self._samples += sum(sample.num_samples for sample in sound)
+        self._peak = torch.maximum(self._peak.to(peaks.device), peaks[torch.tensor(is_sound)].amax(0))
+        rows_nc = torch.cat([sample.rows_nc for sample in sound]).double()
+        mean_c = rows_nc.mean(0)
+        centred_nc = rows_nc - mean_c
+        self._add_channels(mean_c, centred_nc)
+        if len(self._watched) < self._channels:
+            watched = self._watched.to(mean_c.device)
+            mean_c, centred_nc = mean_c[watched], centred_nc[:, watched]
+        self._moments.add(mean_c, centred_nc)
+        self._add_gradients(sound)
+
+    def _add_channels(self, mean_c: torch.Tensor, centred_nc: torch.Tensor) -> None:
+        num = centred_nc.shape[0]
+        total = self._rows + num
+        delta = mean_c - self._mean.to(mean_c.device)
+        weight = self._rows * num / total
+        own = centred_nc.square().sum(0)
+        self._deviation = self._deviation.to(own.device) + own + delta.square() * weight
+        self._mean = self._mean.to(own.device) + delta * (num / total)
+        self._rows = total
+
+    def _add_gradients(self, samples: list[_Sample]) -> None:
+        # a sample without a gradient comes from a forward that was thrown away
+        came = [(sample, sample.norm_b) for sample in samples if sample.norm_b is not None]
+        if not came:
+            return
+        norms = torch.stack([norm_b.sum(dtype=torch.float64) for _, norm_b in came]).tolist()
+        whole = [(sample, norm) for (sample, _), norm in zip(came, norms, strict=True) if math.isfinite(norm)]
+        self._skipped += len(came) - len(whole)
         total, count = self._gradient
-        norms = gradient.float().flatten(1).norm(dim=1)
-        self._gradient = (total + float(norms.double().sum()), count + gradient.shape[0])
-        self._pull_cp = self._pull_cp.to(gradient.device) + (rows_nc.T @ phi_np).double()
-        self._pulls += 1
+        count += sum(sample.num_samples for sample, _ in whole)
+        self._gradient = (total + sum(norm for _, norm in whole), count)
+        pulls = [sample.pull_cp for sample, _ in whole if sample.pull_cp is not None]
+        if pulls:
+            pull_cp = torch.stack(pulls).sum(0, dtype=torch.float64)
+            self._pull_cp = self._pull_cp.to(pull_cp.device) + pull_cp
+            self._pulls += len(pulls)
 
     # ---- for checkpoints
 
     def state(self) -> dict[str, Any]:
         """Everything since the last reset: numbers and tensors."""
+        self._settle()
         return {
+            "turn": self._turn,
             "rows": self._rows,
             "samples": self._samples,
             "skipped": self._skipped,
@@ -210,6 +293,8 @@ class Observer:
         """
         if state["mean"].shape != (self._channels,):
             raise ConflictError(f"observations of {len(state['mean'])} channels at a site of {self._channels}")
+        self._pending = []
+        self._turn = state["turn"]
         self._rows, self._samples, self._skipped = state["rows"], state["samples"], state["skipped"]
         self._gradient = (state["gradient"][0], state["gradient"][1])
         self._pulls = state["pulls"]
@@ -219,3 +304,14 @@ class Observer:
         self._moments.count = state["moments"]["count"]
         self._moments.mean = state["moments"]["mean"].clone()
         self._moments.comoment = state["moments"]["comoment"].clone()
+
+
+@torch.no_grad()
+def _take_gradient(gradient: torch.Tensor, phi: torch.Tensor | None, sample: _Sample) -> None:
+    sample.norm_b = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float32)
+    if phi is None:
+        return
+    if phi.dim() == 3:  # of a map
+        sample.pull_cp = torch.bmm(gradient.flatten(2), phi.transpose(1, 2)).sum(0, dtype=torch.float32)
+    else:
+        sample.pull_cp = torch.mm(gradient.reshape(phi.shape[0], -1).T, phi).float()

@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 PREFIX = "_esper"
 """First part of the state-dict key of every tensor that belongs to a seed: `_esper.<site>.<seed>.<tensor>`."""
 
+HEALTH_ROWS = 512
+"""Rows (samples times positions) of a site's tensor whose variance and correlation a sampled step takes."""
+HEALTH_CHANNELS = 64
+"""Channels whose correlations are watched; more are sampled evenly."""
+PROBE_FEATURES = 32
+"""Features of the made-up kernel with which the growth potential is measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class SeedView:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.leyline.growth import PREFIX, Growable
+from esper.leyline.growth import HEALTH_CHANNELS, HEALTH_ROWS, PREFIX, PROBE_FEATURES, Growable
 from esper.leyline.kernels import SiteSignature
 from esper.tolaria.flops import StepCosts
 from esper.tolaria.workload import model_args
 
-HEALTH_OPS = 8
-"""FLOPs an element of h on a sampled step: mean and variance (5), threshold (1), norm of the gradient (2)."""
+HEALTH_OPS = 4
+"""FLOPs an element of h on a sampled step: extremes (2), norm of the gradient (2)."""
+HEALTH_ROW_OPS = 5
+"""FLOPs an element of those rows whose variance is taken."""
 
 
 class HostCosts:
@@ -91,11 +94,14 @@ class HostCosts:
 
 
 def health_flops(signature: SiteSignature, batch: int) -> int:
-    """Estimated FLOPs of taking one site's health on one batch: element-wise figures and the C x C correlations."""
-    elements = 1
-    for extent in signature.shape(batch):
-        elements *= extent
-    return elements * HEALTH_OPS + 2 * elements * signature.channels
+    """Estimated FLOPs of taking one site's health on one batch: element-wise figures, correlations of some rows, and
+    the growth potential's two products, which are taken on every other sample.
+    """
+    elements = math.prod(signature.shape(batch))
+    rows = min(HEALTH_ROWS, elements // signature.channels)
+    watched = min(signature.channels, HEALTH_CHANNELS)
+    of_rows = rows * signature.channels * HEALTH_ROW_OPS + 2 * rows * watched**2
+    return elements * HEALTH_OPS + of_rows + 2 * elements * PROBE_FEATURES
 
 
 def _shapes(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -41,6 +41,7 @@ from esper.tolaria.guard import Guard
 from esper.tolaria.numerics import rng_state, set_rng_state
 from esper.tolaria.optim import Optimization
 from esper.tolaria.outbox import Outbox
+from esper.tolaria.pace import Pace
 from esper.tolaria.packet import HostSize, live_flops, live_params
 from esper.tolaria.reach import Reach
 from esper.tolaria.recorder import Recorder, metrics_of
@@ -125,6 +126,9 @@ class Session:
         self._last_batch: Batch | None = None
         self._training: tuple[int, tuple[str, ...]] = (-1, ())
         self._observing = False
+        share = None if config.deterministic else config.kasmina.telemetry_share
+        self._pace = Pace(config.kasmina.telemetry_every, share)
+        self._paced_version = growable.topology_version
         self._prepared_for = -1
         self._mark = time.perf_counter()
 
@@ -173,7 +177,9 @@ class Session:
         """
         course = self.course
         course.ports.faults.at("step", course.step)
-        course.ledger.add("host", seconds=time.perf_counter() - self._mark)
+        seconds = time.perf_counter() - self._mark
+        course.ledger.add("host", seconds=seconds)
+        self._pace.took(seconds, sampled=self._observing)
         value = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
         self._last_batch = batch
         self._book(batch)
@@ -254,7 +260,10 @@ class Session:
         if self._prepared_for == course.step:
             return
         self._prepared_for = course.step
-        self._observing = course.step % course.config.kasmina.telemetry_every == 0
+        if self._paced_version != course.growable.topology_version:
+            self._paced_version = course.growable.topology_version
+            self._pace.forget()
+        self._observing = self._pace.samples(course.step, longest=max(1, self._steps_per_epoch // 2))
         change = course.growable.prepare(
             course.step,
             epoch=course.epoch,

@@ -1,7 +1,9 @@
 """What a wrapped model costs while all its seeds are dormant: a ratio to the plain model, forward and whole step.
 
 Inputs are random tensors, since only time is measured. One thread. A step is what the trainer does: `prepare`, then
-forward, loss, backward and the optimizer; the row `with telemetry` also samples health every 10 steps.
+forward, loss, backward and the optimizer. The row `with telemetry` also samples health every 10 steps, `with telemetry
+at its share` as often as the trainer would by default: every 10 steps, or less often where that costs more than
+`kasmina.telemetry_share`.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,16 +19,21 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from esper.config import CnnHost, GptHost, Host, MlpHost
+from esper.config import CnnHost, GptHost, Host, KasminaConfig, MlpHost
 from esper.hosts import build_host
 from esper.kasmina import wrap
 from esper.leyline.growth import Growable
+from esper.tolaria.pace import Pace
 from jobs.bench.harness import BenchResult, Estimate, goal_at_most, interleaved, machine
 
 GOAL = 1.01
+TELEMETRY_GOAL = 1.02
 BATCH = 16
 TELEMETRY = "step with telemetry"
+PACED = "step with telemetry at its share"
 TELEMETRY_EVERY = 10
+PACING_STEPS = 200
+"""Steps in which the trainer's pace is found."""
 HOSTS: dict[str, tuple[Host, tuple[int, ...], int]] = {
     "cnn": (CnnHost(channels=(8, 16, 32), blocks_per_stage=2), (3, 32, 32), 10),
     "mlp": (MlpHost(hidden=(256, 128)), (784,), 10),
@@ -42,13 +50,14 @@ def main(arguments: Sequence[str], say: Callable[[str], None]) -> BenchResult:
     with _one_thread():
         for name, (config, shape, outputs) in HOSTS.items():
             case = _Case(config, shape, outputs)
-            for what, a, b in case.comparisons():
-                multiple = TELEMETRY_EVERY if what == TELEMETRY else 1
-                estimate = interleaved(a, b, rounds=max(10, options.rounds // (multiple // 2 or 1)), multiple=multiple)
+            for what, a, b, multiple in case.comparisons():
+                estimate = interleaved(a, b, rounds=max(25, options.rounds // (multiple // 2 or 1)), multiple=multiple)
                 say(f"{name}, {what}: {estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]")
-                rows.append(_row(name, what, estimate))
+                rows.append(_row(name, what, estimate, multiple))
                 if what in {"forward", "step"}:
                     goals.append(goal_at_most(f"{name} {what}", estimate, GOAL))
+                elif what == PACED:
+                    goals.append(goal_at_most(f"{name} {what}", estimate, TELEMETRY_GOAL))
     return BenchResult(name="overhead", machine=machine(), rows=tuple(rows), goals=tuple(goals))
 
 
@@ -65,13 +74,16 @@ class _Case:
         self._host: Growable = wrap(copy.deepcopy(plain), example=(self._x[:2],), causal=is_text)
         self._plain = plain
 
-    def comparisons(self) -> Iterator[tuple[str, Callable[[], object], Callable[[], object]]]:
-        """Yields what is compared, the plain call and the other one."""
+    def comparisons(self) -> Iterator[tuple[str, Callable[[], object], Callable[[], object], int]]:
+        """Yields what is compared, the plain call, the other one, and the steps after which its work recurs."""
         wrapped = self._host.module
-        yield "forward", lambda: self._plain(self._x), lambda: wrapped(self._x)
-        yield "step", self._step(self._plain), self._growing_step(observe_every=None)
-        yield TELEMETRY, self._step(self._plain), self._growing_step(observe_every=TELEMETRY_EVERY)
-        yield "plain against itself", self._step(self._plain), self._step(self._control)
+        yield "forward", lambda: self._plain(self._x), lambda: wrapped(self._x), 1
+        yield "step", self._step(self._plain), self._growing_step(observe_every=None), 1
+        every = TELEMETRY_EVERY
+        yield TELEMETRY, self._step(self._plain), self._growing_step(observe_every=every), every
+        every = self._paced()
+        yield PACED, self._step(self._plain), self._growing_step(observe_every=every), every
+        yield "plain against itself", self._step(self._plain), self._step(self._control), 1
 
     def _step(self, model: nn.Module) -> Callable[[], None]:
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
@@ -83,6 +95,18 @@ class _Case:
             optimizer.step()
 
         return step
+
+    def _paced(self) -> int:
+        """Steps between samples that the trainer would settle on here."""
+        pace = Pace(TELEMETRY_EVERY, KasminaConfig().telemetry_share)
+        step = self._step(self._host.module)
+        for number in range(PACING_STEPS):
+            observe = pace.samples(number, longest=PACING_STEPS)
+            began = time.perf_counter()
+            self._host.prepare(number, epoch=0, steps_per_epoch=1_000_000, observe=observe)
+            step()
+            pace.took(time.perf_counter() - began, sampled=observe)
+        return pace.interval(longest=PACING_STEPS)
 
     def _growing_step(self, *, observe_every: int | None) -> Callable[[], None]:
         step, numbers = self._step(self._host.module), itertools.count()
@@ -96,10 +120,11 @@ class _Case:
         return growing_step
 
 
-def _row(host: str, what: str, estimate: Estimate) -> dict[str, object]:
+def _row(host: str, what: str, estimate: Estimate, every: int) -> dict[str, object]:
     return {
         "host": host,
         "what": what,
+        "every": every,
         "ratio": round(estimate.value, 4),
         "low": round(estimate.low, 4),
         "high": round(estimate.high, 4),

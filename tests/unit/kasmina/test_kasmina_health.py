@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kasmina_support import HOSTS, Driver, assert_equal, fingerprint, wrapped
 
-from esper.kasmina.health import PROBE_FEATURES, Health, Observer
+from esper.kasmina.health import PROBE_EVERY, PROBE_FEATURES, Health, Observer, some_rows
 from esper.leyline import ConflictError, SiteKind, SiteSignature
 
 MAP = SiteSignature(kind=SiteKind.FEATURE_MAP, channels=3, extent=(4, 5))
@@ -71,7 +71,7 @@ def test_gradient_and_growth_potential_are_those_of_a_zeroed_last_layer():
     torch.manual_seed(0)
     observer = Observer("fc", VECTOR)
     pulls, norms = [], []
-    for _ in range(3):
+    for step in range(2 * PROBE_EVERY + 1):
         h = torch.randn(7, 5, requires_grad=True)
         target = torch.randn(7, 5)
         out = h * 1.0
@@ -81,13 +81,88 @@ def test_gradient_and_growth_potential_are_those_of_a_zeroed_last_layer():
         probe = observer._probe_cp
         last = torch.zeros(PROBE_FEATURES, 5, requires_grad=True)
         ((h.detach() + torch.relu(h.detach() @ probe) @ last - target) ** 2).mean().backward()
-        pulls.append(last.grad)
+        if step % PROBE_EVERY == 0:
+            pulls.append(last.grad)
         norms.append(h.grad.norm(dim=1).mean())
     health = observer.health()
     assert health.grow_potential == pytest.approx(
         torch.stack(pulls).mean(0).norm().item() / math.sqrt(PROBE_FEATURES), rel=1e-5
     )
     assert health.gradient_norm == pytest.approx(torch.stack(norms).mean().item(), rel=1e-5)
+
+
+def test_a_probe_of_a_map_is_taken_at_every_position():
+    torch.manual_seed(0)
+    signature = SiteSignature(kind=SiteKind.FEATURE_MAP, channels=3, extent=(20, 20))
+    observer = Observer("x", signature)
+    h = torch.randn(signature.shape(4), requires_grad=True)
+    out = h * 1.0
+    observer.watch(out)
+    out.square().sum().backward()
+    rows, gradient = (t.detach().permute(0, 2, 3, 1).reshape(-1, 3).double() for t in (h, h.grad))
+    expected = gradient.T @ torch.relu(rows @ observer._probe_cp.double())
+    health = observer.health()
+    assert health.grow_potential == pytest.approx(expected.norm().item() / math.sqrt(PROBE_FEATURES), rel=1e-5)
+    assert health.gradient_norm == pytest.approx(h.grad.flatten(1).norm(dim=1).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 20, 20), (700, 3, 2, 2), (1, 3, 32, 32), (3, 3, 1, 1), (2, 3, 40, 7)])
+def test_the_rows_of_a_step_are_spread_evenly_and_change_from_step_to_step(shape):
+    """Every row carries its own number, so what was taken is known."""
+    num, channels = math.prod(shape) // shape[1], shape[1]
+    numbers = torch.arange(num, dtype=torch.float32).reshape(shape[0], 1, *shape[2:]).expand(shape)
+    turns = [some_rows(numbers, SiteKind.FEATURE_MAP, turn=turn) for turn in range(200)]
+    assert all(rows.shape[1] == channels for rows in turns)
+    assert all(min(num, 200) <= len(rows) <= 512 for rows in turns)
+    taken = torch.cat([rows[:, 0] for rows in turns]).unique()
+    assert len(taken) == num, "in the long run every row has its turn"
+    if num > 512 > shape[0]:
+        columns = turns[0][:, 0].long() % shape[3]
+        assert len(columns.unique()) == min(shape[3], len(turns[0]))
+
+
+def test_one_live_position_in_a_large_map_is_a_live_channel():
+    signature = SiteSignature(kind=SiteKind.FEATURE_MAP, channels=3, extent=(50, 50))
+    h = torch.zeros(signature.shape(2))
+    h[1, 0, 31, 17] = -3.0
+    observer = Observer("x", signature)
+    observer.watch(h)
+    assert observer.health().dead_neuron_ratio == pytest.approx(2 / 3)
+
+
+def test_figures_of_a_large_map_are_those_of_all_its_rows_but_for_noise():
+    signature = SiteSignature(kind=SiteKind.FEATURE_MAP, channels=3, extent=(32, 32))
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.tensor([[1.0, 0.8, 0.0], [0.0, 0.6, 0.0], [0.0, 0.0, 2.0]])
+    observer = Observer("x", signature)
+    for _ in range(20):
+        rows = torch.randn(8, 32, 32, 3, generator=generator) @ mix
+        observer.watch(rows.permute(0, 3, 1, 2))
+    health = observer.health()
+    assert health.activation_variance == pytest.approx(2.0, rel=0.05)
+    assert health.avg_correlation == pytest.approx(0.8 / 3, abs=0.02)
+
+
+def test_a_state_taken_in_the_middle_goes_on_bit_for_bit():
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(MAP.shape(3), generator=generator) for _ in range(7)]
+    first = Observer("x", MAP)
+    for h in parts[:4]:
+        first.watch(h)
+    second = Observer("x", MAP)
+    second.load(first.state())
+    for observer in (first, second):
+        for h in parts[4:]:
+            observer.watch(h)
+    assert first.health() == second.health()
+
+
+def test_what_waits_is_bounded():
+    wide = SiteSignature(kind=SiteKind.VECTOR, channels=4096)
+    observer = Observer("x", wide)
+    for _ in range(4):
+        observer.watch(torch.ones(300, 4096))
+    assert sum(sample.rows_nc.numel() for sample in observer._pending) <= 300 * 4096
 
 
 def test_the_probe_depends_on_the_name_alone_and_draws_nothing():
