@@ -26,6 +26,9 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+Strategy = Literal["ramp", "direct", "grad_norm_gated", "drift_controlled", "performance_linked"]
+"""How a kernel enters the live path."""
+
 # ---------------------------------------------------------------- data
 
 
@@ -193,6 +196,12 @@ class KasminaConfig(Section):
     ramp_epochs: PositiveFloat = 1.0
     """How long alpha takes from 0 to 1."""
     ramp: Literal["linear", "cosine", "sigmoid"] = "cosine"
+    gate_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
+    """`grad_norm_gated`: alpha holds while the gradient's norm exceeds its running mean by this factor."""
+    drift_limit: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """`drift_controlled`: the site's output moves by no more than this share of itself at a step."""
+    max_ramp_epochs: PositiveInt = 20
+    """A seed whose strategy has held alpha below 1 for so long asks to be removed."""
     stabilize_epochs: PositiveInt = 1
     fine_tune_epochs: PositiveInt = 1
     evidence_z: Annotated[float, Field(ge=0)] = 2.0
@@ -225,7 +234,7 @@ class TamiyoConfig(Section):
     """Grafts in one run, failed ones counted."""
     last_epoch_fraction: Annotated[float, Field(gt=0, le=1)] = 0.7
     """No new seed germinates after this share of the epochs: it could not be proven any more."""
-    strategy: Literal["ramp", "direct"] = "ramp"
+    strategy: Strategy = "ramp"
     schedule: tuple[ScheduledGraft, ...] = ()
     """For the `schedule` policy."""
     deadline_s: PositiveFloat = 5.0
@@ -240,7 +249,7 @@ class ScheduledGraft(Section):
     epoch: Annotated[int, Field(ge=0)]
     site: str
     blueprint: str
-    strategy: Literal["ramp", "direct"] = "ramp"
+    strategy: Strategy = "ramp"
 
 
 TamiyoConfig.model_rebuild()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from esper.config import KasminaConfig
+from esper.kasmina.strategies import MEASURED
 from esper.leyline.growth import SeedView
 from esper.leyline.seeds import NEXT, SeedStage
 from esper.leyline.signals import BlendStrategy, Evidence, EvidenceKind
@@ -79,7 +80,9 @@ def gate(view: SeedView, evidence: Evidence | None, config: KasminaConfig, facts
     if view.stage is SeedStage.TRAINING:
         return _training(view, evidence, config, facts)
     if view.stage is SeedStage.GRAFTING:
-        return Gate(open=view.alpha == 1.0, cull=False, words=f"alpha is {view.alpha:.2f}, needs 1")
+        held = view.strategy in MEASURED and view.alpha < 1.0 and view.epochs_in_stage >= config.max_ramp_epochs
+        by = f" ({view.strategy}, {view.epochs_in_stage} epochs)" if view.strategy in MEASURED else ""
+        return Gate(open=view.alpha == 1.0, cull=held, words=f"alpha is {view.alpha:.2f}, needs 1{by}")
     min_epochs = {
         SeedStage.STABILIZING: config.stabilize_epochs,
         SeedStage.EVALUATING: 1,

@@ -294,7 +294,7 @@ class Observer:
         if state["mean"].shape != (self._channels,):
             raise ConflictError(f"observations of {len(state['mean'])} channels at a site of {self._channels}")
         self._pending = []
-        self._turn = state["turn"]
+        self._turn = state.get("turn", 0)  # younger than the first checkpoints
         self._rows, self._samples, self._skipped = state["rows"], state["samples"], state["skipped"]
         self._gradient = (state["gradient"][0], state["gradient"][1])
         self._pulls = state["pulls"]

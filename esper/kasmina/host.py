@@ -132,6 +132,9 @@ class Host:
             for name, parameter in layer.kernel(seed).named_parameters():
                 yield f"{PREFIX}.{layer.key}.{seed.seed_id}.{name}", parameter
 
+    def share(self, mean: AllReduce) -> None:
+        self._life.mean = mean
+
     def prepare(self, step: int, *, epoch: int, steps_per_epoch: int, observe: bool) -> Change:
         change = self._life.step(Moment(self._life.moment.run_id, epoch, step), steps_per_epoch)
         if observe != self._observing:

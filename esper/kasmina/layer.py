@@ -22,6 +22,8 @@ from esper.kasmina.table import SeedTable
 from esper.leyline.errors import NotFoundError
 from esper.leyline.growth import PREFIX
 from esper.leyline.kernels import SiteSignature
+from esper.leyline.seeds import SeedStage
+from esper.leyline.signals import BlendStrategy
 
 
 def key_of(site: str) -> str:
@@ -30,7 +32,13 @@ def key_of(site: str) -> str:
 
 
 class Layer(nn.Module):
-    """The seeds of one site, oldest first: fossils, then the one seed that may still change."""
+    """The seeds of one site, oldest first: fossils, then the one seed that may still change.
+
+    Attributes:
+        observing: whether the next training forward takes health.
+        reach: norm of what the seed in GRAFTING would add at alpha = 1, as a share of the norm of h; taken at the first
+            training forward after it was set to None, where the strategy goes by it.
+    """
 
     def __init__(self, site: str, signature: SiteSignature) -> None:
         super().__init__()
@@ -40,6 +48,7 @@ class Layer(nn.Module):
         self.seeds: list[Seed] = []
         self.observer = Observer(site, signature)
         self.observing = False
+        self.reach: torch.Tensor | None = None
         self._shadow: Seed | None = None
         self._handle: RemovableHandle | None = None
 
@@ -95,6 +104,7 @@ class Layer(nn.Module):
     def clear(self) -> None:
         """Forgets all seeds and kernels, without a word to anyone: what follows is a restore."""
         self.seeds = []
+        self.reach = None
         self._modules.clear()
 
     def blended(self) -> list[Seed]:
@@ -141,7 +151,15 @@ class Layer(nn.Module):
 
     def _through(self, seed: Seed, h: torch.Tensor, alpha: float) -> torch.Tensor:
         assert seed.facts is not None
-        return blend(h, self.get_submodule(seed.seed_id)(h), alpha, replaces=seed.facts.replaces)
+        y = self.get_submodule(seed.seed_id)(h)
+        if self.reach is None and self.training and torch.is_grad_enabled() and _goes_by_drift(seed):
+            added = y.detach() - h.detach() if seed.facts.replaces else y.detach()
+            self.reach = added.double().norm() / h.detach().double().norm().clamp_min(1e-12)
+        return blend(h, y, alpha, replaces=seed.facts.replaces)
+
+
+def _goes_by_drift(seed: Seed) -> bool:
+    return seed.strategy is BlendStrategy.DRIFT_CONTROLLED and seed.stage is SeedStage.GRAFTING
 
 
 class Layers(nn.Module):

@@ -19,6 +19,8 @@ from esper.kasmina.layer import Layer, Layers, all_layers, layer_at
 from esper.kasmina.loader import KernelLoader, LoadedKernel
 from esper.kasmina.neighbour import copy_neighbours
 from esper.kasmina.seed import Retirement, Seed
+from esper.kasmina.shadow import AllReduce
+from esper.kasmina.strategies import Course, Limits, judged, move
 from esper.leyline.errors import (
     EsperError,
     IllegalTransitionError,
@@ -62,6 +64,7 @@ class Lifecycle:
         clock: steps that were prepared.
         val_loss: the last finite validation loss that was told; None before the first.
         moment: the last one that was told.
+        mean: averages figures over ranks in place, under DDP.
         shadows: the seeds in TRAINING with their layers.
         pending: events that happened outside `apply` and `prepare` and are reported by the next of either.
     """
@@ -72,6 +75,8 @@ class Lifecycle:
         self.config = config
         self.loader: KernelLoader | None = None
         self.wait = True
+        self.mean: AllReduce | None = None
+        self._limits = Limits(config.ramp, config.gate_factor, config.drift_limit)
         self.version = 0
         self.clock = 0
         self.num_planted = 0
@@ -235,6 +240,9 @@ class Lifecycle:
         seed.alpha = 1.0 if direct else 0.0
         self.num_grafts += 1
         seed.put("graft_order", self.num_grafts)
+        seed.put("released", 1)
+        for field in ("typical", "measured", "has_measured"):
+            seed.put(field, 0)
         self.version += 1
         kernel = layer.kernel(seed).requires_grad_(requires_grad=True)
         event = self._enter(layer, seed, SeedStage.GRAFTING, reason, moment)
@@ -344,16 +352,50 @@ class Lifecycle:
             return Change()
         if seed.figure("ramp_total") == 0:
             seed.put("ramp_total", max(1, round(self.config.ramp_epochs * steps_per_epoch)))
+        if seed.retirement is None:
+            self._move(layer, seed)
+            return Change()
         done, total = seed.figure("ramp_done") + 1, seed.figure("ramp_total")
         seed.put("ramp_done", min(done, total))
         alpha = alpha_at(self.config.ramp, done, total)
-        if seed.retirement is None:
-            seed.alpha = alpha
-            return Change()
         if done >= total:
             return self._remove(layer, seed, SeedStage.CULLED, f"retired: {seed.retirement.reason}", moment)
         seed.alpha = seed.retirement.from_alpha * (1.0 - alpha)
         return Change()
+
+    def _move(self, layer: Layer, seed: Seed) -> None:
+        """Moves alpha by one step of the seed's strategy."""
+        self._measure(layer, seed)
+        table, row = layer.table, seed.row
+        course = Course(
+            alpha=seed.alpha,
+            done=seed.figure("ramp_done"),
+            total=seed.figure("ramp_total"),
+            typical=table.get("typical", row),
+            released=seed.figure("released"),
+        )
+        measured = table.get("measured", row) if seed.figure("has_measured") else None
+        course = move(seed.strategy, course, measured, self._limits)
+        seed.put("has_measured", 0)
+        seed.alpha = course.alpha
+        seed.put("ramp_done", course.done)
+        table.set("typical", row, course.typical)
+
+    def _measure(self, layer: Layer, seed: Seed) -> None:
+        """Takes what the strategy goes by from the last step, unless the end of an interval did already: a resumed run
+        has neither gradients nor activations of that step. Collective where figures are shared.
+        """
+        figure = None
+        if seed.strategy is BlendStrategy.GRAD_NORM_GATED:
+            gradients = [p.grad for p in layer.kernel(seed).parameters() if p.grad is not None]
+            figure = torch.nn.utils.get_total_norm(gradients) if gradients else None  # DDP made it equal on all ranks
+        elif seed.strategy is BlendStrategy.DRIFT_CONTROLLED:
+            figure, layer.reach = layer.reach, None
+            if figure is not None and self.mean is not None:
+                self.mean([figure])
+        if figure is not None and not seed.figure("has_measured"):
+            layer.table.set("measured", seed.row, float(figure))
+            seed.put("has_measured", 1)
 
     # ---- at an interval
 
@@ -368,6 +410,10 @@ class Lifecycle:
             seed = layer.current
             if seed.stage.is_blended and val_loss is not None:
                 self._compare(seed, val_loss, finite=finite)
+            if seed.stage is SeedStage.GRAFTING and seed.retirement is None:
+                self._measure(layer, seed)
+                if val_loss is not None and seed.baseline is not None:
+                    seed.put("released", judged(seed.figure("released"), val_loss, seed.baseline))
             self._end_embargo(layer, seed, moment)
 
     def _compare(self, seed: Seed, val_loss: float, *, finite: bool) -> None:

@@ -19,6 +19,10 @@ FIELDS: Mapping[str, torch.dtype] = MappingProxyType(
         "entered": torch.int64,  # the host's step clock when it entered its stage
         "ramp_done": torch.int64,  # steps of the present ramp that are done
         "ramp_total": torch.int64,  # steps of the present ramp; 0 until its first step
+        "measured": torch.float64,  # what the strategy goes by at the next step, if `has_measured`
+        "has_measured": torch.uint8,
+        "typical": torch.float64,  # running mean of the kernel's gradient norms in GRAFTING; 0 before the first
+        "released": torch.int64,  # quarters of the ramp that validation has released
         "graft_order": torch.int64,  # counts grafts over the whole host; 0 is not grafted
         "errors": torch.int64,  # shadow updates that were left out for a gradient that was not finite
     }
@@ -29,8 +33,11 @@ class SeedTable:
     """Rows are appended and never removed: a row belongs to one seed for good."""
 
     def __init__(self, fields: Mapping[str, torch.Tensor] | None = None) -> None:
+        fields = fields or {}
+        num_rows = len(fields["stage"]) if fields else 0
         self.fields = {
-            name: torch.zeros(0, dtype=dtype) if fields is None else fields[name].to(dtype).clone()
+            # a field that is younger than the state starts at 0
+            name: fields[name].to(dtype).clone() if name in fields else torch.zeros(num_rows, dtype=dtype)
             for name, dtype in FIELDS.items()
         }
 

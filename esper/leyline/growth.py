@@ -114,6 +114,12 @@ class Growable(Protocol):
         """Names and parameters on the live path: the host's own first, then those of blended seeds, oldest first."""
         ...
 
+    def share(self, mean: Callable[[Sequence[torch.Tensor]], None]) -> None:
+        """Says how figures that steer the live path are averaged over ranks, in place, under DDP. Collective then:
+        all ranks call `prepare` and `close_epoch` in the same order.
+        """
+        ...
+
     # ---- at a step
 
     def prepare(self, step: int, *, epoch: int, steps_per_epoch: int, observe: bool) -> Change:

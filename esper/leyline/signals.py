@@ -199,8 +199,11 @@ class Action(StrEnum):
 class BlendStrategy(StrEnum):
     """How a trained kernel enters the live path."""
 
-    RAMP = "ramp"
-    DIRECT = "direct"
+    RAMP = "ramp"  # alpha follows a curve
+    DIRECT = "direct"  # from its first step, untrained: needs a kernel that is zero at birth
+    GRAD_NORM_GATED = "grad_norm_gated"  # a curve that holds while the kernel's gradient is far larger than usual
+    DRIFT_CONTROLLED = "drift_controlled"  # a curve on which the site's output moves by a bounded share at each step
+    PERFORMANCE_LINKED = "performance_linked"  # a curve of which each good validation releases a quarter
 
 
 class KasminaControlCommand(Contract):

@@ -118,6 +118,8 @@ class Session:
         self._deciding = Deciding(self.course, reach=self.reach, commands=commands)
         self._costs = HostCosts(growable, task.loss_fn)
         self.host_size = HostSize(live_params(growable), self._costs.forward(example) // len(example[0]))
+        if ports.ranks.world > 1:
+            growable.share(ports.ranks.mean_)
         self._val = val
         self._steps_per_epoch = steps_per_epoch
         self._boundary: Boundary | None = None
