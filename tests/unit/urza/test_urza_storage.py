@@ -144,13 +144,29 @@ class TestDeltaLog:
         assert (tmp_path / "store" / "events" / "_delta_log" / "_last_checkpoint").exists()
         assert DeltaLog.take_over(storage, Clock()).replay()[1:-1] == appended
 
-    def test_tidying_never_lets_a_writer_back_in(self, storage):
+    def test_who_was_taken_over_from_tidies_no_more(self, storage):
+        stalled = DeltaLog.take_over(storage, Clock())
+        successor = DeltaLog.take_over(storage, Clock())
+        stalled._tidy()
+        successor.append([note(successor, 3)])  # its handle is not stale
+        with pytest.raises(FencedError):
+            stalled.append([note(stalled, 2)])
+
+    def test_tidying_never_lets_a_writer_back_in(self, storage, monkeypatch):
         """deltalake accepts a compaction from a stale handle and refreshes it: the writer must notice by itself."""
         stalled = DeltaLog.take_over(storage, Clock())
         for seq in range(2, 6):
             stalled.append([note(stalled, seq)])
-        successor = DeltaLog.take_over(storage, Clock())
-        successor.append([note(successor, 7, "acknowledged")])
+        look = events_module._last_epoch
+
+        def look_and_be_taken_over_from(storage):
+            seen = look(storage)
+            monkeypatch.undo()
+            successor = DeltaLog.take_over(storage, Clock())
+            successor.append([note(successor, 7, "acknowledged")])
+            return seen
+
+        monkeypatch.setattr(events_module, "_last_epoch", look_and_be_taken_over_from)
         stalled._tidy()
         for _ in range(2):
             with pytest.raises(FencedError):
