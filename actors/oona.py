@@ -22,9 +22,10 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from esper.config import OonaConfig
+from esper.leyline.bus import BusStats
 from esper.leyline.errors import ConflictError, EsperError, NotFoundError, StorageError, UnavailableError
 from esper.leyline.summary import BusCounts
-from esper.oona import Admission, Broker, BusClient, Journal, Received, decode_batch
+from esper.oona import Admission, Broker, BusClient, Journal, Received, Shelf, Start, decode_batch, merged
 
 NAMESPACE = "esper"
 DEADLINE_S = 10.0
@@ -50,7 +51,7 @@ class OonaShard:
     """One shard of the bus. Runs on an event loop: nothing here waits but on it.
 
     Args:
-        name: the actor's name.
+        name: the actor's name, which ends with the shard's number.
         directory: of its log.
         num_shards: of the whole bus.
         config: its settings.
@@ -64,8 +65,10 @@ class OonaShard:
         self._name = name
         self._num_shards = num_shards
         self._config = config
-        broker = Broker(lease_s=config.lease_s, backlog=config.backlog)
-        self._journal = Journal.open(Path(directory), broker, now=time.monotonic(), wait_s=DEADLINE_S)
+        number = int(name.rpartition("-")[2])
+        self._journal = Journal.open(
+            Path(directory), Broker.of(config), now=time.monotonic(), wait_s=DEADLINE_S, shard=number
+        )
         self._changed = asyncio.Event()
         self._is_unsynced = False
         self._syncing: asyncio.Task[None] | None = None
@@ -84,7 +87,7 @@ class OonaShard:
         batch = decode_batch(body)
         while True:
             self._check()
-            admission = self._journal.append(batch, body)
+            admission = self._journal.append(batch, body, at=time.time())
             if admission is Admission.ACCEPT:
                 self._note_change()
             if admission in (Admission.ACCEPT, Admission.DUPLICATE):
@@ -94,10 +97,10 @@ class OonaShard:
                 return False
             await self._wait(remaining)
 
-    async def subscribe(self, group: str, topics: Sequence[str], key: str | None, from_start: bool) -> None:
+    async def subscribe(self, group: str, topics: Sequence[str], key: str | None, start: Start) -> None:
         """See `Journal.join`."""
         self._check()
-        self._journal.join(group, topics, key=key, from_start=from_start, now=time.monotonic())
+        self._journal.join(group, topics, key=key, start=start, now=time.monotonic())
         self._note_change()
 
     async def poll(
@@ -109,6 +112,8 @@ class OonaShard:
             self._check()
             now = time.monotonic()
             self._journal.expire(now)
+            if self._journal.bury_exhausted(group, at=time.time()):
+                self._note_change()
             leased = self._journal.poll(group, member, number, max_records, now)
             if leased:
                 self._note_write()
@@ -123,6 +128,20 @@ class OonaShard:
         self._check()
         if self._journal.ack(group, offsets, time.monotonic()):
             self._note_change()
+
+    async def reject(self, group: str, offsets: Sequence[int], reason: str) -> None:
+        """See `Journal.bury`."""
+        self._check()
+        if self._journal.bury(group, offsets, reason, at=time.time()):
+            self._note_change()
+
+    async def read(self, start: Start, topics: Sequence[str], key: str | None, max_records: int) -> Shelf:
+        """See `Journal.read`."""
+        return self._journal.read(start, topics, key, max_records)
+
+    async def stats(self) -> BusStats:
+        """See `Broker.stats`."""
+        return self._journal.stats(time.monotonic())
 
     async def leave(self, group: str, member: str) -> None:
         """Takes back what the member holds and ends its polls."""
@@ -237,9 +256,9 @@ class RayTransport:
         actor.append.remote(body, APPEND_WAIT_S).future().add_done_callback(settle)
         return answer
 
-    def subscribe(self, group: str, topics: Sequence[str], *, key: str | None, from_start: bool) -> None:
+    def subscribe(self, group: str, topics: Sequence[str], *, key: str | None, start: Start) -> None:
         """See `Transport.subscribe`."""
-        _get([shard.subscribe.remote(group, topics, key, from_start) for shard in self._connected()], self._name)
+        _get([shard.subscribe.remote(group, topics, key, start) for shard in self._connected()], self._name)
 
     def poll(self, group: str, member: str, *, max_records: int, timeout_s: float) -> list[Received]:
         """Waits for whichever shard answers first. The others' answers are taken by the next poll."""
@@ -270,6 +289,11 @@ class RayTransport:
         shards = self._connected()
         _get([shards[shard].ack.remote(group, list(some)) for shard, some in offsets.items()], self._name)
 
+    def reject(self, group: str, offsets: Mapping[int, Sequence[int]], reason: str) -> None:
+        """See `Transport.reject`."""
+        shards = self._connected()
+        _get([shards[shard].reject.remote(group, list(some), reason) for shard, some in offsets.items()], self._name)
+
     def leave(self, group: str, member: str) -> None:
         """See `Transport.leave`."""
         for index in range(len(self._shards)):
@@ -283,7 +307,18 @@ class RayTransport:
             published=sum(counts.published for counts in each),
             delivered=sum(counts.delivered for counts in each),
             redelivered=sum(counts.redelivered for counts in each),
+            dropped=sum(counts.dropped for counts in each),
+            dead=sum(counts.dead for counts in each),
         )
+
+    def read(self, start: Start, topics: Sequence[str], *, key: str | None, max_records: int) -> list[Shelf]:
+        """See `Transport.read`."""
+        shards = self._connected()
+        return _get([shard.read.remote(start, topics, key, max_records) for shard in shards], self._name)
+
+    def stats(self) -> BusStats:
+        """See `Transport.stats`."""
+        return merged(_get([shard.stats.remote() for shard in self._connected()], self._name))
 
     def close(self) -> None:
         """Nothing to let go of: the shards live on."""

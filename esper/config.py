@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from esper.leyline.errors import ConfigError
+from esper.leyline.messages import Topic
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -274,7 +275,11 @@ class OonaConfig(Section):
     linger_ms: Annotated[float, Field(ge=0)] = 5.0
     batch: PositiveInt = 256
     backlog: PositiveInt = 100_000
-    """Messages a topic may hold unacknowledged before `publish` waits."""
+    """Messages of a topic that a group may have before it; then `publish` waits, or old ones give way."""
+    drop_oldest: tuple[Topic, ...] = (Topic.SEED_HEALTH, Topic.STEPS)
+    """Topics whose oldest messages give way when a group holds `backlog` of them; what was dropped is told."""
+    max_deliveries: PositiveInt | None = 16
+    """Deliveries to a group after which a message goes to the dead letters; null: it comes again for ever."""
     lease_s: PositiveFloat = 30.0
     fsync_ms: Annotated[float, Field(ge=0)] = 200.0
 

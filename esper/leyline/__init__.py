@@ -5,6 +5,7 @@ this package's root.
 """
 
 from esper.leyline.blueprints import INPUT, Blueprint, BlueprintIR, Node
+from esper.leyline.bus import BusStats, DeadLetter, GroupStats, TopicStats
 from esper.leyline.contract import API_VERSION, Contract, new_id, now
 from esper.leyline.errors import (
     BlueprintError,
@@ -39,7 +40,17 @@ from esper.leyline.kernels import (
     compile_key,
 )
 from esper.leyline.messages import PAYLOADS, OonaMessage, Topic
-from esper.leyline.ports import AssetHub, Bus, CompileJob, Controller, Delivery, FaultPlan, NoFaults, Subscription
+from esper.leyline.ports import (
+    AssetHub,
+    Bus,
+    CompileJob,
+    Controller,
+    Delivery,
+    FaultPlan,
+    NoFaults,
+    ReadPage,
+    Subscription,
+)
 from esper.leyline.seeds import ENDED, NEXT, TRANSITIONS, SeedStage, advance
 from esper.leyline.signals import (
     Action,
@@ -95,6 +106,7 @@ __all__ = [
     "BudgetState",
     "Bus",
     "BusCounts",
+    "BusStats",
     "Check",
     "CompileJob",
     "CompiledKernelArtifact",
@@ -104,6 +116,7 @@ __all__ = [
     "Contract",
     "Controller",
     "DataError",
+    "DeadLetter",
     "Delivery",
     "EpochRecord",
     "EsperError",
@@ -113,6 +126,7 @@ __all__ = [
     "FencedError",
     "FieldReport",
     "Flops",
+    "GroupStats",
     "HealthSignal",
     "IllegalTransitionError",
     "KasminaControlCommand",
@@ -134,6 +148,7 @@ __all__ = [
     "Params",
     "PermanentError",
     "Pipeline",
+    "ReadPage",
     "RunHistory",
     "RunStarted",
     "RunStatus",
@@ -153,6 +168,7 @@ __all__ = [
     "SystemStatePacket",
     "TamperedError",
     "Topic",
+    "TopicStats",
     "TransientError",
     "UnavailableError",
     "UserError",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from esper.leyline.blueprints import Blueprint
+from esper.leyline.bus import DeadLetter
 from esper.leyline.contract import Contract, Finite, new_id, now
 from esper.leyline.kernels import CompiledKernelArtifact
 from esper.leyline.signals import (
@@ -36,6 +37,7 @@ class Topic(StrEnum):
     EPOCH = "system.events.epoch"
     LIFECYCLE = "system.events.lifecycle"
     FIELD_REPORTS = "innovation.field_reports"
+    DEAD_LETTERS = "system.dead_letters"
 
 
 PAYLOADS: dict[Topic, type[Contract]] = {
@@ -49,6 +51,7 @@ PAYLOADS: dict[Topic, type[Contract]] = {
     Topic.EPOCH: EpochRecord,
     Topic.LIFECYCLE: LifecycleEvent,
     Topic.FIELD_REPORTS: FieldReport,
+    Topic.DEAD_LETTERS: DeadLetter,
 }
 
 

@@ -4,10 +4,11 @@ of each, and `actors/` the remote one. Every call may raise `UnavailableError` w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from esper.leyline.blueprints import Blueprint, BlueprintIR
+from esper.leyline.bus import BusStats
 from esper.leyline.contract import Contract, Finite
 from esper.leyline.kernels import (
     BlueprintStatus,
@@ -32,6 +33,22 @@ class Delivery(Contract):
     message: OonaMessage
 
 
+class ReadPage(Contract):
+    """Messages as they lie with the broker.
+
+    Attributes:
+        deliveries: in the order of each shard; `attempt` says nothing here.
+        undecodable: (shard, offset) of what is no message.
+        positions: of each shard, where to go on.
+        is_end: whether there was nothing beyond at that moment.
+    """
+
+    deliveries: tuple[Delivery, ...] = ()
+    undecodable: tuple[tuple[int, int], ...] = ()
+    positions: dict[int, int]
+    is_end: bool
+
+
 class Subscription(Protocol):
     """A member of a consumer group. Not acknowledged within the lease: delivered again, perhaps to another member."""
 
@@ -41,6 +58,10 @@ class Subscription(Protocol):
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledges; acknowledging twice is harmless."""
+        ...
+
+    def reject(self, deliveries: Sequence[Delivery], *, reason: str) -> None:
+        """Gives messages up for the whole group: they go to the dead letters, and the next ones come."""
         ...
 
     def close(self) -> None:
@@ -60,13 +81,49 @@ class Bus(Protocol):
         ...
 
     def subscribe(
-        self, topics: Sequence[Topic], *, group: str, key: str | None = None, from_start: bool = False
+        self,
+        topics: Sequence[Topic],
+        *,
+        group: str,
+        key: str | None = None,
+        from_start: bool = False,
+        from_offsets: Mapping[int, int] | None = None,
+        from_time: float | None = None,
     ) -> Subscription:
-        """Joins `group`. A new group starts at the end of the log unless `from_start`. `key` filters at the broker."""
+        """Joins `group`. `key` filters at the broker.
+
+        A new group starts at the end of the log, or at one of these: `from_start`, the oldest that is kept;
+        `from_offsets`, an offset for each shard (a shard that is not named: its end); `from_time`, the first message
+        that the broker took at or after this time, in seconds since the epoch.
+        """
+        ...
+
+    def read(
+        self,
+        topics: Sequence[Topic] = (),
+        *,
+        key: str | None = None,
+        positions: Mapping[int, int] | None = None,
+        from_time: float | None = None,
+        max_messages: int = 256,
+    ) -> ReadPage:
+        """Looks at kept messages without a group: nothing is leased, counted or held back by it.
+
+        Args:
+            topics: none means all.
+            key: None means all.
+            positions: where to begin in each shard; what a page returned goes on where it ended. None: at the start.
+            from_time: instead of `positions`, see `subscribe`.
+            max_messages: at most so many from each shard.
+        """
         ...
 
     def counts(self, key: str) -> BusCounts:
         """The counts of messages with this key."""
+        ...
+
+    def stats(self) -> BusStats:
+        """The figures of every topic and group."""
         ...
 
     def close(self) -> None:

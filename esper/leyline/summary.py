@@ -92,11 +92,18 @@ class CompilerInTrainer(Contract):
 
 
 class BusCounts(Contract):
-    """Messages of this run on the bus."""
+    """Messages of this run on the bus.
+
+    Attributes:
+        dropped: that a group never got, because newer ones came in and the topic's backlog was full.
+        dead: that a group gave up; they are among the dead letters.
+    """
 
     published: int = 0
     delivered: int = 0
     redelivered: int = 0
+    dropped: int = 0
+    dead: int = 0
 
 
 class RunSummary(Contract):

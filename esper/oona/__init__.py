@@ -6,10 +6,13 @@ process. `actors/oona.py` puts a journal into a Ray actor. Imports no torch.
 
 from esper.oona.broker import Admission, Broker
 from esper.oona.client import BusClient
+from esper.oona.duplicates import Duplicates
 from esper.oona.journal import Journal
 from esper.oona.log import SegmentLog
 from esper.oona.memory import MemoryBus
-from esper.oona.transport import Received, Transport
+from esper.oona.start import Start
+from esper.oona.stats import merged
+from esper.oona.transport import Received, Shelf, Transport
 from esper.oona.wire import Batch, Leased, Record, decode_batch, encode_batch, shard_of
 
 __all__ = [
@@ -17,14 +20,18 @@ __all__ = [
     "Batch",
     "Broker",
     "BusClient",
+    "Duplicates",
     "Journal",
     "Leased",
     "MemoryBus",
     "Received",
     "Record",
     "SegmentLog",
+    "Shelf",
+    "Start",
     "Transport",
     "decode_batch",
     "encode_batch",
+    "merged",
     "shard_of",
 ]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from esper.config import OonaConfig
+from esper.leyline.bus import BusStats
 from esper.leyline.messages import OonaMessage, Topic
-from esper.leyline.ports import Subscription
+from esper.leyline.ports import ReadPage, Subscription
 from esper.leyline.summary import BusCounts
-from esper.oona.consumer import Consumer
+from esper.oona.consumer import Consumer, decode_apart
 from esper.oona.publisher import Publisher
-from esper.oona.transport import Transport
+from esper.oona.start import Start
+from esper.oona.transport import Received, Transport
 
 
 class BusClient:
@@ -39,18 +41,55 @@ class BusClient:
         self._publisher.flush(timeout_s=timeout_s)
 
     def subscribe(
-        self, topics: Sequence[Topic], *, group: str, key: str | None = None, from_start: bool = False
+        self,
+        topics: Sequence[Topic],
+        *,
+        group: str,
+        key: str | None = None,
+        from_start: bool = False,
+        from_offsets: Mapping[int, int] | None = None,
+        from_time: float | None = None,
     ) -> Subscription:
         """See `Bus.subscribe`. Records of one (topic, key) are out with one member of the group at a time.
 
         Raises:
             ConflictError: if the group reads other topics or another key.
+            ValueError: if more than one place to begin is given.
         """
-        names = [Topic(topic).value for topic in topics]
-        self._transport.subscribe(group, names, key=key, from_start=from_start)
+        start = Start(from_start, from_offsets, from_time)
+        self._transport.subscribe(group, _names(topics), key=key, start=start)
         consumer = Consumer(self._transport, group)
         self._consumers.append(consumer)
         return consumer
+
+    def read(
+        self,
+        topics: Sequence[Topic] = (),
+        *,
+        key: str | None = None,
+        positions: Mapping[int, int] | None = None,
+        from_time: float | None = None,
+        max_messages: int = 256,
+    ) -> ReadPage:
+        """See `Bus.read`.
+
+        Raises:
+            ValueError: if both `positions` and `from_time` are given.
+        """
+        start = Start(from_start=positions is None and from_time is None, offsets=positions, time=from_time)
+        shelves = self._transport.read(start, _names(topics), key=key, max_records=max_messages)
+        received = [Received(shard, at, 1, data) for shard, shelf in enumerate(shelves) for at, data in shelf.records]
+        deliveries, refused = decode_apart(received)
+        return ReadPage(
+            deliveries=tuple(deliveries),
+            undecodable=tuple((record.shard, record.offset) for record in refused),
+            positions={shard: shelf.position for shard, shelf in enumerate(shelves)},
+            is_end=all(shelf.position >= shelf.end for shelf in shelves),
+        )
+
+    def stats(self) -> BusStats:
+        """See `Bus.stats`."""
+        return self._transport.stats()
 
     def counts(self, key: str) -> BusCounts:
         """Messages with this key, as the broker knows them; `delivered` counts every delivery to every group."""
@@ -67,3 +106,7 @@ class BusClient:
             for consumer in self._consumers:
                 last_first.callback(consumer.close)
             last_first.callback(self._publisher.close)
+
+
+def _names(topics: Sequence[Topic]) -> list[str]:
+    return [Topic(topic).value for topic in topics]

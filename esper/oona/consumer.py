@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from esper.leyline.contract import new_id
-from esper.leyline.errors import EsperError, TamperedError, UnavailableError
+from esper.leyline.errors import EsperError, UnavailableError
 from esper.leyline.messages import OonaMessage, decode
 from esper.leyline.ports import Delivery
+from esper.oona.duplicates import Duplicates
 from esper.oona.transport import Received, Transport
-
-REMEMBERED = 65_536
-"""Acknowledged messages that a consumer would recognise if they came again."""
 
 RETRY_S = 0.2
 """Pause before acknowledgements are sent again to a shard that is not there."""
@@ -29,7 +27,7 @@ class Consumer:
     """A subscription. One thread polls; any may acknowledge.
 
     What was handed out and not acknowledged within the lease comes again with a higher `attempt`; what was
-    acknowledged here does not, even if the broker lost that.
+    acknowledged here does not, even if the broker lost that. What cannot be decoded goes to the dead letters at once.
     """
 
     def __init__(self, transport: Transport, group: str) -> None:
@@ -37,7 +35,7 @@ class Consumer:
         self._group = group
         self._member = new_id()
         self._held: deque[Delivery] = deque()
-        self._acked: dict[tuple[int, int], None] = {}  # the newest last
+        self._acked = Duplicates()
         self._outgoing: dict[int, list[int]] = defaultdict(list)
         self._num_sending = 0
         self._changed = threading.Condition()
@@ -50,14 +48,16 @@ class Consumer:
 
         Raises:
             UnavailableError: if the broker does not answer, or this is closed.
-            TamperedError: if a message cannot be decoded. It is not acknowledged, and will come again.
         """
         end = time.monotonic() + timeout_s
         while not self._held:
             self._raise_if_unusable()
             remaining = max(0.0, end - time.monotonic())
             received = self._transport.poll(self._group, self._member, max_records=max_messages, timeout_s=remaining)
-            self._held.extend(_decode(self._without_acked(received)))
+            deliveries, refused = decode_apart(self._without_acked(received))
+            self._held.extend(deliveries)
+            if refused:
+                self._give_up([(record.shard, record.offset) for record in refused], "it cannot be decoded")
             if not received and time.monotonic() >= end:
                 break
         return [self._held.popleft() for _ in range(min(max_messages, len(self._held)))]
@@ -67,13 +67,19 @@ class Consumer:
         with self._changed:
             self._raise_if_unusable()
             for delivery in deliveries:
-                at = (delivery.shard, delivery.offset)
-                if at not in self._acked:
-                    self._acked[at] = None
+                if self._acked.add(delivery.shard, delivery.offset):
                     self._outgoing[delivery.shard].append(delivery.offset)
-            while len(self._acked) > REMEMBERED:
-                del self._acked[next(iter(self._acked))]
             self._send_soon()
+
+    def reject(self, deliveries: Sequence[Delivery], *, reason: str) -> None:
+        """Gives messages up for the group; returns once they are among the dead letters.
+
+        Raises:
+            UnavailableError: if the broker does not answer, or this is closed; then they come again.
+        """
+        with self._changed:
+            self._raise_if_unusable()
+        self._give_up([(delivery.shard, delivery.offset) for delivery in deliveries], reason)
 
     def close(self, *, timeout_s: float = 10.0) -> None:
         """Sends the acknowledgements, then leaves the group. Closing twice is harmless.
@@ -104,6 +110,12 @@ class Consumer:
             raise self._failure
         if self._is_closed:
             raise UnavailableError(f"the subscription of group {self._group} is closed")
+
+    def _give_up(self, positions: Sequence[tuple[int, int]], reason: str) -> None:
+        offsets: dict[int, list[int]] = defaultdict(list)
+        for shard, offset in positions:
+            offsets[shard].append(offset)
+        self._transport.reject(self._group, offsets, reason)
 
     def _without_acked(self, received: Sequence[Received]) -> list[Received]:
         with self._changed:
@@ -153,19 +165,23 @@ class Consumer:
         return None
 
 
-def _decode(received: Sequence[Received]) -> list[Delivery]:
-    """Decodes all at once, which costs a fifth of one at a time."""
+def decode_apart(received: Sequence[Received]) -> tuple[list[Delivery], list[Received]]:
+    """Decodes all at once, which costs a fifth of one at a time; returns what is no message apart."""
     if not received:
-        return []
+        return [], []
+    refused: list[Received] = []
     try:
         messages = decode(b"[" + b",".join(record.data for record in received) + b"]")
-    except ValidationError as error:
-        at = next((record for record in received if not _is_message(record.data)), received[0])
-        raise TamperedError(f"message {at.offset} of shard {at.shard} cannot be decoded") from error
+    except ValidationError:
+        messages = []
+    if len(messages) != len(received):  # the bytes of one may also be none, or several
+        refused = [record for record in received if not _is_message(record.data)]
+        received = [record for record in received if _is_message(record.data)]
+        messages = decode(b"[" + b",".join(record.data for record in received) + b"]")
     return [
         Delivery.model_construct(shard=record.shard, offset=record.offset, attempt=record.attempt, message=message)
         for record, message in zip(received, messages, strict=True)
-    ]
+    ], refused
 
 
 def _is_message(data: bytes) -> bool:

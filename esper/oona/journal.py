@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
+from esper.leyline.bus import BusStats
 from esper.leyline.errors import TamperedError
 from esper.leyline.summary import BusCounts
 from esper.oona.broker import Admission, Broker
+from esper.oona.deadletters import letters_of, spent_reason
+from esper.oona.drops import DropTold
 from esper.oona.log import Frame, SegmentLog
-from esper.oona.wire import Batch, Leased, decode_batch
+from esper.oona.start import Start
+from esper.oona.transport import Shelf
+from esper.oona.wire import Batch, Leased, Record, decode_batch
 
 FORGET_AFTER_S = 86_400.0
 """A group that nobody used for so long loses its position, or the log would grow for it for ever."""
@@ -36,6 +43,12 @@ class Kind(IntEnum):
     ACK = 4
     LEAVE = 5
     FORGET = 6
+    TIMED_BATCH = 7  # the time, then the body
+    BURY = 8
+    DROP = 9
+
+
+_TIME = struct.Struct("<d")
 
 
 class Journal:
@@ -45,24 +58,27 @@ class Journal:
         log: opened, not yet read.
         broker: fresh; the log is read into it.
         now: the present, on the caller's monotonic clock.
+        shard: its number, for what is told of records.
 
     Raises:
         StorageError: if the log is damaged.
         TamperedError: if a frame cannot be understood.
     """
 
-    def __init__(self, log: SegmentLog, broker: Broker, *, now: float) -> None:
+    def __init__(self, log: SegmentLog, broker: Broker, *, now: float, shard: int = 0) -> None:
         self._log = log
+        self._shard = shard
+        self._told = DropTold(shard)
         self._broker = broker
         self._replay(now)
         self._roll()
 
     @classmethod
-    def open(cls, directory: Path, broker: Broker, *, now: float, wait_s: float = 0.0) -> Journal:
+    def open(cls, directory: Path, broker: Broker, *, now: float, wait_s: float = 0.0, shard: int = 0) -> Journal:
         """Opens the log in `directory`; see `SegmentLog` for what it raises."""
         log = SegmentLog(directory, wait_s=wait_s)
         try:
-            return cls(log, broker, now=now)
+            return cls(log, broker, now=now, shard=shard)
         except BaseException:
             log.close()
             raise
@@ -72,29 +88,34 @@ class Journal:
         """No lease runs out before this time."""
         return self._broker.next_expiry
 
-    def append(self, batch: Batch, body: bytes) -> Admission:
+    def append(self, batch: Batch, body: bytes, *, at: float = 0.0) -> Admission:
         """Takes a batch if the broker admits it; after ACCEPT and DUPLICATE it is safe with the log.
 
         Args:
             batch: what `body` encodes; decoded once by the caller, who may have to ask again.
             body: what is written.
+            at: the time, seconds since the epoch; 0 if it is not known.
         """
         if self._log.is_full:  # here, where the log and the broker tell the same
             self._roll()
         admission = self._broker.admit(batch)
         if admission is Admission.ACCEPT:
-            self._log.write(Kind.BATCH, body)
-            self._broker.append(batch)
+            for name, offsets in self._broker.surplus(batch).items():
+                self._write_json(Kind.DROP, (name, offsets))
+                self._broker.drop(name, offsets)
+                self._told.tell(name, len(offsets))
+            self._log.write(Kind.TIMED_BATCH, _TIME.pack(at) + body)
+            self._broker.append(batch, at)
         return admission
 
-    def join(self, name: str, topics: Sequence[str], *, key: str | None, from_start: bool, now: float) -> None:
-        """Makes a group known, from the start of what is kept or from the end; see `Broker.join`."""
-        start = self._broker.first_offset if from_start else self._broker.next_offset
-        if self._broker.join(name, topics, key=key, start=start, now=now):
-            self._write_json(Kind.JOIN, (name, list(topics), key, start))
+    def join(self, name: str, topics: Sequence[str], *, key: str | None, start: Start, now: float) -> None:
+        """Makes a group known; see `Broker.join`."""
+        offset = start.offset(self._broker, self._shard)
+        if self._broker.join(name, topics, key=key, start=offset, now=now):
+            self._write_json(Kind.JOIN, (name, list(topics), key, offset))
 
     def poll(self, name: str, member: str, number: int, max_records: int, now: float) -> list[Leased]:
-        """See `Broker.poll`."""
+        """See `Broker.poll`. Call `bury_exhausted` before."""
         leased = self._broker.poll(name, member, number, max_records, now)
         if leased:
             self._write_json(Kind.LEASE, (name, member, number, [record.offset for record in leased]))
@@ -106,6 +127,42 @@ class Journal:
         if done:
             self._write_json(Kind.ACK, (name, done))
         return len(done)
+
+    def bury_exhausted(self, name: str, *, at: float = 0.0) -> int:
+        """Gives up what came back from its last delivery; returns how many. See `bury`."""
+        spent = self._broker.exhausted(name)
+        return self.bury(name, spent, spent_reason(self._broker.max_deliveries), at=at) if spent else 0
+
+    def bury(self, name: str, offsets: Sequence[int], reason: str, *, at: float = 0.0) -> int:
+        """Gives records up for a group, with a letter for each; returns how many it had.
+
+        Args:
+            name: of the group.
+            offsets: of what was delivered to it; others are passed over.
+            reason: why, in words.
+            at: the time, seconds since the epoch.
+
+        Raises:
+            NotFoundError: if there is no such group.
+        """
+        held = self._broker.held(name, offsets)
+        if held:
+            letters = letters_of(held, group=name, shard=self._shard, reason=reason)
+            dead = [offset for offset, _, _ in held]
+            written = [(letter.topic, letter.key, letter.data.decode()) for letter in letters]
+            self._write_json(Kind.BURY, (name, dead, written, at))
+            self._broker.bury(name, dead, letters, at)
+        return len(held)
+
+    def read(self, start: Start, topics: Sequence[str], key: str | None, max_records: int) -> Shelf:
+        """See `Broker.read`."""
+        first = start.offset(self._broker, self._shard)
+        records, position = self._broker.read(first, topics, key, max_records)
+        return Shelf(records, position, self._broker.next_offset)
+
+    def stats(self, now: float) -> BusStats:
+        """See `Broker.stats`."""
+        return self._broker.stats(now)
 
     def leave(self, name: str, member: str) -> None:
         """See `Broker.leave`."""
@@ -155,21 +212,30 @@ class Journal:
         for num_frames, frame in enumerate(self._log.replay()):
             try:
                 self._apply(frame, now, is_first=num_frames == 0)
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, struct.error) as error:
                 where = f"frame {num_frames} of the log in {self._log.directory}"
                 raise TamperedError(f"{where} cannot be understood: {error}") from error
 
     def _apply(self, frame: Frame, now: float, *, is_first: bool) -> None:
         broker = self._broker
         kind = Kind(frame.kind)
-        if kind is Kind.BATCH:
+        if kind is Kind.TIMED_BATCH:
+            (at,) = _TIME.unpack_from(frame.body)
+            broker.append(decode_batch(frame.body[_TIME.size :]), at)
+            return
+        if kind is Kind.BATCH:  # logs of the first form
             broker.append(decode_batch(frame.body))
             return
         values = json.loads(frame.body)
         if kind is Kind.SNAPSHOT:
             if is_first:  # a later one tells what the frames before it told already
                 broker.restore(values, now=now)
-        elif kind is Kind.JOIN:
+        else:
+            self._repeat(kind, values, now)
+
+    def _repeat(self, kind: Kind, values: Any, now: float) -> None:
+        broker = self._broker
+        if kind is Kind.JOIN:
             name, topics, key, start = values
             broker.join(name, topics, key=key, start=start, now=now)
         elif kind is Kind.LEASE:
@@ -180,5 +246,10 @@ class Journal:
             broker.ack(name, offsets, now)
         elif kind is Kind.LEAVE:
             broker.leave(*values)
+        elif kind is Kind.DROP:
+            broker.drop(*values)
+        elif kind is Kind.BURY:
+            name, offsets, letters, at = values
+            broker.bury(name, offsets, [Record(topic, key, data.encode()) for topic, key, data in letters], at)
         else:
             broker.forget(*values)

@@ -11,10 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 from esper.config import OonaConfig
+from esper.leyline.bus import BusStats
 from esper.leyline.summary import BusCounts
 from esper.oona.broker import Admission, Broker
 from esper.oona.client import BusClient
-from esper.oona.transport import Received
+from esper.oona.deadletters import letters_of, spent_reason
+from esper.oona.drops import DropTold
+from esper.oona.start import Start
+from esper.oona.transport import Received, Shelf
 from esper.oona.wire import Batch, decode_batch
 
 
@@ -23,13 +27,22 @@ class MemoryTransport:
 
     Args:
         clock: seconds, monotonic; leases are counted on it.
+        wall_clock: seconds since the epoch; replay from a time is counted on it.
     """
 
     num_shards = 1
 
-    def __init__(self, broker: Broker, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         self._broker = broker
         self._clock = clock
+        self._wall_clock = wall_clock
+        self._told = DropTold(0)
         self._changed = threading.Condition()
         self._waiting: list[tuple[Batch, Future[bool]]] = []
         self._num_polls = 0
@@ -45,11 +58,10 @@ class MemoryTransport:
         _resolve(accepted)
         return future
 
-    def subscribe(self, group: str, topics: Sequence[str], *, key: str | None, from_start: bool) -> None:
+    def subscribe(self, group: str, topics: Sequence[str], *, key: str | None, start: Start) -> None:
         """See `Broker.join`."""
         with self._changed:
-            start = self._broker.first_offset if from_start else self._broker.next_offset
-            self._broker.join(group, topics, key=key, start=start, now=self._clock())
+            self._broker.join(group, topics, key=key, start=start.offset(self._broker, 0), now=self._clock())
 
     def poll(self, group: str, member: str, *, max_records: int, timeout_s: float) -> list[Received]:
         """Waits on the condition for records, or for a lease to run out."""
@@ -59,6 +71,8 @@ class MemoryTransport:
                 now = self._clock()
                 self._num_polls += 1
                 self._broker.expire(now)
+                if spent := self._broker.exhausted(group):
+                    self._bury(group, spent, spent_reason(self._broker.max_deliveries))
                 leased = self._broker.poll(group, member, self._num_polls, max_records, now)
                 remaining = end - time.monotonic()
                 if leased or remaining <= 0:
@@ -74,6 +88,14 @@ class MemoryTransport:
             self._changed.notify_all()  # a lane may be free for another member
         _resolve(accepted)
 
+    def reject(self, group: str, offsets: Mapping[int, Sequence[int]], reason: str) -> None:
+        """Gives records up for the group, with a letter for each."""
+        with self._changed:
+            self._bury(group, offsets[0], reason)
+            accepted = self._admit()
+            self._changed.notify_all()
+        _resolve(accepted)
+
     def leave(self, group: str, member: str) -> None:
         """Takes back what the member holds and ends its polls."""
         with self._changed:
@@ -85,11 +107,28 @@ class MemoryTransport:
         with self._changed:
             return self._broker.counts(key)
 
+    def read(self, start: Start, topics: Sequence[str], *, key: str | None, max_records: int) -> list[Shelf]:
+        """See `Broker.read`."""
+        with self._changed:
+            records, position = self._broker.read(start.offset(self._broker, 0), topics, key, max_records)
+            return [Shelf(records, position, self._broker.next_offset)]
+
+    def stats(self) -> BusStats:
+        """See `Broker.stats`."""
+        with self._changed:
+            return self._broker.stats(self._clock())
+
     def close(self) -> None:
         """Wakes and ends every poll."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+
+    def _bury(self, group: str, offsets: Sequence[int], reason: str) -> None:
+        held = self._broker.held(group, offsets)
+        letters = letters_of(held, group=group, shard=0, reason=reason)
+        self._broker.bury(group, [offset for offset, _, _ in held], letters, self._wall_clock())
+        self._changed.notify_all()
 
     def _admit(self) -> list[Future[bool]]:
         """Appends every waiting batch that the broker admits; one may make way for the next."""
@@ -98,7 +137,10 @@ class MemoryTransport:
         for batch, future in sorted(self._waiting, key=lambda waiting: waiting[0].seq):
             admission = self._broker.admit(batch)
             if admission is Admission.ACCEPT:
-                self._broker.append(batch)
+                for group, offsets in self._broker.surplus(batch).items():
+                    self._broker.drop(group, offsets)
+                    self._told.tell(group, len(offsets))
+                self._broker.append(batch, self._wall_clock())
             if admission in (Admission.ACCEPT, Admission.DUPLICATE):
                 accepted.append(future)
             else:
@@ -121,9 +163,16 @@ class MemoryBus(BusClient):
     Args:
         config: as for the real bus; `num_shards` and `fsync_ms` have no meaning here.
         clock: seconds, monotonic; leases are counted on it.
+        wall_clock: seconds since the epoch; replay from a time is counted on it.
     """
 
-    def __init__(self, config: OonaConfig | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: OonaConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         config = config or OonaConfig()
-        broker = Broker(lease_s=config.lease_s, backlog=config.backlog)
-        super().__init__(MemoryTransport(broker, clock=clock), config, deadline_s=None)
+        transport = MemoryTransport(Broker.of(config), clock=clock, wall_clock=wall_clock)
+        super().__init__(transport, config, deadline_s=None)

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol
 
+from esper.leyline.bus import BusStats
 from esper.leyline.summary import BusCounts
+from esper.oona.start import Start
 
 
 class Received(NamedTuple):
@@ -16,6 +18,14 @@ class Received(NamedTuple):
     offset: int
     attempt: int
     data: bytes
+
+
+class Shelf(NamedTuple):
+    """What `read` found in one shard: (offset, bytes) of records, where to go on, and where the shard ended."""
+
+    records: list[tuple[int, bytes]]
+    position: int
+    end: int
 
 
 class Transport(Protocol):
@@ -28,7 +38,7 @@ class Transport(Protocol):
         """Sends an encoded batch without waiting. True: it is safe. False: there is no room yet, send it again."""
         ...
 
-    def subscribe(self, group: str, topics: Sequence[str], *, key: str | None, from_start: bool) -> None:
+    def subscribe(self, group: str, topics: Sequence[str], *, key: str | None, start: Start) -> None:
         """Makes the group known to every shard."""
         ...
 
@@ -40,12 +50,24 @@ class Transport(Protocol):
         """Acknowledges offsets, by shard; returns once that is safe."""
         ...
 
+    def reject(self, group: str, offsets: Mapping[int, Sequence[int]], reason: str) -> None:
+        """Gives records up for the group, by shard; returns once their letters are safe."""
+        ...
+
     def leave(self, group: str, member: str) -> None:
         """Gives back what the member holds."""
         ...
 
     def counts(self, key: str) -> BusCounts:
         """Sums over the shards."""
+        ...
+
+    def read(self, start: Start, topics: Sequence[str], *, key: str | None, max_records: int) -> list[Shelf]:
+        """Looks into every shard without a group; at most `max_records` of each."""
+        ...
+
+    def stats(self) -> BusStats:
+        """Of all shards together."""
         ...
 
     def close(self) -> None:

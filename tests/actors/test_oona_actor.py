@@ -12,6 +12,7 @@ from bus_conformance import WAIT_S, BusConformance, numbers, step, take
 from actors.oona import RayTransport, connect, spawn
 from esper.config import OonaConfig
 from esper.leyline import BusCounts, ConflictError, NotFoundError, Topic, UnavailableError
+from esper.oona import Start
 
 pytestmark = pytest.mark.ray
 
@@ -226,7 +227,7 @@ def test_a_process_that_has_left_ray_starts_no_other(monkeypatch):
     transport = RayTransport([None, None], "left")
     assert isinstance(transport.append(1, b"").exception(timeout=0), UnavailableError)
     for call in (
-        lambda: transport.subscribe("g", [], key=None, from_start=False),
+        lambda: transport.subscribe("g", [], key=None, start=Start()),
         lambda: transport.poll("g", "m", max_records=1, timeout_s=0.0),
         lambda: transport.ack("g", {0: [1]}),
         lambda: transport.leave("g", "m"),

@@ -5,12 +5,14 @@ programs would have them.
 """
 
 import threading
+import time
 
 import pytest
 
 from esper.config import OonaConfig
 from esper.leyline import BusCounts, ConflictError, OonaMessage, StepBatch, Topic, UnavailableError
 from esper.leyline.signals import RunStarted
+from esper.oona import Batch, Duplicates, Record, encode_batch, shard_of
 
 WAIT_S = 20.0
 
@@ -27,6 +29,12 @@ def started(key="run"):
 
 def numbers(deliveries):
     return [delivery.message.body().first_step for delivery in deliveries]
+
+
+def append_raw(bus, *records, producer="raw"):
+    """Appends records past the publisher, as a sender of another version would; all have one topic and key."""
+    shard = shard_of(records[0].topic, records[0].key, bus._transport.num_shards)
+    assert bus._transport.append(shard, encode_batch(Batch(producer, 0, 0, records))).result(WAIT_S)
 
 
 def take(subscription, count, *, ack=True, max_messages=256):
@@ -117,7 +125,7 @@ class BusConformance:
         assert [delivery.attempt for delivery in take(staying, 1)] == [1]
 
     def test_a_full_backlog_makes_publish_wait_and_goes_on(self, make_bus):
-        bus, other = make_bus(OonaConfig(backlog=16, batch=4))
+        bus, other = make_bus(OonaConfig(backlog=16, batch=4, drop_oldest=()))
         subscription = other.subscribe([Topic.STEPS], group="g")
         done = threading.Event()
 
@@ -197,7 +205,7 @@ class BusConformance:
             subscription.poll()
 
     def test_flush_says_what_is_missing(self, make_bus):
-        bus, _ = make_bus(OonaConfig(backlog=4, batch=2))
+        bus, _ = make_bus(OonaConfig(backlog=4, batch=2, drop_oldest=()))
         subscription = bus.subscribe([Topic.STEPS], group="g")
         bus.publish([step(number) for number in range(10)])
         with pytest.raises(UnavailableError, match="6 messages were not acknowledged"):
@@ -221,3 +229,181 @@ class BusConformance:
             thread.join()
         for key in "abcd":
             assert numbers([delivery for delivery in taken if delivery.message.key == key]) == list(range(50))
+
+    # ---- dead letters
+
+    def test_a_message_that_always_fails_ends_with_the_dead_letters_and_holds_no_other_back(self, make_bus):
+        bus, other = make_bus(OonaConfig(lease_s=3600.0, max_deliveries=3))
+        letters = other.subscribe([Topic.DEAD_LETTERS], group="letters", key="run")
+        bus.subscribe([Topic.STEPS], group="g")
+        bus.publish([step(number) for number in range(6)])
+        bus.flush(timeout_s=WAIT_S)
+        done = []
+        for _ in range(20):  # each life fails at message 2 and leaves without a word
+            member = bus.subscribe([Topic.STEPS], group="g")
+            for delivery in member.poll(timeout_s=0.2):
+                if numbers([delivery]) == [2]:
+                    break
+                member.ack([delivery])
+                done += numbers([delivery])
+            member.close()
+        assert done == [0, 1, 3, 4, 5]
+        (letter,) = take(letters, 1)
+        body = letter.message.body()
+        assert (body.topic, body.key, body.group, body.attempts) == (Topic.STEPS, "run", "g", 3)
+        assert "after 3 deliveries" in body.reason
+        lost = OonaMessage.model_validate_json(body.raw)
+        assert lost.body().first_step == 2
+        assert letter.message.trace_id == lost.trace_id
+        counts = bus.counts("run")
+        assert (counts.published, counts.dead, counts.dropped) == (6, 1, 0)
+        assert counts.delivered - counts.redelivered == 6
+
+    @pytest.mark.parametrize("data", [b'{"bad": 1}', b"\xff\xfe", b"", b"[]"])
+    def test_what_cannot_be_decoded_goes_to_the_dead_letters_at_once(self, make_bus, data):
+        bus, other = make_bus(OonaConfig(lease_s=3600.0))
+        letters = other.subscribe([Topic.DEAD_LETTERS], group="letters")
+        subscription = bus.subscribe([Topic.STEPS], group="g")
+        good = [Record(Topic.STEPS, "run", step(number).model_dump_json().encode()) for number in range(2)]
+        append_raw(bus, good[0], Record(Topic.STEPS, "run", data), good[1])
+        assert numbers(take(subscription, 2)) == [0, 1]
+        (letter,) = take(letters, 1)
+        body = letter.message.body()
+        assert (body.raw, body.reason, body.attempts) == (data, "it cannot be decoded", 1)
+        assert bus.counts("run").dead == 1
+        page = bus.read([Topic.STEPS])
+        assert numbers(page.deliveries) == [0, 1]
+        assert page.undecodable == ((body.shard, body.offset),)
+
+    def test_a_consumer_may_give_a_message_up(self, make_bus):
+        bus, other = make_bus(OonaConfig(lease_s=3600.0))
+        letters = other.subscribe([Topic.DEAD_LETTERS], group="letters")
+        second = other.subscribe([Topic.STEPS], group="second")
+        first = bus.subscribe([Topic.STEPS], group="first")
+        bus.publish([step(0), step(1)])
+        held = take(first, 2, ack=False)
+        first.reject(held[:1], reason="no such run")
+        first.reject(held[:1], reason="twice is harmless")
+        first.ack(held[1:])
+        assert [letter.message.body().reason for letter in take(letters, 1)] == ["no such run"]
+        assert numbers(take(second, 2)) == [0, 1]
+        assert letters.poll(timeout_s=0.0) == []
+
+    def test_a_letter_that_fails_gets_no_letter(self, make_bus):
+        bus, other = make_bus(OonaConfig(lease_s=3600.0))
+        letters = other.subscribe([Topic.DEAD_LETTERS], group="letters")
+        subscription = bus.subscribe([Topic.STEPS], group="g")
+        bus.publish([step(0)])
+        subscription.reject(take(subscription, 1, ack=False), reason="first")
+        letters.reject(take(letters, 1, ack=False), reason="second")
+        assert letters.poll(timeout_s=0.0) == []
+        stats = {group.group: group for group in bus.stats().groups}
+        assert (stats["letters"].dead, stats["letters"].pending, bus.counts("run").dead) == (1, 0, 1)
+
+    # ---- dropping
+
+    def test_a_topic_that_drops_keeps_the_newest_and_counts_the_rest(self, make_bus):
+        bus, other = make_bus(OonaConfig(backlog=10, batch=4, drop_oldest=(Topic.STEPS,), lease_s=3600.0))
+        slow = bus.subscribe([Topic.STEPS], group="slow")
+        bus.publish([step(number) for number in range(3)])
+        held = take(slow, 3, ack=False)
+        bus.publish([step(number) for number in range(3, 103)])
+        bus.flush(timeout_s=WAIT_S)
+        slow.ack(held)
+        late = take(slow, 7)
+        assert numbers(late) == list(range(96, 103))  # what is with a member is never dropped
+        assert slow.poll(timeout_s=0.0) == []
+        counts = other.counts("run")
+        assert counts == BusCounts(published=103, delivered=10, dropped=93)
+        (group,) = bus.stats().groups
+        assert (group.dropped, group.delivered) == (93, 10)
+
+    def test_another_topic_of_the_same_bus_still_waits(self, make_bus):
+        bus, _ = make_bus(OonaConfig(backlog=4, batch=2, drop_oldest=(Topic.STEPS,)))
+        both = bus.subscribe([Topic.STEPS, Topic.RUN_STARTED], group="g")
+        bus.publish([started() for _ in range(6)])
+        with pytest.raises(UnavailableError, match="2 messages were not acknowledged"):
+            bus.flush(timeout_s=0.5)
+        take(both, 6)
+        bus.flush(timeout_s=WAIT_S)
+
+    # ---- replay
+
+    def test_a_group_may_start_from_an_offset(self, make_bus):
+        bus, other = make_bus(OonaConfig())
+        first = bus.subscribe([Topic.STEPS], group="first")
+        bus.publish([step(number) for number in range(6)])
+        third = take(first, 6)[2]
+        again = other.subscribe([Topic.STEPS], group="again", from_offsets={third.shard: third.offset})
+        assert numbers(take(again, 4)) == [2, 3, 4, 5]
+        elsewhere = other.subscribe([Topic.STEPS], group="end", from_offsets={third.shard + 1: 0})
+        assert elsewhere.poll(timeout_s=0.0) == []
+
+    def test_a_group_may_start_from_a_time(self, make_bus):
+        bus, other = make_bus(OonaConfig())
+        bus.publish([step(0), step(1)])
+        bus.flush(timeout_s=WAIT_S)
+        time.sleep(0.002)
+        since = time.time()
+        bus.publish([step(2), step(3)])
+        bus.flush(timeout_s=WAIT_S)
+        assert numbers(take(other.subscribe([Topic.STEPS], group="g", from_time=since), 2)) == [2, 3]
+        assert numbers(take(other.subscribe([Topic.STEPS], group="all", from_time=0.0), 4)) == [0, 1, 2, 3]
+        assert other.subscribe([Topic.STEPS], group="later", from_time=since + 3600).poll(timeout_s=0.0) == []
+        assert numbers(bus.read(from_time=since).deliveries) == [2, 3]
+
+    def test_only_one_place_to_start_from_is_given(self, make_bus):
+        bus, _ = make_bus(OonaConfig())
+        with pytest.raises(ValueError, match="one of them"):
+            bus.subscribe([Topic.STEPS], group="g", from_start=True, from_time=0.0)
+
+    def test_reading_without_a_group_leaves_no_trace(self, make_bus):
+        bus, other = make_bus(OonaConfig())
+        subscription = bus.subscribe([Topic.STEPS], group="g")
+        bus.publish([step(0, "a"), started("a"), step(1, "a"), step(2, "b")])
+        bus.flush(timeout_s=WAIT_S)
+        before = [(group.group, group.pending, group.delivered) for group in bus.stats().groups]
+        page = other.read([Topic.STEPS], key="a", max_messages=1)
+        assert (numbers(page.deliveries), page.is_end) == ([0], False)
+        seen = list(page.deliveries)
+        while not page.is_end:
+            page = other.read([Topic.STEPS], key="a", positions=page.positions)
+            seen += page.deliveries
+        assert numbers(seen) == [0, 1]
+        bus.publish([step(3, "a")])
+        bus.flush(timeout_s=WAIT_S)
+        assert numbers(other.read(positions=page.positions).deliveries) == [3]
+        assert before == [("g", 3, 0)]
+        assert bus.counts("a").delivered == 0
+        assert len(take(subscription, 4)) == 4
+
+    # ---- knowing again
+
+    def test_a_consumer_that_starts_again_knows_what_it_had_handled(self, make_bus):
+        bus, _ = make_bus(OonaConfig(lease_s=3600.0))
+        first, duplicates = bus.subscribe([Topic.STEPS], group="g"), Duplicates()
+        bus.publish([step(number) for number in range(4)])
+        duplicates.handled(take(first, 4, ack=False)[:3])
+        first.close()  # before it could acknowledge
+        again = Duplicates(positions=duplicates.positions)
+        came = take(bus.subscribe([Topic.STEPS], group="g"), 4)
+        assert numbers(again.fresh(came)) == [3]
+        assert again.num_dropped == 3
+
+    def test_stats_tell_of_topics_and_groups(self, make_bus):
+        bus, other = make_bus(OonaConfig(lease_s=3600.0))
+        subscription = bus.subscribe([Topic.STEPS], group="g", key="run")
+        bus.publish([step(number) for number in range(5)] + [started()])
+        held = take(subscription, 5, ack=False)
+        subscription.ack(held[:2])
+        subscription.close()
+        stats = other.stats()
+        topics = {topic.topic: topic for topic in stats.topics}
+        assert (topics[Topic.STEPS].published, topics[Topic.STEPS].kept) == (5, 5)
+        assert topics[Topic.RUN_STARTED].kept_bytes > 100
+        oldest, newest = topics[Topic.STEPS].oldest_at, topics[Topic.STEPS].newest_at
+        assert oldest <= newest <= time.time() + 1
+        (group,) = stats.groups
+        assert (group.group, group.topics, group.key) == ("g", (Topic.STEPS,), "run")
+        assert (group.pending, group.leased, group.members, group.delivered) == (3, 0, 0, 5)
+        assert stats.num_shards == bus._transport.num_shards

@@ -277,3 +277,131 @@ def test_who_left_gets_nothing_any_more(broker):
     assert broker.has_left("m1")
     assert broker.poll("g", "m1", 9, 9, 0.0) == []
     assert offsets(broker.poll("g", "m2", 0, 9, 0.0)) == [0]
+
+
+# ---- what is given up
+
+
+def test_the_last_delivery_of_a_record_is_of_it_alone():
+    broker = Broker(max_deliveries=2)
+    broker.join("g", ["t"], key=None, start=0, now=0.0)
+    broker.append(batch(0, "a", "a", "b"))
+    assert offsets(broker.poll("g", "m1", 0, 9, 0.0)) == [0, 1, 2]
+    broker.leave("g", "m1")
+    got = [offsets(broker.poll("g", "m2", number, 9, 0.0)) for number in range(3)]
+    assert got == [[0], [2], []]  # 1 waits for 0, the lane's first
+    broker.ack("g", [2], 0.0)
+    assert broker.exhausted("g") == []
+    broker.leave("g", "m2")
+    assert broker.exhausted("g") == [0]
+    broker.bury("g", [0], [])
+    assert broker.exhausted("g") == []
+    assert offsets(broker.poll("g", "m3", 0, 9, 0.0)) == [1]
+
+
+def test_who_acknowledges_late_saves_a_record():
+    broker = Broker(max_deliveries=1)
+    broker.join("g", ["t"], key=None, start=0, now=0.0)
+    broker.append(batch(0, "a"))
+    broker.poll("g", "m1", 0, 9, 0.0)
+    broker.leave("g", "m1")
+    assert broker.ack("g", [0], 0.0) == [0]
+    assert broker.exhausted("g") == []
+
+
+def test_stamps_are_trimmed_and_never_go_back():
+    broker = Broker(retain=9)
+    for seq, at in enumerate([10.0, 20.0, 15.0, 30.0, 40.0]):
+        broker.append(batch(seq, "a", "a"), at)
+    assert [broker.offset_at(at) for at in (0.0, 10.0, 10.5, 20.0, 25.0, 40.0, 41.0)] == [0, 0, 2, 2, 6, 8, 10]
+    broker.retain = 3
+    broker.trim()
+    assert broker.first_offset == 7
+    assert [broker.offset_at(at) for at in (0.0, 30.0, 40.0)] == [6, 6, 8]
+    (topic,) = broker.stats(0.0).topics
+    assert (topic.kept, topic.published, topic.oldest_at, topic.newest_at) == (3, 10, 30.0, 40.0)
+
+
+def test_a_snapshot_of_the_first_form_is_still_read():
+    old = {"next_offset": 2, "producers": {"p": 1}, "counts": {"a": [2, 3, 1]}, "groups": [["g", ["t"], None]]}
+    broker = Broker()
+    broker.restore(old, now=0.0)
+    assert broker.counts("a") == BusCounts(published=2, delivered=3, redelivered=1)
+    assert broker.groups == ["g"]
+
+
+class Fates:
+    """A broker with one group under random orders, and what became of each message."""
+
+    def __init__(self, *, drops):
+        self.broker = Broker(lease_s=10.0, max_deliveries=2, backlog=6, drop_oldest=("t",) if drops else ())
+        self.broker.join("g", ["t"], key=None, start=0, now=0.0)
+        self.now, self.seq, self.number, self.num_published = 0.0, 0, 0, 0
+        self.held = defaultdict(list)
+        self.fate: dict[int, str] = {}
+
+    def end(self, offsets, how):
+        assert not self.fate.keys() & set(offsets)
+        self.fate |= dict.fromkeys(offsets, how)
+
+    def append(self, keys):
+        one = batch(self.seq, *keys)
+        if self.broker.admit(one) is Admission.FULL:
+            assert not self.broker.drop_oldest
+            return
+        for name, surplus in self.broker.surplus(one).items():
+            self.broker.drop(name, surplus)
+            self.end(surplus, "dropped")
+        self.broker.append(one)
+        self.num_published += len(keys)
+        self.seq += 1
+
+    def poll(self, member):
+        self.broker.expire(self.now)
+        self.bury(self.broker.exhausted("g"))
+        self.number += 1
+        got = self.broker.poll("g", member, self.number, 3, self.now)
+        assert not self.fate.keys() & set(offsets(got))
+        assert all(record.attempt <= 2 for record in got)
+        self.held[member] += offsets(got)
+
+    def bury(self, dead):
+        self.broker.bury("g", dead, [])
+        self.end(dead, "dead")
+
+    def ack(self, member):
+        self.end(self.broker.ack("g", self.held.pop(member, []), self.now), "acknowledged")
+
+    def reject(self, member):
+        self.bury([offset for offset, _, _ in self.broker.held("g", self.held.pop(member, []))])
+
+    def leave(self, member):
+        self.broker.leave("g", member)
+
+    def wait(self, seconds):
+        self.now += seconds
+
+
+@settings(max_examples=80)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("append"), st.lists(st.sampled_from("abc"), min_size=1, max_size=5)),
+            st.tuples(st.sampled_from(["poll", "ack", "leave", "reject"]), st.sampled_from(["m1", "m2", "m3"])),
+            st.tuples(st.just("wait"), st.integers(1, 12)),
+        ),
+        max_size=60,
+    ),
+    st.booleans(),
+)
+def test_every_message_is_acknowledged_dropped_dead_or_pending_and_only_one_of_them(steps, drops):
+    fates = Fates(drops=drops)
+    for what, value in steps:
+        getattr(fates, what)(value)
+    (group,) = fates.broker.stats(fates.now).groups
+    assert len(fates.fate) + group.pending == fates.num_published
+    how = list(fates.fate.values())
+    assert (group.dropped, group.dead) == (how.count("dropped"), how.count("dead"))
+    counts = [fates.broker.counts(key) for key in "abc"]
+    for name in ("dropped", "dead", "delivered", "redelivered"):
+        assert sum(getattr(each, name) for each in counts) == getattr(group, name)

@@ -16,7 +16,7 @@ class Failing:
         self.left = []
         self.is_closed = False
 
-    def subscribe(self, group, topics, *, key, from_start):
+    def subscribe(self, group, topics, *, key, start):
         pass
 
     def leave(self, group, member):

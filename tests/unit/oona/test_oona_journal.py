@@ -1,5 +1,7 @@
 """The journal: a broker opened anew from the log behaves as the one that died."""
 
+import dataclasses
+import json
 import os
 
 import pytest
@@ -7,8 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.leyline.errors import NotFoundError, TamperedError
-from esper.oona import Admission, Batch, Broker, Journal, Record, SegmentLog, decode_batch, encode_batch, shard_of
-from esper.oona.journal import ABANDON_AFTER_S
+from esper.leyline.messages import OonaMessage, Topic
+from esper.leyline.summary import BusCounts
+from esper.oona import (
+    Admission,
+    Batch,
+    Broker,
+    Journal,
+    Record,
+    SegmentLog,
+    Start,
+    decode_batch,
+    encode_batch,
+    shard_of,
+)
+from esper.oona.journal import ABANDON_AFTER_S, Kind
 
 
 def batch(seq, *keys, size=4):
@@ -43,7 +58,7 @@ def reopen(tmp_path):
 
 def test_records_positions_leases_and_counts_survive(reopen):
     journal = reopen()
-    journal.join("g", ["t"], key=None, from_start=False, now=0.0)
+    journal.join("g", ["t"], key=None, start=Start(), now=0.0)
     first = batch(0, "a", "a", "b")
     assert append(journal, first) is Admission.ACCEPT
     assert offsets(journal.poll("g", "m", 0, 2, 0.0)) == [0, 1]
@@ -51,7 +66,7 @@ def test_records_positions_leases_and_counts_survive(reopen):
 
     journal = reopen(now=100.0)
     assert append(journal, first) is Admission.DUPLICATE
-    assert journal.counts("a").model_dump() == {"published": 2, "delivered": 2, "redelivered": 0}
+    assert journal.counts("a") == BusCounts(published=2, delivered=2)
     # 1 is still out with m, who may be alive; b never was
     other = journal.poll("g", "m2", 0, 9, 100.0)
     assert [(record.offset, record.data) for record in other] == [(2, first.records[2].data)]
@@ -68,7 +83,7 @@ def test_records_positions_leases_and_counts_survive(reopen):
 
 def test_an_answer_lost_with_the_broker_is_given_again(reopen):
     journal = reopen()
-    journal.join("g", ["t"], key=None, from_start=False, now=0.0)
+    journal.join("g", ["t"], key=None, start=Start(), now=0.0)
     append(journal, batch(0, "a", "a"))
     lost = journal.poll("g", "m", 5, 9, 0.0)
     assert reopen().poll("g", "m", 5, 9, 0.0) == lost
@@ -76,7 +91,7 @@ def test_an_answer_lost_with_the_broker_is_given_again(reopen):
 
 def test_leases_that_ran_out_or_were_given_back_are_replayed(reopen):
     journal = reopen()
-    journal.join("g", ["t"], key=None, from_start=False, now=0.0)
+    journal.join("g", ["t"], key=None, start=Start(), now=0.0)
     append(journal, batch(0, "a", "a", "b"))
     journal.poll("g", "m1", 0, 1, 0.0)
     journal.expire(20.0)
@@ -93,7 +108,7 @@ def test_leases_that_ran_out_or_were_given_back_are_replayed(reopen):
 
 def test_old_segments_go_when_all_in_them_is_acknowledged(reopen, tmp_path):
     journal = reopen(segment_bytes=2000, retain=0)
-    journal.join("g", ["t"], key=None, from_start=False, now=0.0)
+    journal.join("g", ["t"], key=None, start=Start(), now=0.0)
     for seq in range(40):
         append(journal, batch(seq, "a", size=300))
         if seq >= 5:
@@ -107,16 +122,16 @@ def test_old_segments_go_when_all_in_them_is_acknowledged(reopen, tmp_path):
 
 def test_a_group_nobody_uses_is_forgotten_also_after_a_restart(reopen):
     journal = reopen()
-    journal.join("g", ["t"], key=None, from_start=False, now=0.0)
+    journal.join("g", ["t"], key=None, start=Start(), now=0.0)
     journal.expire(1e6)
     journal = reopen(now=1e6)
-    journal.join("g", ["other"], key=None, from_start=False, now=1e6)  # a conflict, were it still known
+    journal.join("g", ["other"], key=None, start=Start(), now=1e6)  # a conflict, were it still known
 
 
 def test_a_dead_group_keeps_publishers_waiting_for_ten_minutes_at_most(reopen):
     journal = reopen(backlog=4)
     for name in ("dead", "read"):
-        journal.join(name, ["t"], key=None, from_start=False, now=0.0)
+        journal.join(name, ["t"], key=None, start=Start(), now=0.0)
     append(journal, batch(0, "a", "b", "c", "d"))
     full = batch(1, "e")
     assert append(journal, full) is Admission.FULL
@@ -133,12 +148,51 @@ def test_a_dead_group_keeps_publishers_waiting_for_ten_minutes_at_most(reopen):
 def test_a_replayed_group_starts_where_it_did(reopen):
     journal = reopen()
     append(journal, batch(0, "a"))
-    journal.join("end", ["t"], key=None, from_start=False, now=0.0)
-    journal.join("start", ["t"], key=None, from_start=True, now=0.0)
+    journal.join("end", ["t"], key=None, start=Start(), now=0.0)
+    journal.join("start", ["t"], key=None, start=Start(from_start=True), now=0.0)
     append(journal, batch(1, "a"))
     journal = reopen()
     assert offsets(journal.poll("end", "m", 0, 9, 0.0)) == [1]
     assert offsets(journal.poll("start", "m", 0, 9, 0.0)) == [0, 1]
+
+
+def test_the_dead_and_the_dropped_stay_so_after_a_restart(reopen):
+    settings_ = {"max_deliveries": 1, "backlog": 2, "drop_oldest": ("d",)}
+    journal = reopen(**settings_)
+    for name, topic in (("g", "t"), ("d", "d"), ("letters", Topic.DEAD_LETTERS)):
+        journal.join(name, [topic], key=None, start=Start(), now=0.0)
+    append(journal, batch(0, "a", "b"))
+    journal.poll("g", "m", 0, 9, 0.0)
+    journal.leave("g", "m")
+    assert journal.bury_exhausted("g", at=5.0) == 1
+    dropping = Batch("q", 0, 0, tuple(Record("d", "k", b"x") for _ in range(2)))
+    append(journal, dropping)
+    append(journal, dataclasses.replace(dropping, seq=1))
+    before = [journal.counts(key) for key in "abk"], journal.stats(0.0)
+    assert before[0][2] == BusCounts(published=4, dropped=2)
+    assert sum(counts.dead for counts in before[0]) == 1
+
+    journal = reopen(**settings_)
+    assert ([journal.counts(key) for key in "abk"], journal.stats(0.0)) == before
+    assert journal.poll("d", "x", 0, 9, 0.0)
+    (letter,) = journal.poll("letters", "x", 0, 9, 0.0)
+    assert OonaMessage.model_validate_json(letter.data).body().reason == "not acknowledged after 1 deliveries"
+    journal.ack("letters", [letter.offset], 0.0)
+    assert [counts.dead for counts in [reopen(**settings_).counts(key) for key in "ab"]].count(1) == 1
+
+
+def test_times_survive_and_a_log_of_the_first_form_has_none(reopen, tmp_path):
+    log = SegmentLog(tmp_path)
+    log.roll(0, Kind.SNAPSHOT, json.dumps(Broker().snapshot()).encode())
+    log.write(Kind.BATCH, encode_batch(batch(0, "a")))
+    log.close()
+    journal = reopen()
+    second = batch(1, "a")
+    journal.append(second, encode_batch(second), at=100.0)
+    journal = reopen()
+    (topic,) = journal.stats(0.0).topics
+    assert (topic.kept, topic.oldest_at, topic.newest_at) == (2, None, 100.0)
+    assert journal.read(Start(time=50.0), [], None, 9).records == [(1, second.records[0].data)]
 
 
 def test_a_frame_of_another_kind_is_refused(tmp_path):

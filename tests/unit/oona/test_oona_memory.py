@@ -8,8 +8,8 @@ import pytest
 from bus_conformance import WAIT_S, BusConformance, numbers, step, take
 
 from esper.config import OonaConfig
-from esper.leyline import Delivery, NotFoundError, TamperedError, Topic, UnavailableError
-from esper.oona import Batch, MemoryBus, Record, encode_batch
+from esper.leyline import Delivery, NotFoundError, Topic, UnavailableError
+from esper.oona import MemoryBus
 from esper.oona import consumer as consumer_module
 
 
@@ -96,13 +96,23 @@ class TestMemoryBus(BusConformance):
         with pytest.raises(NotFoundError, match="no group g"):
             subscription.close()
 
-    def test_a_message_that_cannot_be_decoded_is_named(self, make_bus):
-        bus, _ = make_bus(OonaConfig())
-        subscription = bus.subscribe([Topic.STEPS], group="g")
-        body = encode_batch(Batch("p", 0, 0, (Record(Topic.STEPS, "run", b'{"bad": 1}'),)))
-        assert bus._transport.append(0, body).result(0)
-        with pytest.raises(TamperedError, match="message 0 of shard 0"):
-            subscription.poll()
+    def test_drops_are_told_at_first_and_as_they_double(self, make_bus, caplog):
+        bus, _ = make_bus(OonaConfig(backlog=2, batch=1, drop_oldest=(Topic.STEPS,)))
+        bus.subscribe([Topic.STEPS], group="g")
+        bus.publish([step(number) for number in range(11)])
+        bus.flush(timeout_s=WAIT_S)
+        told = [record for record in caplog.records if record.message == "oona.messages.dropped"]
+        assert [(record.group, record.num_dropped) for record in told] == [("g", n) for n in (1, 2, 4, 8)]
+        assert bus.counts("run").dropped == 9
+
+    def test_a_replay_from_what_is_gone_says_so(self, make_bus, caplog):
+        bus, _ = make_bus(OonaConfig(batch=1))
+        bus._transport._broker.retain = 2
+        bus.publish([step(number) for number in range(9)])
+        bus.flush(timeout_s=WAIT_S)
+        bus._transport._broker.trim()
+        assert numbers(take(bus.subscribe([Topic.STEPS], group="g", from_offsets={0: 3}), 2)) == [7, 8]
+        assert [record.message for record in caplog.records] == ["oona.replay.shortened"]
 
     def test_a_closed_bus_takes_nothing(self):
         bus = MemoryBus()
