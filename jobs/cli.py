@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from esper.leyline.errors import EsperError, UserError
+from jobs.bus import bus_app
 
 app = typer.Typer(
     name="esper",
@@ -30,6 +31,7 @@ blueprints_app = typer.Typer(help="The designs that seeds may grow.", no_args_is
 app.add_typer(runs_app, name="runs")
 app.add_typer(platform_app, name="platform")
 app.add_typer(blueprints_app, name="blueprints")
+app.add_typer(bus_app, name="bus")
 
 DEFAULT_STORAGE = "~/.esper"
 

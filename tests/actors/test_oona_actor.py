@@ -13,6 +13,8 @@ from actors.oona import RayTransport, connect, spawn
 from esper.config import OonaConfig
 from esper.leyline import BusCounts, ConflictError, NotFoundError, Topic, UnavailableError
 from esper.oona import Start
+from esper.storage import Storage
+from jobs.bus import NoPlatformError, opened, topic_rows
 
 pytestmark = pytest.mark.ray
 
@@ -235,3 +237,15 @@ def test_a_process_that_has_left_ray_starts_no_other(monkeypatch):
     ):
         with pytest.raises(UnavailableError, match="has left Ray"):
             call()
+
+
+def test_the_command_line_finds_the_bus_of_a_storage_and_says_where_there_is_none(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # this process has joined already
+    with pytest.raises(NoPlatformError, match="no platform is up for"), opened(str(tmp_path)):
+        pass
+    bus = start(prefix=f"oona-{Storage.at(str(tmp_path)).key}").bus()
+    bus.publish([step(0)])
+    bus.flush(timeout_s=WAIT_S)
+    with opened(str(tmp_path)) as found:
+        assert [(row["topic"], row["published"]) for row in topic_rows(found)] == [(Topic.STEPS, 1)]
+    bus.close()

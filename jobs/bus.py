@@ -1,0 +1,222 @@
+"""`esper bus`: looks at the bus of a running platform. Looking joins no group, so it changes and holds up nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from esper.leyline.errors import ConfigError, NotFoundError, UnavailableError, UserError
+
+if TYPE_CHECKING:
+    from esper.leyline.messages import Topic
+    from esper.leyline.ports import Bus, Delivery
+
+REMEDY = "ray start --head, then RAY_ADDRESS=auto esper platform up"
+POLL_S = 0.5
+"""Between two looks of `tail --follow`."""
+
+bus_app = typer.Typer(help="Look at the message bus of a running platform.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON; `tail` prints one object a line.")]
+Storage = Annotated[
+    str,
+    typer.Option("--storage", envvar="ESPER_STORAGE", help="Whose platform: a directory, file:// or s3:// address."),
+]
+
+
+class NoPlatformError(NotFoundError, UserError):
+    """Nothing to look at: no cluster, or no platform for this storage on it."""
+
+
+# ---------------------------------------------------------------- commands
+
+
+@bus_app.command("topics")
+def topics(storage: Storage = "~/.esper", as_json: Json = False) -> None:
+    """List the topics: messages published, kept, and how old those are."""
+    with opened(storage) as bus:
+        rows = topic_rows(bus)
+    typer.echo(json.dumps(rows, indent=2) if as_json else table(rows, "no message was published yet"))
+
+
+@bus_app.command("stats")
+def stats(storage: Storage = "~/.esper", as_json: Json = False) -> None:
+    """List the consumer groups: how far behind they are, and what was repeated, dropped or given up."""
+    with opened(storage) as bus:
+        rows = group_rows(bus)
+    typer.echo(json.dumps(rows, indent=2) if as_json else table(rows, "no group reads the bus"))
+
+
+@bus_app.command("tail")
+def tail(
+    topic: Annotated[list[str] | None, typer.Option(help="Only this topic; may be repeated.")] = None,
+    key: Annotated[str | None, typer.Option(help="Only messages with this key, such as a run id.")] = None,
+    since: Annotated[float | None, typer.Option(min=0.0, help="Begin so many seconds ago.")] = None,
+    offset: Annotated[list[str] | None, typer.Option(metavar="SHARD:OFFSET", help="Begin here.")] = None,
+    from_start: Annotated[bool, typer.Option("--from-start", help="Begin with the oldest message kept.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, until interrupted.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="End after so many messages.")] = None,
+    storage: Storage = "~/.esper",
+    as_json: Json = False,
+) -> None:
+    """Print messages: those that come from now on, or those kept since a place, and with --follow both."""
+    wanted = parse_topics(topic or ())
+    if from_start + (since is not None) + bool(offset) > 1:
+        raise ConfigError("more than one place to begin", remedy="one of --from-start, --since and --offset")
+    starts_now = not (from_start or offset or since is not None)
+    positions = {} if starts_now else parse_offsets(offset or ()) or None
+    from_time = None if since is None else time.time() - since
+    with opened(storage) as bus:
+        lines = messages(
+            bus, wanted, key=key, positions=positions, from_time=from_time, follow=follow or starts_now, limit=limit
+        )
+        for row in lines:
+            typer.echo(json.dumps(row) if as_json else line(row))
+
+
+# ---------------------------------------------------------------- what they show
+
+
+@contextlib.contextmanager
+def opened(storage: str) -> Iterator[Bus]:
+    """The bus of the platform that serves this storage.
+
+    Raises:
+        NoPlatformError: if there is none.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        raise NoPlatformError("RAY_ADDRESS is not set: a platform lives on a running cluster", remedy=REMEDY)
+    from actors.cluster import connected
+    from esper.storage import Storage as Place
+
+    place = Place.at(storage)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(connected())
+        except UnavailableError as error:
+            raise NoPlatformError(error.message, remedy=error.remedy) from error
+        from actors import oona  # imports Ray, whose settings come first
+
+        try:
+            bus = oona.connect(f"oona-{place.key}").bus()
+        except NotFoundError as error:
+            raise NoPlatformError(f"no platform is up for {place.shown}", field="storage", remedy=REMEDY) from error
+        stack.callback(bus.close)
+        yield bus
+
+
+def topic_rows(bus: Bus) -> list[dict[str, Any]]:
+    """One row a topic."""
+    return [topic.model_dump(mode="json") for topic in bus.stats().topics]
+
+
+def group_rows(bus: Bus) -> list[dict[str, Any]]:
+    """One row a group, those that are furthest behind first."""
+    groups = sorted(bus.stats().groups, key=lambda group: -group.pending)
+    return [group.model_dump(mode="json") for group in groups]
+
+
+def messages(
+    bus: Bus,
+    topics: Sequence[Topic],
+    *,
+    key: str | None,
+    positions: Mapping[int, int] | None,
+    from_time: float | None = None,
+    follow: bool = False,
+    limit: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Rows of messages, in the order of each shard; what is no message is told as one.
+
+    Args:
+        bus: where to look.
+        topics: none means all.
+        key: None means all.
+        positions: see `Bus.read`.
+        from_time: see `Bus.read`.
+        follow: whether to go on at the end.
+        limit: rows, at most.
+    """
+    num_left = limit
+    while True:
+        count = 256 if num_left is None else min(256, num_left)
+        page = bus.read(topics, key=key, positions=positions, from_time=from_time, max_messages=count)
+        rows = [_row(delivery) for delivery in page.deliveries]
+        rows += [{"shard": shard, "offset": at, "error": "cannot be decoded"} for shard, at in page.undecodable]
+        rows = sorted(rows, key=lambda row: (row["shard"], row["offset"]))[:num_left]
+        yield from rows
+        num_left = None if num_left is None else num_left - len(rows)
+        if num_left == 0 or (page.is_end and not follow):
+            return
+        positions, from_time = page.positions, None
+        if page.is_end:
+            time.sleep(POLL_S)
+
+
+def _row(delivery: Delivery) -> dict[str, Any]:
+    return {"shard": delivery.shard, "offset": delivery.offset, **delivery.message.model_dump(mode="json")}
+
+
+def parse_topics(names: Sequence[str]) -> tuple[Topic, ...]:
+    """Topics by name.
+
+    Raises:
+        ConfigError: if there is no such topic.
+    """
+    from esper.leyline.messages import Topic
+
+    known = {topic.value: topic for topic in Topic}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"no topic {name!r}", field="topic", remedy=f"one of {', '.join(known)}")
+    return tuple(known[name] for name in names)
+
+
+def parse_offsets(texts: Sequence[str]) -> dict[int, int]:
+    """`SHARD:OFFSET` as numbers.
+
+    Raises:
+        ConfigError: if one is not of this form.
+    """
+    offsets: dict[int, int] = {}
+    for text in texts:
+        shard, _, offset = text.partition(":")
+        if not (shard.isdecimal() and offset.isdecimal()):
+            raise ConfigError(f"{text!r} is no SHARD:OFFSET", field="offset", remedy="such as 0:1200")
+        offsets[int(shard)] = int(offset)
+    return offsets
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A message as one line of a terminal."""
+    where = f"{row['shard']}:{row['offset']}"
+    if "error" in row:
+        return f"{where:<10} {row['error']}"
+    at = dt.datetime.fromtimestamp(row["timestamp"], tz=dt.UTC).strftime("%H:%M:%S.%f")[:-3]
+    return f"{where:<10} {at} {row['topic']:<32} {row['key']} {json.dumps(row['payload'])}"
+
+
+def table(rows: Sequence[Mapping[str, Any]], nothing: str) -> str:
+    """Rows as text, a column a key."""
+    if not rows:
+        return nothing
+    cells = [list(rows[0]), *([_cell(key, value) for key, value in row.items()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if key.endswith("_at"):
+        return dt.datetime.fromtimestamp(value, tz=dt.UTC).isoformat(sep=" ", timespec="seconds")[:19]
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    return ",".join(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,113 @@
+"""`esper bus`: what it shows of a bus, and what it says where there is none. Nothing here reaches Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+from bus_conformance import started, step, take
+
+from esper.config import OonaConfig
+from esper.leyline import Topic
+from esper.oona import MemoryBus
+from jobs import bus as bus_job
+from jobs import cli
+
+
+@pytest.fixture
+def esper(capsys):
+    def run(*arguments):
+        with pytest.raises(SystemExit) as end:
+            cli.main(list(arguments))
+        out, err = capsys.readouterr()
+        return end.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def bus(monkeypatch):
+    """A bus with three messages and a group that has acknowledged one."""
+    memory = MemoryBus(OonaConfig(lease_s=3600.0))
+    subscription = memory.subscribe([Topic.STEPS], group="reader")
+    memory.publish([step(0, "a"), step(1, "b"), started("a")])
+    memory.flush()
+    subscription.ack(take(subscription, 2, ack=False)[:1])
+    subscription.close()
+    monkeypatch.setattr(bus_job, "opened", lambda storage: contextlib.nullcontext(memory))
+    yield memory
+    memory.close()
+
+
+def test_topics_and_groups_as_json(esper, bus):
+    code, out, _ = esper("bus", "topics", "--json")
+    rows = {row["topic"]: row for row in json.loads(out)}
+    assert (code, rows[Topic.STEPS]["published"], rows[Topic.RUN_STARTED]["kept"]) == (0, 2, 1)
+    code, out, _ = esper("bus", "stats", "--json")
+    (row,) = json.loads(out)
+    assert (code, row["group"], row["pending"], row["delivered"]) == (0, "reader", 1, 2)
+
+
+def test_tables_have_a_line_for_each(esper, bus):
+    _, out, _ = esper("bus", "topics")
+    head, *lines = out.splitlines()
+    assert head.split() == ["topic", "published", "kept", "kept_bytes", "oldest_at", "newest_at"]
+    assert [line.split()[0] for line in lines] == [Topic.RUN_STARTED, Topic.STEPS]
+    _, out, _ = esper("bus", "stats")
+    assert out.splitlines()[1].split()[:3] == ["reader", Topic.STEPS, "-"]
+
+
+def test_tail_prints_what_is_kept_and_leaves_no_trace(esper, bus):
+    before = bus.stats().groups[0].model_copy(update={"idle_s": 0.0})
+    code, out, _ = esper("bus", "tail", "--from-start", "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (code, [row["offset"] for row in rows]) == (0, [0, 1, 2])
+    _, out, _ = esper("bus", "tail", "--from-start", "--key", "a", "--topic", Topic.STEPS)
+    assert len(out.splitlines()) == 1
+    assert '"first_step": 0' in out
+    _, out, _ = esper("bus", "tail", "--offset", "0:1", "--limit", "1", "--json")
+    assert json.loads(out)["offset"] == 1
+    _, out, _ = esper("bus", "tail", "--since", "3600", "--json")
+    assert len(out.splitlines()) == 3
+    assert bus.stats().groups[0].model_copy(update={"idle_s": 0.0}) == before
+
+
+def test_tail_follows_from_now_on(bus, monkeypatch):
+    monkeypatch.setattr(bus_job, "POLL_S", 0.001)
+    rows = bus_job.messages(bus, (), key=None, positions=bus.read(positions={}).positions, follow=True, limit=2)
+    bus.publish([step(7, "a"), step(8, "a")])
+    assert [row["payload"]["first_step"] for row in rows] == [7, 8]
+
+
+def test_what_is_no_message_is_told(bus):
+    page = bus.read().model_copy(update={"undecodable": ((0, 9),)})
+    bus.read = lambda *args, **kwargs: page
+    assert [bus_job.line(row) for row in bus_job.messages(bus, (), key=None, positions=None)][-1] == (
+        "0:9        cannot be decoded"
+    )
+
+
+@pytest.mark.parametrize("command", ["topics", "stats", "tail"])
+def test_without_a_cluster_one_line_and_exit_code_2(esper, monkeypatch, tmp_path, command):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, out, err = esper("bus", command, "--storage", str(tmp_path))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "RAY_ADDRESS is not set" in err
+    assert "esper platform up" in err
+    code, out, _ = esper("bus", command, "--storage", str(tmp_path), "--json")
+    assert (code, json.loads(out)["error"]["type"]) == (2, "NoPlatformError")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topic", "none"], "no topic 'none'"),
+        (["--offset", "5"], "'5' is no SHARD:OFFSET"),
+        (["--offset", "0:1", "--from-start"], "more than one place to begin"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(esper, bus, arguments, words):
+    code, out, err = esper("bus", "tail", *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err
