@@ -1,9 +1,12 @@
-"""One compilation: a leased job in, a signed kernel out. Knows neither the hub it comes from nor who examines it."""
+"""One compilation: a leased job in, a kernel out, signed or not yet. Knows neither the hub it comes from nor who
+examines it.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from esper.leyline import (
@@ -29,16 +32,46 @@ Examine = Callable[["nn.Module", BlueprintIR, SiteSignature], ValidationReport]
 """Urabrask's part: a lowered module with its initial weights to a report."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unsigned:
+    """A kernel that was built and examined, and that nobody has vouched for yet. It pickles: a child process may build
+    it that never sees a key.
+
+    Attributes:
+        manifest: all but its `members`; the report in it carries no timings.
+        weights: initial parameters by state-dict key.
+        payload: native code by member name.
+        report: Urabrask's, with its timings.
+        compile_s: seconds the build took.
+    """
+
+    manifest: KernelManifest
+    weights: Mapping[str, np.ndarray]
+    payload: Mapping[str, bytes]
+    report: ValidationReport
+    compile_s: float
+
+
 def compile_kernel(
     job: CompileJob, *, fingerprint: str, private_key: Ed25519PrivateKey, examine: Examine
 ) -> tuple[CompiledKernelArtifact, bytes]:
-    """Lowers, initialises, examines and signs.
-
-    The container depends on the job, the fingerprint and the key alone, so that a job done twice gives the same
-    kernel id: the report inside it carries no timings.
+    """Lowers, initialises, examines and signs: `build`, then `sign`.
 
     Returns:
         The record and the container.
+
+    Raises:
+        BlueprintError: if the IR is malformed or does not fit the signature.
+        KernelRejectedError: if a check fails, or the pipeline is not FAST.
+    """
+    return sign(build(job, fingerprint=fingerprint, examine=examine), private_key)
+
+
+def build(job: CompileJob, *, fingerprint: str, examine: Examine) -> Unsigned:
+    """Lowers, initialises and examines; needs no key, and so may run where none is to be.
+
+    Manifest, weights and payload depend on the job and the fingerprint alone, so that a job done twice gives the same
+    kernel id: the report in the manifest carries no timings.
 
     Raises:
         BlueprintError: if the IR is malformed or does not fit the signature.
@@ -55,7 +88,7 @@ def compile_kernel(
     if ir_hash != blueprint.ir_hash:
         raise KernelRejectedError("the blueprint's hash is not that of its IR", field="ir_hash")
     key = compile_key(ir_hash, signature, job.pipeline, fingerprint)
-    module = _build(ir, signature, key)
+    module = _initial(ir, signature, key)
     report = examine(module, ir, signature)
     if not report.passed:
         raise KernelRejectedError(report.reason, field=blueprint.name)
@@ -77,16 +110,29 @@ def compile_kernel(
         tags=blueprint.tags,
         report=report.model_copy(update={"seconds": 0.0}),
     )
-    data = pack(manifest, _weights(module), private_key)
+    return Unsigned(manifest, _weights(module), {}, report, time.perf_counter() - started)
+
+
+def sign(unsigned: Unsigned, private_key: Ed25519PrivateKey) -> tuple[CompiledKernelArtifact, bytes]:
+    """Packs and signs what `build` made.
+
+    Returns:
+        The record and the container.
+
+    Raises:
+        KernelRejectedError: for a name, dtype or size that a reader would refuse.
+    """
+    manifest = unsigned.manifest
+    data = pack(manifest, unsigned.weights, private_key, payload=unsigned.payload)
     artifact = CompiledKernelArtifact(
         kernel_id=kernel_id_of(data),
-        compile_key=key,
-        blueprint_id=blueprint.blueprint_id,
-        blueprint_name=blueprint.name,
-        signature=signature,
-        pipeline=job.pipeline,
+        compile_key=manifest.compile_key,
+        blueprint_id=manifest.blueprint_id,
+        blueprint_name=manifest.blueprint_name,
+        signature=manifest.signature,
+        pipeline=manifest.pipeline,
         optimization_level=manifest.optimization_level,
-        fingerprint=fingerprint,
+        fingerprint=manifest.fingerprint,
         num_parameters=manifest.num_parameters,
         flops_per_sample=manifest.flops_per_sample,
         memory_bytes=manifest.memory_bytes,
@@ -95,13 +141,13 @@ def compile_kernel(
         replaces=manifest.replaces,
         needs_neighbour=manifest.needs_neighbour,
         tags=manifest.tags,
-        report=report,
-        compile_s=time.perf_counter() - started,
+        report=unsigned.report,
+        compile_s=unsigned.compile_s,
     )
     return artifact, data
 
 
-def _build(ir: BlueprintIR, signature: SiteSignature, key: str) -> nn.Module:
+def _initial(ir: BlueprintIR, signature: SiteSignature, key: str) -> nn.Module:
     from esper.leyline.lower import initialise, lower, seed_of
 
     module = lower(ir, signature)

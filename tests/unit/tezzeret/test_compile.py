@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 
 import pytest
@@ -25,7 +26,7 @@ from esper.leyline.canonical import canonical_hash
 from esper.leyline.container import kernel_id_of, unpack
 from esper.leyline.lower import initialise, lower, seed_of
 from esper.leyline.ops import count_flops
-from esper.tezzeret.compile import compile_kernel
+from esper.tezzeret.compile import build, compile_kernel, sign
 from esper.tezzeret.fingerprint import target_fingerprint
 from esper.urabrask.gauntlet import examine
 
@@ -107,6 +108,15 @@ def test_other_dtypes_survive_the_container_exactly(dtype: str):
     for name, array in unpack(data, KEY.public_key()).weights.items():
         tensor = expected.state_dict()[name]
         assert torch.equal(torch.from_numpy(array).to(tensor.dtype), tensor)
+
+
+def test_what_was_built_without_a_key_travels_and_is_signed_elsewhere():
+    built = build(job(), fingerprint="here", examine=examine)
+    artifact, data = sign(pickle.loads(pickle.dumps(built)), KEY)
+    assert data == compiled(job())[1]
+    assert (artifact.report, artifact.compile_s) == (built.report, built.compile_s)
+    assert built.manifest.report.seconds == 0.0
+    assert built.report.seconds > 0.0
 
 
 def test_optimized_is_refused_by_name():
