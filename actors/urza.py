@@ -263,7 +263,7 @@ class UrzaHandle:
         submitted_by: str = "unknown",
         parent_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
-        pipeline: Pipeline = Pipeline.FAST,
+        pipelines: Sequence[Pipeline] = (Pipeline.FAST,),
     ) -> Blueprint:
         """See `Hub.submit_blueprint`."""
         return self._ask(
@@ -276,7 +276,7 @@ class UrzaHandle:
             submitted_by=submitted_by,
             parent_id=parent_id,
             metadata=metadata,
-            pipeline=pipeline,
+            pipelines=tuple(pipelines),
         )
 
     def blueprint(self, blueprint_id: str) -> Blueprint:
@@ -309,9 +309,9 @@ class UrzaHandle:
         """See `Hub.retire_blueprint`."""
         self._call("retire_blueprint", blueprint_id, reason)
 
-    def claim(self, worker: str, *, fingerprint: str, lease_s: float = 60.0) -> CompileJob | None:
+    def claim(self, worker: str, *, fingerprint: str, device: str = "cpu", lease_s: float = 60.0) -> CompileJob | None:
         """See `Hub.claim`."""
-        return self._call("claim", worker, fingerprint=fingerprint, lease_s=lease_s)
+        return self._call("claim", worker, fingerprint=fingerprint, device=device, lease_s=lease_s)
 
     def complete(self, job: CompileJob, artifact: CompiledKernelArtifact, container: bytes) -> CompiledKernelArtifact:
         """See `Hub.complete`."""
@@ -327,8 +327,9 @@ class UrzaHandle:
         signature: SiteSignature | None = None,
         blueprint_id: str | None = None,
         status: KernelStatus | None = KernelStatus.VALIDATED,
+        pipeline: Pipeline | None = None,
     ) -> list[CompiledKernelArtifact]:
-        return self._call("kernels", signature=signature, blueprint_id=blueprint_id, status=status)
+        return self._call("kernels", signature=signature, blueprint_id=blueprint_id, status=status, pipeline=pipeline)
 
     def kernel(self, kernel_id: str) -> CompiledKernelArtifact:
         return self._call("kernel", kernel_id)
@@ -357,8 +358,8 @@ class UrzaHandle:
         """See `Hub.mark_kernel`."""
         self._call("mark_kernel", kernel_id, status, reason)
 
-    def pending(self, signatures: Sequence[SiteSignature]) -> int:
-        return self._call("pending", tuple(signatures))
+    def pending(self, signatures: Sequence[SiteSignature], *, pipeline: Pipeline | None = None) -> int:
+        return self._call("pending", tuple(signatures), pipeline=pipeline)
 
     def report(self, report: FieldReport) -> None:
         """See `Hub.report`."""

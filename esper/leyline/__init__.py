@@ -38,6 +38,7 @@ from esper.leyline.kernels import (
     SiteSignature,
     ValidationReport,
     compile_key,
+    device_for,
 )
 from esper.leyline.messages import PAYLOADS, OonaMessage, Topic
 from esper.leyline.ports import (
@@ -175,6 +176,7 @@ __all__ = [
     "ValidationReport",
     "advance",
     "compile_key",
+    "device_for",
     "new_id",
     "now",
 ]

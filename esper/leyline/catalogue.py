@@ -9,7 +9,7 @@ from pydantic import Field
 
 from esper.leyline.blueprints import Blueprint
 from esper.leyline.contract import API_VERSION, Contract, Finite, Name, Sha256, new_id, now
-from esper.leyline.kernels import BlueprintStatus, CompiledKernelArtifact, KernelStatus, SiteSignature
+from esper.leyline.kernels import BlueprintStatus, CompiledKernelArtifact, KernelStatus, Pipeline, SiteSignature
 from esper.leyline.signals import Outcome
 
 MAX_PAGE = 1000
@@ -144,6 +144,7 @@ class KernelQuery(Contract):
     signature: SiteSignature | None = None
     blueprint_id: str | None = None
     status: KernelStatus | None = KernelStatus.VALIDATED
+    pipeline: Pipeline | None = None
     tags_any: tuple[str, ...] = ()
     tags_all: tuple[str, ...] = ()
     min_performance: Finite | None = None

@@ -77,6 +77,11 @@ class Pipeline(StrEnum):
     OPTIMIZED = "optimized"
 
 
+def device_for(signature: SiteSignature, pipeline: Pipeline) -> str:
+    """The device that a compiler needs: native code is built and tried on its target, the rest is built on the CPU."""
+    return signature.device if pipeline is Pipeline.OPTIMIZED else "cpu"
+
+
 class KernelStatus(StrEnum):
     """State of a kernel in Urza."""
 

@@ -158,9 +158,11 @@ class AssetHub(Protocol):
         priority: int = 5,
         submitted_by: str = "unknown",
         parent_id: str | None = None,
+        pipelines: Sequence[Pipeline] = (Pipeline.FAST,),
     ) -> Blueprint:
-        """Registers a design and queues it for `targets`. The same IR under the same name is the same blueprint;
-        targets already compiled are not compiled again.
+        """Registers a design and queues it for `targets` by each of `pipelines`. The same IR under the same name is
+        the same blueprint; what is compiled already is not compiled again. Urgent work (a high `priority`) goes first,
+        and within a priority FAST before OPTIMIZED.
 
         Raises:
             BlueprintError: if the IR is malformed.
@@ -171,8 +173,10 @@ class AssetHub(Protocol):
 
     def blueprints(self, *, status: BlueprintStatus | None = None, name: str | None = None) -> list[Blueprint]: ...
 
-    def claim(self, worker: str, *, fingerprint: str, lease_s: float = 60.0) -> CompileJob | None:
-        """Leases the most urgent job, or returns None. `fingerprint` is the worker's build."""
+    def claim(self, worker: str, *, fingerprint: str, device: str = "cpu", lease_s: float = 60.0) -> CompileJob | None:
+        """Leases the most urgent job that needs `device` (`leyline.device_for`), or returns None. `fingerprint` is the
+        worker's build.
+        """
         ...
 
     def complete(self, job: CompileJob, artifact: CompiledKernelArtifact, container: bytes) -> CompiledKernelArtifact:
@@ -194,12 +198,13 @@ class AssetHub(Protocol):
         signature: SiteSignature | None = None,
         blueprint_id: str | None = None,
         status: KernelStatus | None = KernelStatus.VALIDATED,
+        pipeline: Pipeline | None = None,
     ) -> list[CompiledKernelArtifact]: ...
 
     def kernel(self, kernel_id: str) -> CompiledKernelArtifact: ...
 
-    def pending(self, signatures: Sequence[SiteSignature]) -> int:
-        """How many jobs for these signatures are queued or being compiled."""
+    def pending(self, signatures: Sequence[SiteSignature], *, pipeline: Pipeline | None = None) -> int:
+        """How many jobs for these signatures, by this pipeline or by any, are queued or being compiled."""
         ...
 
     def fetch(self, kernel_id: str) -> memoryview:

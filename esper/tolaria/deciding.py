@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from esper.leyline.errors import UnavailableError
-from esper.leyline.kernels import SiteSignature
+from esper.leyline.kernels import Pipeline, SiteSignature
 from esper.leyline.ports import AssetHub
 from esper.leyline.signals import AdaptationSignal, EpochRecord, LayerHealthReport, SystemStatePacket
 from esper.tolaria.commands import CommandLog, LoggedDecision
@@ -80,6 +80,8 @@ class Deciding:
     def kernels(self) -> tuple[int, int]:
         """How many kernels are ready for the sites, and how many on their way. Zeros on other ranks.
 
+        Native code is no kernel of its own here: nothing waits for it.
+
         The first call waits for those on their way, `tamiyo.startup_s` at most: a run of seconds would be over before
         the platform is up. In deterministic mode every call waits for all, so that what Tamiyo can choose from does
         not depend on the clock.
@@ -96,8 +98,10 @@ class Deciding:
         elif not self._has_settled:
             self._settle(hub, signatures)
         self._has_settled = True
-        pending = self._reach.ask("Urza", lambda: hub.pending(signatures))
-        ready = self._reach.ask("Urza", lambda: sum(len(hub.kernels(signature=each)) for each in signatures))
+        pending = self._reach.ask("Urza", lambda: hub.pending(signatures, pipeline=Pipeline.FAST))
+        ready = self._reach.ask(
+            "Urza", lambda: sum(len(hub.kernels(signature=each, pipeline=Pipeline.FAST)) for each in signatures)
+        )
         return ready or 0, pending or 0
 
     def _settle(self, hub: AssetHub, signatures: Sequence[SiteSignature]) -> None:
@@ -108,7 +112,7 @@ class Deciding:
             self._request.join(course.config.tamiyo.startup_s)
         pause = threading.Event()  # never set: a wait that a signal handler can interrupt
         while time.monotonic() < deadline and course.ports.stop() is None:
-            if not self._reach.ask("Urza", lambda: hub.pending(signatures)):
+            if not self._reach.ask("Urza", lambda: hub.pending(signatures, pipeline=Pipeline.FAST)):
                 return
             pause.wait(_SETTLE_PAUSE_S)
 
@@ -155,7 +159,7 @@ class Deciding:
 
 
 def _require_compiled(hub: AssetHub, signatures: Sequence[SiteSignature]) -> bool:
-    pending = hub.pending(signatures)
+    pending = hub.pending(signatures, pipeline=Pipeline.FAST)
     if pending:
         raise UnavailableError(f"{pending} kernels are still being compiled")
     return True

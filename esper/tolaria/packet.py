@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from esper.config import Budget
 from esper.leyline.growth import Growable, SeedView
-from esper.leyline.kernels import SiteSignature
+from esper.leyline.kernels import Pipeline, SiteSignature
 from esper.leyline.ports import AssetHub
 from esper.leyline.signals import BudgetState, KernelOption
 
@@ -53,7 +53,11 @@ def kernel_options(
     Raises:
         UnavailableError: if the hub does not answer.
     """
-    kernels = {signature: hub.kernels(signature=signature) for signature in dict.fromkeys(sites.values())}
+    # a kernel starts on the module of its IR; native code is another kernel of the same work, for later
+    kernels = {
+        signature: hub.kernels(signature=signature, pipeline=Pipeline.FAST)
+        for signature in dict.fromkeys(sites.values())
+    }
     options = [
         KernelOption(
             site=site,

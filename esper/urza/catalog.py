@@ -30,6 +30,7 @@ from esper.leyline import (
     Pipeline,
     SiteSignature,
     compile_key,
+    device_for,
 )
 from esper.leyline.catalogue import (
     BenchmarkResult,
@@ -90,6 +91,15 @@ class Target:
     kernel_ids: tuple[str, ...] = ()
     reason: str = ""
 
+    @property
+    def device(self) -> str:
+        """What a worker must have to compile it."""
+        return device_for(self.signature, self.pipeline)
+
+    def place(self) -> tuple[int, bool, int]:
+        """Sorts what is to be compiled; the first place is the smallest."""
+        return (-self.priority, self.pipeline is not Pipeline.FAST, self.seq)
+
 
 def target_id(blueprint_id: str, signature: SiteSignature, pipeline: Pipeline) -> str:
     """The name of a target."""
@@ -101,8 +111,8 @@ class Catalog:
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self.seq = 0
-        self.fingerprint: str | None = None
-        """The build of the last worker that leased work."""
+        self.fingerprints: dict[str, str] = {}
+        """By device (`leyline.device_for`): the build of the last worker that leased work."""
         self._blueprints: dict[str, Blueprint] = {}
         self._by_name: dict[str, list[str]] = {}
         self._targets: dict[str, Target] = {}
@@ -134,8 +144,8 @@ class Catalog:
     def copy(self) -> Catalog:
         """One that knows the same and goes its own way from here on; far quicker than to fold the events again."""
         other = Catalog()
-        other.seq, other.fingerprint = self.seq, self.fingerprint
-        for index in ("_blueprints", "_targets", "_open", "_signatures", "_compile_s"):
+        other.seq = self.seq
+        for index in ("fingerprints", "_blueprints", "_targets", "_open", "_signatures", "_compile_s"):
             setattr(other, index, dict(getattr(self, index)))
         for index in ("_by_name", "_targets_of"):
             setattr(other, index, {key: list(ids) for key, ids in getattr(self, index).items()})
@@ -194,10 +204,10 @@ class Catalog:
         return [self._targets[job_id] for job_id in self._targets_of.get(blueprint_id, ())]
 
     def open_targets(self) -> list[Target]:
-        """What is queued or leased, most urgent first, then oldest first."""
+        """What is queued or leased, most urgent first, then FAST before OPTIMIZED, then oldest first."""
         found = [self._targets[job_id] for job_id in self._open]
         usable = (target for target in found if not self._is_retired(target.blueprint_id))
-        return sorted(usable, key=lambda target: (-target.priority, target.seq))
+        return sorted(usable, key=Target.place)
 
     def outlook(self, blueprint_id: str) -> Outlook:
         """What a blueprint still waits for; raises `NotFoundError` for an unknown id."""
@@ -229,6 +239,7 @@ class Catalog:
         signature: SiteSignature | None = None,
         blueprint_id: str | None = None,
         status: KernelStatus | None = KernelStatus.VALIDATED,
+        pipeline: Pipeline | None = None,
     ) -> list[CompiledKernelArtifact]:
         """Filtered, oldest first. A kernel that blueprints of the same IR share is found under each of them."""
         if blueprint_id is not None:
@@ -241,7 +252,9 @@ class Catalog:
         return [
             kernel
             for kernel in found
-            if (status is None or kernel.status is status) and (signature is None or kernel.signature == signature)
+            if (status is None or kernel.status is status)
+            and (signature is None or kernel.signature == signature)
+            and (pipeline is None or kernel.pipeline is pipeline)
         ]
 
     def search_kernels(self, query: KernelQuery) -> KernelPage:
@@ -327,7 +340,7 @@ class Catalog:
 
     def _target_leased(self, event: Event, body: records.TargetLeased) -> None:
         target = self.target(event.id)
-        self.fingerprint = body.fingerprint
+        self.fingerprints[target.device] = body.fingerprint
         self._replace(
             replace(
                 target,

@@ -71,7 +71,7 @@ class Hub:
         self._clock = clock
         self._head = Catalog(log.replay())
         self._durable = self._head.copy()
-        self._fingerprint = self._head.fingerprint
+        self._fingerprints = dict(self._head.fingerprints)
         self._waiting: list[Event] = []
         self._broken: EsperError | None = None
         self._committing = False
@@ -115,13 +115,13 @@ class Hub:
         submitted_by: str = "unknown",
         parent_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
-        pipeline: Pipeline = Pipeline.FAST,
+        pipelines: Sequence[Pipeline] = (Pipeline.FAST,),
     ) -> Blueprint:
         """See `AssetHub`. A target that does not fit is recorded with its reason (`targets`) and not queued.
 
         `metadata` (plain JSON) is kept with the first submission, as the tags are.
         A target that was compiled, or failed, is queued again only if the workers are of another build by now: the
-        build of the last worker that asked for work.
+        build of the last worker for its device that asked for work.
 
         Raises:
             BlueprintError: if the IR or a field is malformed.
@@ -134,13 +134,13 @@ class Hub:
                 ir,
                 name=name,
                 targets=targets,
-                pipeline=pipeline,
+                pipelines=pipelines,
                 tags=tags,
                 priority=priority,
                 submitted_by=submitted_by,
                 parent_id=parent_id,
                 metadata=metadata or {},
-                fingerprint=self._fingerprint,
+                fingerprints=self._fingerprints,
                 time=self._clock(),
             )
             ticket = self._decide(facts)
@@ -188,12 +188,12 @@ class Hub:
 
     # ------------------------------------------------------------ work
 
-    def claim(self, worker: str, *, fingerprint: str, lease_s: float = 60.0) -> CompileJob | None:
+    def claim(self, worker: str, *, fingerprint: str, device: str = "cpu", lease_s: float = 60.0) -> CompileJob | None:
         """See `AssetHub`. A worker holds one lease at a time: asking again returns the one it holds."""
         with self._state:
-            self._fingerprint = fingerprint
+            self._fingerprints[device] = fingerprint
             target, facts = rules.claim(
-                self._head, worker, fingerprint=fingerprint, lease_s=lease_s, time=self._clock()
+                self._head, worker, fingerprint=fingerprint, device=device, lease_s=lease_s, time=self._clock()
             )
             ticket = self._decide(facts)
             leased = None if target is None else self._head.target(target.job_id)
@@ -245,10 +245,13 @@ class Hub:
             ticket = self._decide(rules.fail(self._head, job, reason, time=self._clock()))
         self._commit(ticket)
 
-    def pending(self, signatures: Sequence[SiteSignature]) -> int:
+    def pending(self, signatures: Sequence[SiteSignature], *, pipeline: Pipeline | None = None) -> int:
         with self._state:
             wanted = set(signatures)
-            return sum(target.signature in wanted for target in self._known.open_targets())
+            return sum(
+                target.signature in wanted and pipeline in {None, target.pipeline}
+                for target in self._known.open_targets()
+            )
 
     # ------------------------------------------------------------ kernels
 
@@ -258,9 +261,10 @@ class Hub:
         signature: SiteSignature | None = None,
         blueprint_id: str | None = None,
         status: KernelStatus | None = KernelStatus.VALIDATED,
+        pipeline: Pipeline | None = None,
     ) -> list[CompiledKernelArtifact]:
         with self._state:
-            return self._known.kernels(signature=signature, blueprint_id=blueprint_id, status=status)
+            return self._known.kernels(signature=signature, blueprint_id=blueprint_id, status=status, pipeline=pipeline)
 
     def kernel(self, kernel_id: str) -> CompiledKernelArtifact:
         with self._state:

@@ -174,6 +174,8 @@ class KernelIndex:
             indexes.append(self._by_status[query.status])
         first, *rest = sorted(indexes, key=len) or [dict.fromkeys(self._kernels)]
         found = [id_ for id_ in first if all(id_ in index for index in rest)]
+        if query.pipeline is not None:
+            found = [id_ for id_ in found if self._kernels[id_].pipeline is query.pipeline]
         least = query.min_performance
         if least is not None:
             found = [id_ for id_ in found if (speed := self.performance(id_)) is not None and speed >= least]

@@ -7,6 +7,7 @@ that the request was carried out before: repeating any request is harmless.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,16 +59,16 @@ def submit(
     *,
     name: str,
     targets: Sequence[SiteSignature],
-    pipeline: Pipeline,
+    pipelines: Sequence[Pipeline],
     tags: Sequence[str],
     priority: int,
     submitted_by: str,
     parent_id: str | None,
     metadata: Mapping[str, Any],
-    fingerprint: str | None,
+    fingerprints: Mapping[str, str],
     time: float,
 ) -> tuple[str, list[Fact]]:
-    """Registers a design and queues it where it fits and is not settled for the build `fingerprint` (None: any).
+    """Registers a design and queues it where it fits and is not settled for the builds `fingerprints` (by device).
 
     Returns:
         The blueprint's id and the facts.
@@ -106,11 +107,11 @@ def submit(
     elif known[id_].status is BlueprintStatus.RETIRED:
         raise ConflictError(f"blueprint {name} is retired", field="name", remedy="submit it under another name")
     old = {target.job_id: target for target in catalog.targets(id_)}
-    for signature in dict.fromkeys(targets):
+    for signature, pipeline in itertools.product(dict.fromkeys(targets), dict.fromkeys(pipelines)):
         job_id = target_id(id_, signature, pipeline)
         target = old.get(job_id)
         misfit = fits(ir, signature) if target is None else None
-        if target is None or _is_wanted_again(target, priority, fingerprint):
+        if target is None or _is_wanted_again(target, priority, fingerprints):
             body = records.TargetNamed(
                 blueprint_id=id_, signature=signature, pipeline=pipeline, priority=priority, reason=misfit or ""
             )
@@ -129,21 +130,23 @@ def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(text)
 
 
-def _is_wanted_again(target: Target, priority: int, fingerprint: str | None) -> bool:
+def _is_wanted_again(target: Target, priority: int, fingerprints: Mapping[str, str]) -> bool:
     if target.state is TargetState.QUEUED:
         return priority > target.priority
     if target.state in {TargetState.COMPILED, TargetState.FAILED}:
+        fingerprint = fingerprints.get(target.device)
         return fingerprint is not None and fingerprint not in target.settled
     return False
 
 
 def claim(
-    catalog: Catalog, worker: str, *, fingerprint: str, lease_s: float, time: float
+    catalog: Catalog, worker: str, *, fingerprint: str, device: str, lease_s: float, time: float
 ) -> tuple[Target | None, list[Fact]]:
-    """Leases the most urgent target to `worker`, or none.
+    """Leases the most urgent target that needs `device` to `worker`, or none.
 
     A worker holds at most one lease: one that asks again, because a reply was lost, gets what it holds. Leases that
-    ran out are ended first, and targets whose kernel exists already, from the same IR, are settled without work.
+    ran out are ended first. Targets whose kernel exists already, from the same IR, are settled without work, and those
+    whose very work another worker does at this moment wait for it.
 
     Returns:
         The target, as it was before the facts, and the facts.
@@ -155,10 +158,16 @@ def claim(
             return target, []
     facts = [_end_lease(target) for target in leased if target.deadline <= time]
     ended = {fact.id for fact in facts if fact.kind is EventKind.TARGET_EXPIRED}
+    busy = {catalog.compile_key(target, target.fingerprint) for target in leased if target.deadline > time}
     for target in targets:
         if target.state is TargetState.LEASED and target.job_id not in ended:
             continue
-        kernel = catalog.kernel_by_compile_key(catalog.compile_key(target, fingerprint))
+        if target.device != device:
+            continue
+        key = catalog.compile_key(target, fingerprint)
+        kernel = catalog.kernel_by_compile_key(key)
+        if kernel is None and key in busy:
+            continue
         if kernel is None:
             return target, [*facts, _lease(target, worker, fingerprint, time + lease_s)]
         facts += [_lease(target, SELF, fingerprint, time), _compiled(target, kernel)]

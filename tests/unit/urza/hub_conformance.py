@@ -17,6 +17,7 @@ from esper.leyline import (
     Node,
     NotFoundError,
     Outcome,
+    Pipeline,
     TamperedError,
 )
 from esper.leyline.catalogue import BenchmarkResult, BlueprintOrder, BlueprintQuery, KernelOrder, KernelQuery
@@ -103,6 +104,50 @@ class HubConformance:
         hub.submit_blueprint(design(5), name="raised", targets=[VECTOR], priority=9)
         order = [hub.claim(f"w{n}", fingerprint=BUILD).blueprint.name for n in range(4)]
         assert order == ["raised", "first", "second", "late"]
+
+    def test_a_target_is_compiled_by_each_pipeline_that_was_asked_for_and_fast_goes_first(self, hub):
+        both = (Pipeline.OPTIMIZED, Pipeline.FAST)
+        blueprint = hub.submit_blueprint(design(2), name="both", targets=[VECTOR], pipelines=both)
+        hub.submit_blueprint(design(3), name="fast", targets=[VECTOR])
+        assert blueprint.targets == (VECTOR,)
+        assert [hub.pending([VECTOR]), hub.pending([VECTOR], pipeline=Pipeline.OPTIMIZED)] == [3, 1]
+        made = []
+        while (job := hub.claim("w", fingerprint=BUILD)) is not None:
+            made.append(hub.complete(job, *artifact_of(job)))
+        assert [(one.blueprint_name, one.pipeline) for one in made] == [
+            ("both", Pipeline.FAST),
+            ("fast", Pipeline.FAST),
+            ("both", Pipeline.OPTIMIZED),
+        ]
+        assert hub.kernels(signature=VECTOR) == made
+        assert hub.kernels(signature=VECTOR, pipeline=Pipeline.FAST) == made[:2]
+        page = hub.search_kernels(KernelQuery(pipeline=Pipeline.OPTIMIZED))
+        assert [page.total, *(entry.kernel for entry in page.kernels)] == [1, made[2]]
+        hub.submit_blueprint(design(2), name="both", targets=[VECTOR], pipelines=both)
+        assert hub.claim("w", fingerprint=BUILD) is None
+
+    def test_native_code_for_a_gpu_is_left_to_a_worker_that_has_one(self, hub):
+        site = VECTOR.model_copy(update={"device": "cuda"})
+        hub.submit_blueprint(design(), name="adapter", targets=[site], pipelines=tuple(Pipeline))
+        job = hub.claim("w", fingerprint=BUILD)
+        assert job.pipeline is Pipeline.FAST
+        hub.complete(job, *artifact_of(job))
+        assert hub.claim("w", fingerprint=BUILD) is None
+        job = hub.claim("gpu", fingerprint=NEXT_BUILD, device="cuda")
+        assert job.pipeline is Pipeline.OPTIMIZED
+        hub.complete(job, *artifact_of(job, fingerprint=NEXT_BUILD))
+        # each kind of worker has its build: the newest of one does not age what the other made
+        hub.submit_blueprint(design(), name="adapter", targets=[site], pipelines=tuple(Pipeline))
+        assert hub.pending([site]) == 0
+
+    def test_the_same_work_under_another_name_waits_for_its_result(self, hub):
+        one = hub.submit_blueprint(design(), name="one", targets=[VECTOR])
+        two = hub.submit_blueprint(design(), name="two", targets=[VECTOR])
+        job = hub.claim("w1", fingerprint=BUILD)
+        assert hub.claim("w2", fingerprint=BUILD) is None
+        assert hub.claim("w2", fingerprint=NEXT_BUILD).blueprint.blueprint_id == two.blueprint_id
+        hub.fail(job, "the output is not finite")
+        assert hub.blueprint(one.blueprint_id).status is BlueprintStatus.INVALID
 
     def test_a_worker_that_asks_again_gets_the_lease_it_holds(self, hub):
         hub.submit_blueprint(design(), name="adapter", targets=[VECTOR, WIDE])
