@@ -27,8 +27,12 @@ S3_OPTIONS = {
     "key": "AWS_ACCESS_KEY_ID",
     "secret": "AWS_SECRET_ACCESS_KEY",
     "token": "AWS_SESSION_TOKEN",
+    "ca_bundle": "AWS_CA_BUNDLE",
 }
-"""Keys of `storage_options` for S3, with deltalake's names for them. What is absent comes from the AWS environment."""
+"""Keys of `storage_options` for S3, with the names of the AWS environment, from which comes what is absent.
+
+`ca_bundle` is a PEM file with the authorities that may vouch for an `https` endpoint, where the system knows none.
+"""
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class Storage:
             return fsspec.filesystem("file")
         names = {"key": "key", "secret": "secret", "token": "token", "endpoint_url": "endpoint_url"}
         known = {names[key]: value for key, value in self.options.items() if key in names}
-        region = {"client_kwargs": {"region_name": self.options["region"]}} if "region" in self.options else {}
+        client = {"region_name": self.options.get("region"), "verify": self._ca_bundle}
         # older S3 servers refuse the checksums that newer clients send unasked
         config = {
             "request_checksum_calculation": "when_required",
@@ -131,20 +135,33 @@ class Storage:
             "connect_timeout": 5,
             "retries": {"max_attempts": 3},
         }
-        return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=config, **known, **region)
+        return fsspec.filesystem(
+            "s3",
+            use_listings_cache=False,
+            config_kwargs=config,
+            client_kwargs={k: v for k, v in client.items() if v},
+            **known,
+        )
 
     @property
     def delta_options(self) -> dict[str, str]:
         """The `storage_options` of deltalake."""
         if self.is_local:
             return {}
-        options = {S3_OPTIONS[key]: value for key, value in self.options.items()}
+        options = {S3_OPTIONS[key]: value for key, value in self.options.items() if key != "ca_bundle"}
         # a commit is a PUT that fails if the version exists; this, and not a lock table, keeps a second writer out
         options["AWS_CONDITIONAL_PUT"] = "etag"
         endpoint = self.options.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL", "")
         if endpoint.startswith("http://"):  # s3fs goes by the address alone, deltalake asks to be told
             options["AWS_ALLOW_HTTP"] = "true"
+        if self._ca_bundle:
+            # deltalake can be told in no other way, and this holds for the whole process
+            os.environ.setdefault("SSL_CERT_FILE", self._ca_bundle)
         return options
+
+    @property
+    def _ca_bundle(self) -> str | None:
+        return self.options.get("ca_bundle") or os.environ.get(S3_OPTIONS["ca_bundle"])
 
     @contextlib.contextmanager
     def named_errors(self, doing: str, name: str = "") -> Iterator[None]:
@@ -307,4 +324,13 @@ def _s3_options(options: Mapping[str, Any] | None) -> dict[str, str]:
         if name not in S3_OPTIONS:
             known = ", ".join(S3_OPTIONS)
             raise StorageError("no such option", field=f"storage_options.{name}", remedy=f"known options: {known}")
+    if "ca_bundle" in given:
+        bundle = Path(given["ca_bundle"]).expanduser().resolve()
+        if not bundle.is_file():
+            raise StorageError(
+                f"there is no file {bundle}",
+                field="storage_options.ca_bundle",
+                remedy="name a PEM file of certificates",
+            )
+        given["ca_bundle"] = bundle
     return {name: str(value) for name, value in given.items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import threading
 
+import certificates
 import pytest
 
 from esper.leyline import NotFoundError, StorageError
@@ -62,6 +64,7 @@ class TestAddress:
             ("s3://", None, "storage"),
             ("file://relative", None, "storage"),
             ("s3://bucket", {"endpoint": "x"}, "storage_options.endpoint"),
+            ("s3://bucket", {"ca_bundle": "nowhere.pem"}, "storage_options.ca_bundle"),
             ("dir", {"key": "x"}, "storage_options.key"),
         ],
     )
@@ -139,3 +142,52 @@ class TestFiles:
         with pytest.raises(StorageError, match=r"s3://nowhere") as caught:
             Storage.at("s3://nowhere", s3_options).write("x", b"1")
         assert "bucket" in caught.value.remedy
+
+
+@pytest.fixture(scope="module")
+def tls_server(tmp_path_factory):
+    """An S3 server behind TLS, with one bucket; its address and its authority's certificate."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    authority, certificate, key = certificates.issue(tmp_path_factory.mktemp("tls"))
+    app = DomainDispatcherApplication(create_backend_app)
+    server = make_server("127.0.0.1", 0, app, threaded=True, ssl_context=(str(certificate), str(key)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"https://127.0.0.1:{server.server_port}", authority
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class TestTls:
+    @pytest.fixture(autouse=True)
+    def untold(self, monkeypatch):
+        for name in ("SSL_CERT_FILE", "AWS_CA_BUNDLE"):
+            monkeypatch.setenv(name, "")  # so that it is put back, whoever sets it meanwhile
+            monkeypatch.delenv(name)
+
+    @pytest.mark.parametrize("told_by", ["option", "environment"])
+    def test_both_drivers_trust_the_authority_that_is_named(self, tls_server, told_by, monkeypatch):
+        import pyarrow as pa
+        from deltalake import DeltaTable, write_deltalake
+
+        endpoint, authority = tls_server
+        options = {"endpoint_url": endpoint, "key": "k", "secret": "s", "region": "eu-west-1"}
+        if told_by == "option":
+            options["ca_bundle"] = str(authority)
+        else:
+            monkeypatch.setenv("AWS_CA_BUNDLE", str(authority))
+        storage = Storage.at(f"s3://tls-{told_by}", options)
+        storage.fs.mkdir(f"tls-{told_by}")
+        storage.write("a", b"1")
+        assert storage.read("a") == b"1"
+        write_deltalake(storage.child("t"), pa.table({"x": [1]}), storage_options=storage.delta_options)
+        table = DeltaTable(storage.child("t"), storage_options=storage.delta_options)
+        assert table.to_pyarrow_table()["x"].to_pylist() == [1]
+
+    def test_an_authority_that_nobody_named_is_refused(self, tls_server):
+        options = {"endpoint_url": tls_server[0], "key": "k", "secret": "s", "region": "eu-west-1"}
+        with pytest.raises(StorageError, match=r"(?i)certificate|ssl"):
+            Storage.at("s3://bucket", options).write("a", b"1")
