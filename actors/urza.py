@@ -98,6 +98,8 @@ class UrzaActor:
         self._lock = threading.Lock()
         self._maintain_every_s = maintain_every_s
         self._maintaining = threading.Lock()
+        self._keeper: threading.Thread | None = None
+        self._closing = threading.Event()
 
     def __repr__(self) -> str:
         return f"Urza({self._storage.uri})"
@@ -147,7 +149,10 @@ class UrzaActor:
         return [ref]
 
     def close(self) -> None:
-        """Writes the tables for other readers, the fetches among them, and lets the bus go."""
+        """Writes the tables for other readers, the fetches among them, lets the bus go, and ends maintenance: a round
+        under way is waited for, as a thread inside Delta would take the process down with it at the interpreter's end.
+        """
+        self._closing.set()
         hub = self._open_hub()
         hub.write_uses()
         hub.project(self._storage)
@@ -155,6 +160,8 @@ class UrzaActor:
             bus, self._bus = self._bus, None
         if bus is not None:
             bus.close()
+        if self._keeper is not None:
+            self._keeper.join()
 
     def maintain(self) -> MaintenanceReport:
         """Does a round of maintenance; see `upkeep.maintain`."""
@@ -163,8 +170,7 @@ class UrzaActor:
 
     def _keep_up(self, every_s: float) -> None:
         """The loop of the maintenance thread. What went wrong is logged; the next round tries again."""
-        while True:
-            time.sleep(every_s)
+        while not self._closing.wait(every_s):
             try:
                 self.maintain()
             except FencedError as error:
@@ -182,7 +188,10 @@ class UrzaActor:
                 gc.freeze()  # what was read stays: no later collection, and no query during one, waits for it
                 if self._maintain_every_s is not None:
                     every_s = (self._maintain_every_s,)
-                    threading.Thread(target=self._keep_up, args=every_s, name="urza-maintenance", daemon=True).start()
+                    self._keeper = threading.Thread(
+                        target=self._keep_up, args=every_s, name="urza-maintenance", daemon=True
+                    )
+                    self._keeper.start()
             elif self._hub.broken is not None and not isinstance(self._hub.broken, FencedError):
                 _LOG.warning("urza.reopened", extra={"reason": str(self._hub.broken)})
                 self._hub = Hub.open(self._storage, after_epoch=self._hub.epoch)

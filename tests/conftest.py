@@ -4,17 +4,17 @@ Ray starts its workers at niceness 15, below this process and all else on a busy
 longer for a core than any deadline allows, and a test fails that says nothing about the actor.
 """
 
-import atexit
 import faulthandler
 import logging
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from importlib.util import find_spec
+from types import FrameType
 
 import pytest
-from coverage import Coverage
 
 from actors.cluster import prepare_environment
 
@@ -25,42 +25,33 @@ if os.environ.get("ESPER_TEST_WITHOUT_RAY") != "1" and find_spec("ray") is not N
 EXIT_S = 60.0
 """The longest that this process may take to end once all is told."""
 
-_STATUS = pytest.StashKey[int]()
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails the session if a test has left a thread of ours running.
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    session.config.stash[_STATUS] = int(exitstatus)
+    One that is inside Delta when the interpreter ends takes the process down with it, or holds it for good.
+    """
+    frames = sys._current_frames()
+    left = [t for t in threading.enumerate() if t is not threading.main_thread() and _is_ours(frames.get(t.ident))]
+    for thread in left:
+        sys.stderr.write(f"\na test has left the thread {thread.name} running:\n")
+        traceback.print_stack(frames[thread.ident], file=sys.stderr)
+    if left:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Ends a process that has had Ray in it, with the tests' own verdict.
+def pytest_unconfigure() -> None:
+    """Shows where a process stands that does not end, and ends it."""
+    faulthandler.dump_traceback_later(EXIT_S, exit=True)
 
-    Ray, gRPC and Delta leave native threads behind, and such a process has been seen to stand for an hour after its
-    last test, in the interpreter's own finalization. So what is to be done at exit is done here, by a deadline: what
-    hangs is shown with the stacks, and does not take the verdict with it. That Esper's programs end by themselves is
-    seen in the tests that start them as processes. A thread of ours that would keep a process alive is a failure.
-    """
-    if "ray" not in sys.modules or _STATUS not in config.stash or hasattr(config, "workerinput"):
-        return
-    status = config.stash[_STATUS]
-    kept_alive_by = [t.name for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
-    if kept_alive_by:
-        sys.stderr.write(f"threads that would keep this process alive: {', '.join(kept_alive_by)}\n")
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        status = status or int(pytest.ExitCode.TESTS_FAILED)
-    if measured := Coverage.current():  # `coverage run` would save after us
-        measured.stop()
-        measured.save()
-    ending = threading.Thread(target=atexit._run_exitfuncs, name="exit", daemon=True)
-    ending.start()
-    ending.join(EXIT_S)
-    if ending.is_alive():
-        sys.stderr.write(f"what is done at exit has not ended in {EXIT_S:.0f} s:\n")
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+
+def _is_ours(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] in {"esper", "actors", "jobs"}:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ def test_bytes_are_read_where_they_lie_and_cannot_be_changed(hub):
 
 def test_cold_kernels_fall_out_and_come_back(address):
     storage = Storage.at(address)
-    actor = urza.UrzaActor(storage, hot_bytes=100)
+    actor = urza.UrzaActor(storage, hot_bytes=100, maintain_every_s=None)
     hub = Hub.open(storage)
     ids = []
     for targets in ([VECTOR], [WIDE]):
@@ -331,6 +331,9 @@ def test_maintenance_on_demand_and_on_schedule(address):
     actor.fetch(record.kernel_id)
     report = actor.maintain()
     assert (report.blobs_kept, report.blobs_removed, report.problems) == (1, 0, ())
+    assert "urza-maintenance" in {thread.name for thread in threading.enumerate()}
+    actor.close()  # a thread that is inside Delta when the interpreter ends takes the process down with it
+    assert "urza-maintenance" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_maintenance_through_the_handle(hub):
