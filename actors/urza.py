@@ -28,6 +28,7 @@ from esper.leyline import (
     CompiledKernelArtifact,
     CompileJob,
     EsperError,
+    Fault,
     FencedError,
     FieldReport,
     KernelStatus,
@@ -39,6 +40,7 @@ from esper.leyline import (
     UnavailableError,
 )
 from esper.leyline.catalogue import (
+    Backlog,
     BenchmarkResult,
     BlueprintPage,
     BlueprintQuery,
@@ -212,6 +214,7 @@ class UrzaActor:
 
 _METHODS = frozenset(
     {
+        "backlog",
         "benchmark",
         "blueprint",
         "blueprints",
@@ -226,6 +229,8 @@ _METHODS = frozenset(
         "outcomes",
         "outlook",
         "pending",
+        "release",
+        "renew",
         "report",
         "retire_blueprint",
         "search_blueprints",
@@ -326,9 +331,21 @@ class UrzaHandle:
         """See `Hub.complete`."""
         return self._call("complete", job, artifact, container)
 
-    def fail(self, job: CompileJob, reason: str) -> None:
+    def renew(self, job: CompileJob, *, lease_s: float = 60.0) -> CompileJob:
+        """See `Hub.renew`."""
+        return self._call("renew", job, lease_s=lease_s)
+
+    def release(self, job: CompileJob, fault: Fault, reason: str, *, log: str = "") -> bool:
+        """See `Hub.release`."""
+        return self._call("release", job, fault, reason, log=log)
+
+    def fail(self, job: CompileJob, reason: str, *, log: str = "") -> None:
         """See `Hub.fail`."""
-        self._call("fail", job, reason)
+        self._call("fail", job, reason, log=log)
+
+    def backlog(self) -> Backlog:
+        """See `Hub.backlog`."""
+        return self._call("backlog")
 
     def kernels(
         self,

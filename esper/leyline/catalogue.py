@@ -176,6 +176,22 @@ class Outlook(Contract):
     estimated_s: Finite | None
 
 
+class Backlog(Contract):
+    """What is to be compiled, by the device that it needs (`leyline.device_for`); devices without work are left out.
+
+    Attributes:
+        queued: jobs that wait for a worker.
+        leased: jobs that a worker has, those of workers that died lately among them.
+    """
+
+    queued: dict[str, Count] = Field(default_factory=dict)
+    leased: dict[str, Count] = Field(default_factory=dict)
+
+    def open(self, device: str) -> int:
+        """Both together."""
+        return self.queued.get(device, 0) + self.leased.get(device, 0)
+
+
 class MaintenanceReport(Contract):
     """What one round of maintenance did.
 

@@ -5,10 +5,12 @@ of each, and `actors/` the remote one. Every call may raise `UnavailableError` w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from typing import Any, Protocol
 
 from esper.leyline.blueprints import Blueprint, BlueprintIR
 from esper.leyline.bus import BusStats
+from esper.leyline.catalogue import Backlog
 from esper.leyline.contract import Contract, Finite
 from esper.leyline.kernels import (
     BlueprintStatus,
@@ -134,14 +136,28 @@ class Bus(Protocol):
 # ---------------------------------------------------------------- Urza
 
 
+class Fault(StrEnum):
+    """What a job that comes back without a kernel says about its compiler; a blueprint at fault is for `fail`."""
+
+    NONE = "none"  # the worker ends, and another goes on
+    ERROR = "error"  # the compiler failed
+    DEATH = "death"  # the compiler crashed, or was killed at a limit
+
+
 class CompileJob(Contract):
-    """Work that a compiler has leased: one blueprint for one signature."""
+    """Work that a compiler has leased: one blueprint for one signature by one pipeline.
+
+    Attributes:
+        lease: which of the leases of this work it is; 0 for work that no hub has leased.
+        deadline: until then the lease holds, in seconds since the epoch; `renew` moves it.
+    """
 
     job_id: str
     blueprint: Blueprint
     signature: SiteSignature
     pipeline: Pipeline
     worker: str
+    lease: int = 0
     deadline: Finite
 
 
@@ -174,8 +190,39 @@ class AssetHub(Protocol):
     def blueprints(self, *, status: BlueprintStatus | None = None, name: str | None = None) -> list[Blueprint]: ...
 
     def claim(self, worker: str, *, fingerprint: str, device: str = "cpu", lease_s: float = 60.0) -> CompileJob | None:
-        """Leases the most urgent job that needs `device` (`leyline.device_for`), or returns None. `fingerprint` is the
-        worker's build.
+        """Leases the most urgent job that needs `device` (`leyline.device_for`), or returns None.
+
+        Args:
+            worker: `name` or `name#life`. A worker holds one lease: asking again returns it. A lease that another life
+                of the same name holds is lost: that process is dead.
+            fingerprint: the worker's build.
+            device: what the worker compiles for.
+            lease_s: seconds until the lease runs out, unless it is renewed.
+        """
+        ...
+
+    def renew(self, job: CompileJob, *, lease_s: float = 60.0) -> CompileJob:
+        """Moves a lease's deadline to `lease_s` from now.
+
+        Raises:
+            LeaseLostError: if it ran out and was ended meanwhile.
+        """
+        ...
+
+    def release(self, job: CompileJob, fault: Fault, reason: str, *, log: str = "") -> bool:
+        """Gives a job back without a kernel. After 3 errors, or 2 deaths or lost leases, it has failed for good.
+
+        Args:
+            job: as it was leased or renewed.
+            fault: see `Fault`.
+            reason: what happened, in words.
+            log: the last lines that the compiler wrote.
+
+        Returns:
+            Whether it will be tried again.
+
+        Raises:
+            LeaseLostError: if another worker has the job.
         """
         ...
 
@@ -188,8 +235,8 @@ class AssetHub(Protocol):
         """
         ...
 
-    def fail(self, job: CompileJob, reason: str) -> None:
-        """Marks the blueprint INVALID with the reason."""
+    def fail(self, job: CompileJob, reason: str, *, log: str = "") -> None:
+        """Gives a job up, for the blueprint is at fault; it is INVALID where every target of it failed."""
         ...
 
     def kernels(
@@ -202,6 +249,10 @@ class AssetHub(Protocol):
     ) -> list[CompiledKernelArtifact]: ...
 
     def kernel(self, kernel_id: str) -> CompiledKernelArtifact: ...
+
+    def backlog(self) -> Backlog:
+        """How much is to be compiled."""
+        ...
 
     def pending(self, signatures: Sequence[SiteSignature], *, pipeline: Pipeline | None = None) -> int:
         """How many jobs for these signatures, by this pipeline or by any, are queued or being compiled."""

@@ -23,6 +23,7 @@ from esper.leyline import (
     Blueprint,
     BlueprintStatus,
     CompiledKernelArtifact,
+    Fault,
     FieldReport,
     KernelStatus,
     NotFoundError,
@@ -33,6 +34,7 @@ from esper.leyline import (
     device_for,
 )
 from esper.leyline.catalogue import (
+    Backlog,
     BenchmarkResult,
     BlueprintOrder,
     BlueprintPage,
@@ -71,9 +73,12 @@ class Target:
         job_id: its name; also the id of the compile job.
         seq: place of the event that queued it last: first come, first served within a priority.
         worker, fingerprint, deadline: of the lease, or of the last one.
-        attempts: leases since it was queued last.
+        lease: place of the event that leased it last: the lease's name.
+        attempts, errors, deaths: leases since it was queued last, and how many of them ended by an error of the
+            compiler, and by its death or silence.
         settled: builds for which it was compiled or failed.
-        reason: why it does not fit or failed.
+        reason: why it does not fit, failed, or came back.
+        log: the last lines that the compiler of the last attempt wrote.
     """
 
     job_id: str
@@ -86,19 +91,23 @@ class Target:
     worker: str = ""
     fingerprint: str = ""
     deadline: float = 0.0
+    lease: int = 0
     attempts: int = 0
+    errors: int = 0
+    deaths: int = 0
     settled: frozenset[str] = frozenset()
     kernel_ids: tuple[str, ...] = ()
     reason: str = ""
+    log: str = ""
 
     @property
     def device(self) -> str:
         """What a worker must have to compile it."""
         return device_for(self.signature, self.pipeline)
 
-    def place(self) -> tuple[int, bool, int]:
+    def place(self) -> tuple[int, bool, int, int]:
         """Sorts what is to be compiled; the first place is the smallest."""
-        return (-self.priority, self.pipeline is not Pipeline.FAST, self.seq)
+        return (-self.priority, self.pipeline is not Pipeline.FAST, self.errors + self.deaths, self.seq)
 
 
 def target_id(blueprint_id: str, signature: SiteSignature, pipeline: Pipeline) -> str:
@@ -129,6 +138,8 @@ class Catalog:
             EventKind.TARGET_QUEUED: self._target_queued,
             EventKind.TARGET_UNFIT: self._target_unfit,
             EventKind.TARGET_LEASED: self._target_leased,
+            EventKind.TARGET_RENEWED: self._target_renewed,
+            EventKind.TARGET_RELEASED: self._target_released,
             EventKind.TARGET_EXPIRED: self._target_expired,
             EventKind.TARGET_COMPILED: self._target_compiled,
             EventKind.TARGET_FAILED: self._target_failed,
@@ -204,10 +215,17 @@ class Catalog:
         return [self._targets[job_id] for job_id in self._targets_of.get(blueprint_id, ())]
 
     def open_targets(self) -> list[Target]:
-        """What is queued or leased, most urgent first, then FAST before OPTIMIZED, then oldest first."""
+        """What is queued or leased: most urgent first, FAST before OPTIMIZED, what failed before last, oldest first."""
         found = [self._targets[job_id] for job_id in self._open]
         usable = (target for target in found if not self._is_retired(target.blueprint_id))
         return sorted(usable, key=Target.place)
+
+    def backlog(self) -> Backlog:
+        """How much is to be compiled."""
+        queued, leased = Counter[str](), Counter[str]()
+        for target in self.open_targets():
+            (queued if target.state is TargetState.QUEUED else leased)[target.device] += 1
+        return Backlog(queued=dict(queued), leased=dict(leased))
 
     def outlook(self, blueprint_id: str) -> Outlook:
         """What a blueprint still waits for; raises `NotFoundError` for an unknown id."""
@@ -316,7 +334,18 @@ class Catalog:
         if old is None or old.state is TargetState.UNFIT:
             self._name_target(event, body, TargetState.QUEUED)
         else:
-            self._replace(replace(old, state=TargetState.QUEUED, priority=body.priority, seq=event.seq, attempts=0))
+            again = Target(
+                old.job_id,
+                old.blueprint_id,
+                old.signature,
+                old.pipeline,
+                body.priority,
+                event.seq,
+                TargetState.QUEUED,
+                settled=old.settled,
+                kernel_ids=old.kernel_ids,
+            )
+            self._replace(again)
 
     def _target_unfit(self, event: Event, body: records.TargetNamed) -> None:
         self._name_target(event, body, TargetState.UNFIT)
@@ -348,25 +377,47 @@ class Catalog:
                 worker=body.worker,
                 fingerprint=body.fingerprint,
                 deadline=body.deadline,
+                lease=event.seq,
                 attempts=target.attempts + 1,
             )
         )
 
+    def _target_renewed(self, event: Event, body: records.TargetRenewed) -> None:
+        self._replace(replace(self.target(event.id), deadline=body.deadline))
+
+    def _target_released(self, event: Event, body: records.TargetReleased) -> None:
+        target = self.target(event.id)
+        self._replace(
+            replace(
+                target,
+                state=TargetState.QUEUED,
+                errors=target.errors + (body.fault is Fault.ERROR),
+                deaths=target.deaths + (body.fault is Fault.DEATH),
+                reason=body.reason,
+                log=body.log,
+            )
+        )
+
     def _target_expired(self, event: Event, _body: records.TargetExpired) -> None:
-        self._replace(replace(self.target(event.id), state=TargetState.QUEUED))
+        target = self.target(event.id)
+        self._replace(replace(target, state=TargetState.QUEUED, deaths=target.deaths + 1))
 
     def _target_compiled(self, event: Event, body: records.TargetCompiled) -> None:
         target = self.target(event.id)
         kernel_ids = dict.fromkeys((*target.kernel_ids, self.kernel(body.kernel_id).kernel_id))
         settled = target.settled | {body.fingerprint}
         self._replace(
-            replace(target, state=TargetState.COMPILED, kernel_ids=tuple(kernel_ids), settled=settled, reason="")
+            replace(
+                target, state=TargetState.COMPILED, kernel_ids=tuple(kernel_ids), settled=settled, reason="", log=""
+            )
         )
 
     def _target_failed(self, event: Event, body: records.TargetFailed) -> None:
         target = self.target(event.id)
         settled = target.settled | {body.fingerprint}
-        self._replace(replace(target, state=TargetState.FAILED, settled=settled, reason=body.reason))
+        self._replace(
+            replace(target, state=TargetState.FAILED, settled=settled, reason=body.reason, log=body.log or target.log)
+        )
 
     def _kernel_stored(self, _event: Event, body: CompiledKernelArtifact) -> None:
         if body.kernel_id not in self._kernels:

@@ -23,6 +23,7 @@ from esper.leyline import (
     CompileJob,
     ConflictError,
     EsperError,
+    Fault,
     FieldReport,
     KernelStatus,
     Outcome,
@@ -33,6 +34,7 @@ from esper.leyline import (
     now,
 )
 from esper.leyline.catalogue import (
+    Backlog,
     BenchmarkResult,
     BlueprintPage,
     BlueprintQuery,
@@ -45,7 +47,7 @@ from esper.leyline.catalogue import (
 from esper.storage import Storage
 from esper.urza import projections, rules
 from esper.urza.blobs import Blobs, StoredBlobs, sha256
-from esper.urza.catalog import Catalog, Target
+from esper.urza.catalog import Catalog, Target, TargetState
 from esper.urza.events import DeltaLog, EventLog
 from esper.urza.records import SCHEMA_VERSION, Event, Fact
 
@@ -198,15 +200,33 @@ class Hub:
             ticket = self._decide(facts)
             leased = None if target is None else self._head.target(target.job_id)
         self._commit(ticket)
-        if leased is None:
-            return None
+        return None if leased is None else self._job(leased)
+
+    def renew(self, job: CompileJob, *, lease_s: float = 60.0) -> CompileJob:
+        """See `AssetHub`."""
+        with self._state:
+            ticket = self._decide(rules.renew(self._head, job, lease_s=lease_s, time=self._clock()))
+            renewed = self._head.target(job.job_id)
+        self._commit(ticket)
+        return self._job(renewed)
+
+    def release(self, job: CompileJob, fault: Fault, reason: str, *, log: str = "") -> bool:
+        """See `AssetHub`."""
+        with self._state:
+            ticket = self._decide(rules.release(self._head, job, fault, reason, log))
+            state = self._head.target(job.job_id).state
+        self._commit(ticket)
+        return state is not TargetState.FAILED
+
+    def _job(self, target: Target) -> CompileJob:
         return CompileJob(
-            job_id=leased.job_id,
-            blueprint=self.blueprint(leased.blueprint_id),
-            signature=leased.signature,
-            pipeline=leased.pipeline,
-            worker=leased.worker,
-            deadline=leased.deadline,
+            job_id=target.job_id,
+            blueprint=self.blueprint(target.blueprint_id),
+            signature=target.signature,
+            pipeline=target.pipeline,
+            worker=target.worker,
+            lease=target.lease,
+            deadline=target.deadline,
         )
 
     def complete(self, job: CompileJob, artifact: CompiledKernelArtifact, container: bytes) -> CompiledKernelArtifact:
@@ -235,15 +255,19 @@ class Hub:
             self._commit(ticket)
         return self.kernel(kernel_id)
 
-    def fail(self, job: CompileJob, reason: str) -> None:
+    def fail(self, job: CompileJob, reason: str, *, log: str = "") -> None:
         """See `AssetHub`. The blueprint is INVALID once every target that fits has failed; see `catalog`.
 
         Raises:
             LeaseLostError: if another worker has the job.
         """
         with self._state:
-            ticket = self._decide(rules.fail(self._head, job, reason, time=self._clock()))
+            ticket = self._decide(rules.fail(self._head, job, reason, log, time=self._clock()))
         self._commit(ticket)
+
+    def backlog(self) -> Backlog:
+        with self._state:
+            return self._known.backlog()
 
     def pending(self, signatures: Sequence[SiteSignature], *, pipeline: Pipeline | None = None) -> int:
         with self._state:

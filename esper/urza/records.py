@@ -12,6 +12,7 @@ from esper.leyline import (
     Blueprint,
     CompiledKernelArtifact,
     Contract,
+    Fault,
     FieldReport,
     KernelStatus,
     Pipeline,
@@ -20,7 +21,7 @@ from esper.leyline import (
 from esper.leyline.catalogue import BenchmarkResult
 from esper.leyline.contract import Finite, Name, Sha256
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Grows when an older Urza would misread the events; then `schema.MIGRATIONS` gets an entry."""
 
 
@@ -33,6 +34,8 @@ class EventKind(StrEnum):
     TARGET_QUEUED = "target.queued"
     TARGET_UNFIT = "target.unfit"
     TARGET_LEASED = "target.leased"
+    TARGET_RENEWED = "target.renewed"
+    TARGET_RELEASED = "target.released"
     TARGET_EXPIRED = "target.expired"
     TARGET_COMPILED = "target.compiled"
     TARGET_FAILED = "target.failed"
@@ -74,8 +77,22 @@ class TargetLeased(Contract):
     deadline: Finite
 
 
+class TargetRenewed(Contract):
+    """The worker is still at it: the lease holds until `deadline`."""
+
+    deadline: Finite
+
+
+class TargetReleased(Contract):
+    """The worker gave the work back without a result; it will be tried again."""
+
+    fault: Fault
+    reason: str
+    log: str = ""
+
+
 class TargetExpired(Contract):
-    """The lease ran out."""
+    """The lease ran out, or its worker was found dead."""
 
     worker: str
 
@@ -88,10 +105,11 @@ class TargetCompiled(Contract):
 
 
 class TargetFailed(Contract):
-    """The work cannot be done for this build."""
+    """The work cannot be done for this build. `log` is what the compiler wrote last."""
 
     fingerprint: str
     reason: str
+    log: str = ""
 
 
 class KernelMarked(Contract):
@@ -114,6 +132,8 @@ BODIES: dict[EventKind, type[Contract]] = {
     EventKind.TARGET_QUEUED: TargetNamed,
     EventKind.TARGET_UNFIT: TargetNamed,
     EventKind.TARGET_LEASED: TargetLeased,
+    EventKind.TARGET_RENEWED: TargetRenewed,
+    EventKind.TARGET_RELEASED: TargetReleased,
     EventKind.TARGET_EXPIRED: TargetExpired,
     EventKind.TARGET_COMPILED: TargetCompiled,
     EventKind.TARGET_FAILED: TargetFailed,

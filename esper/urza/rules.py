@@ -22,6 +22,7 @@ from esper.leyline import (
     CompiledKernelArtifact,
     CompileJob,
     ConflictError,
+    Fault,
     FieldReport,
     KernelRejectedError,
     KernelStatus,
@@ -38,8 +39,11 @@ from esper.urza import records
 from esper.urza.catalog import Catalog, Target, TargetState, target_id
 from esper.urza.records import EventKind, Fact
 
-MAX_ATTEMPTS = 5
-"""Leases of one target that may run out before it counts as failed: work that kills every worker must end."""
+MAX_ERRORS, MAX_DEATHS = 3, 2
+"""So often the compiler of one target may fail, and die or fall silent, before the target counts as failed."""
+
+MAX_LOG = 8_192
+"""Characters of a compiler's log that are kept, the last ones."""
 
 MAX_METADATA = 16_384
 """Characters of a blueprint's metadata as JSON."""
@@ -156,9 +160,10 @@ def claim(
     for target in leased:
         if (target.worker, target.fingerprint) == (worker, fingerprint) and target.deadline > time:
             return target, []
-    facts = [_end_lease(target) for target in leased if target.deadline <= time]
+    facts = [_end_lease(target) for target in leased if _is_dead(target, worker, time)]
     ended = {fact.id for fact in facts if fact.kind is EventKind.TARGET_EXPIRED}
-    busy = {catalog.compile_key(target, target.fingerprint) for target in leased if target.deadline > time}
+    lost = {fact.id for fact in facts}
+    busy = {catalog.compile_key(target, target.fingerprint) for target in leased if target.job_id not in lost}
     for target in targets:
         if target.state is TargetState.LEASED and target.job_id not in ended:
             continue
@@ -174,12 +179,52 @@ def claim(
     return None, facts
 
 
+def _is_dead(target: Target, worker: str, time: float) -> bool:
+    """Whether the holder of a lease has fallen silent, or `worker` is another life of it."""
+    name = target.worker.partition("#")[0]
+    return target.deadline <= time or (target.worker != worker and name == worker.partition("#")[0])
+
+
 def _end_lease(target: Target) -> Fact:
-    if target.attempts < MAX_ATTEMPTS:
+    deaths = target.deaths + 1
+    if deaths < MAX_DEATHS:
         return Fact(EventKind.TARGET_EXPIRED, target.job_id, records.TargetExpired(worker=target.worker))
-    reason = f"the lease ran out {target.attempts} times: the workers died or hung"
+    before = f"; before: {target.reason}" if target.reason else ""
+    reason = f"given up: its worker died or hung, the {deaths}. time{before}"
     failed = records.TargetFailed(fingerprint=target.fingerprint, reason=reason)
     return Fact(EventKind.TARGET_FAILED, target.job_id, failed)
+
+
+def renew(catalog: Catalog, job: CompileJob, *, lease_s: float, time: float) -> list[Fact]:
+    """Moves a lease's deadline.
+
+    Raises:
+        LeaseLostError: if the lease was ended.
+    """
+    target = catalog.target(job.job_id)
+    if not _holds(target, job):
+        raise LeaseLostError(f"the lease of {target.job_id} ran out and was ended")
+    return [Fact(EventKind.TARGET_RENEWED, target.job_id, records.TargetRenewed(deadline=time + lease_s))]
+
+
+def release(catalog: Catalog, job: CompileJob, fault: Fault, reason: str, log: str) -> list[Fact]:
+    """Queues a target again that came back without a kernel, or gives it up.
+
+    Raises:
+        LeaseLostError: if another worker has the work.
+    """
+    target = catalog.target(job.job_id)
+    is_over = target.state is not TargetState.LEASED and target.lease == job.lease
+    if is_over or not _holds(target, job):
+        return []  # said before, or the lease was ended and counted
+    errors, deaths = target.errors + (fault is Fault.ERROR), target.deaths + (fault is Fault.DEATH)
+    log = log[-MAX_LOG:]
+    if errors < MAX_ERRORS and deaths < MAX_DEATHS:
+        body = records.TargetReleased(fault=fault, reason=reason, log=log)
+        return [Fact(EventKind.TARGET_RELEASED, target.job_id, body)]
+    words = f"given up after {target.attempts} attempts: {reason}"
+    failed = records.TargetFailed(fingerprint=target.fingerprint, reason=words, log=log)
+    return [Fact(EventKind.TARGET_FAILED, target.job_id, failed)]
 
 
 def complete(
@@ -211,18 +256,18 @@ def complete(
     return stands.kernel_id, [*facts, _compiled(target, stands)]
 
 
-def fail(catalog: Catalog, job: CompileJob, reason: str, *, time: float) -> list[Fact]:
+def fail(catalog: Catalog, job: CompileJob, reason: str, log: str, *, time: float) -> list[Fact]:
     """Settles a target without a kernel, for the build that tried.
 
     Raises:
         LeaseLostError: if another worker has the work.
     """
     target = catalog.target(job.job_id)
-    if target.state is TargetState.FAILED and target.worker == job.worker:
+    if target.state is TargetState.FAILED and target.lease == job.lease:
         return []
     _check_not_retired(catalog, target)
     facts = [] if _holds(target, job) else [_lease(target, job.worker, target.fingerprint, time)]
-    failed = records.TargetFailed(fingerprint=target.fingerprint, reason=reason)
+    failed = records.TargetFailed(fingerprint=target.fingerprint, reason=reason, log=log[-MAX_LOG:])
     return [*facts, Fact(EventKind.TARGET_FAILED, target.job_id, failed)]
 
 
@@ -277,7 +322,7 @@ def _holds(target: Target, job: CompileJob) -> bool:
     """Whether the lease is the job's; False if nobody's."""
     if target.state is TargetState.QUEUED:
         return False
-    if target.state is TargetState.LEASED and (target.worker, target.deadline) == (job.worker, job.deadline):
+    if target.state is TargetState.LEASED and (target.worker, target.lease) == (job.worker, job.lease):
         return True
     raise LeaseLostError(f"{target.job_id} is {target.state} and not leased to {job.worker} any more")
 

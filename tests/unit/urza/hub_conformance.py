@@ -11,6 +11,7 @@ from esper.leyline import (
     ConflictError,
     Evidence,
     EvidenceKind,
+    Fault,
     KernelRejectedError,
     KernelStatus,
     LeaseLostError,
@@ -20,9 +21,9 @@ from esper.leyline import (
     Pipeline,
     TamperedError,
 )
-from esper.leyline.catalogue import BenchmarkResult, BlueprintOrder, BlueprintQuery, KernelOrder, KernelQuery
+from esper.leyline.catalogue import Backlog, BenchmarkResult, BlueprintOrder, BlueprintQuery, KernelOrder, KernelQuery
 from esper.urza.catalog import TargetState
-from esper.urza.rules import MAX_ATTEMPTS
+from esper.urza.rules import MAX_DEATHS, MAX_ERRORS, MAX_LOG
 
 
 class HubConformance:
@@ -210,6 +211,55 @@ class HubConformance:
         assert job.signature == WIDE
         hub.complete(job, *artifact_of(job))
         assert hub.blueprint(blueprint.blueprint_id).status is BlueprintStatus.VALIDATED
+
+    def test_what_makes_the_compiler_fail_is_tried_again_and_then_given_up_with_its_log(self, hub):
+        blueprint = hub.submit_blueprint(design(), name="poison", targets=[VECTOR])
+        for attempt in range(1, MAX_ERRORS + 1):
+            job = hub.claim("w", fingerprint=BUILD)
+            is_tried_again = hub.release(job, Fault.ERROR, f"no compiler, {attempt}", log=f"{attempt} " * MAX_LOG)
+            assert is_tried_again is (attempt < MAX_ERRORS)
+            assert hub.release(job, Fault.ERROR, "said twice") is is_tried_again
+            [target] = hub.targets(blueprint.blueprint_id)
+            assert target.log == (f"{attempt} " * MAX_LOG)[-MAX_LOG:]
+            assert f"no compiler, {attempt}" in target.reason
+        found = hub.blueprint(blueprint.blueprint_id)
+        assert found.status is BlueprintStatus.INVALID
+        assert found.reason == f"{VECTOR.key}: given up after 3 attempts: no compiler, 3"
+        assert hub.claim("w", fingerprint=BUILD) is None
+        with pytest.raises(LeaseLostError):
+            hub.complete(job, *artifact_of(job))
+
+    def test_work_that_kills_the_compiler_is_given_up_sooner(self, hub):
+        blueprint = hub.submit_blueprint(design(), name="poison", targets=[VECTOR])
+        again = [hub.release(hub.claim("w", fingerprint=BUILD), Fault.DEATH, "SIGSEGV", log="!") for _ in range(2)]
+        assert again == [True, False]
+        [target] = hub.targets(blueprint.blueprint_id)
+        assert (target.state, target.log) == (TargetState.FAILED, "!")
+
+    def test_work_that_is_given_back_by_a_worker_that_ends_does_not_count(self, hub):
+        hub.submit_blueprint(design(2), name="first", targets=[VECTOR])
+        hub.submit_blueprint(design(3), name="second", targets=[VECTOR])
+        for _ in range(2 * MAX_ERRORS):
+            job = hub.claim("w", fingerprint=BUILD)
+            assert job.blueprint.name == "first"
+            assert hub.release(job, Fault.NONE, "the worker ends")
+        hub.release(hub.claim("w", fingerprint=BUILD), Fault.ERROR, "no compiler")
+        assert hub.claim("w", fingerprint=BUILD).blueprint.name == "second"  # what failed before goes last
+
+    def test_a_job_that_another_has_cannot_be_given_back(self, hub):
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+        lost = hub.claim("w1#a", fingerprint=BUILD)
+        hub.claim("w1#b", fingerprint=BUILD)
+        with pytest.raises(LeaseLostError):
+            hub.release(lost, Fault.ERROR, "too late")
+
+    def test_the_backlog_is_told_by_the_device_that_is_needed(self, hub):
+        assert hub.backlog() == Backlog()
+        gpu = VECTOR.model_copy(update={"device": "cuda"})
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR, gpu], pipelines=tuple(Pipeline))
+        hub.claim("w", fingerprint=BUILD)
+        assert hub.backlog() == Backlog(queued={"cpu": 2, "cuda": 1}, leased={"cpu": 1})
+        assert [hub.backlog().open("cpu"), hub.backlog().open("cuda")] == [3, 1]
 
     def test_designs_of_the_same_ir_share_one_kernel(self, hub):
         one = hub.submit_blueprint(design(), name="one", targets=[VECTOR])
@@ -433,13 +483,37 @@ class LeaseConformance:
         record, container = artifact_of(lost)
         assert hub.complete(lost, record, container) == record
 
-    def test_work_that_kills_every_worker_ends_as_failed(self, hub, clock):
+    def test_a_renewed_lease_holds_on_and_a_lost_one_cannot_be_renewed(self, hub, clock):
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+        job = hub.claim("w1", fingerprint=BUILD, lease_s=60.0)
+        clock.time += 50.0
+        renewed = hub.renew(job, lease_s=60.0)
+        assert renewed == job.model_copy(update={"deadline": clock.time + 60.0})
+        assert hub.renew(job, lease_s=60.0) == renewed  # a reply was lost: the lease is known by its name
+        clock.time += 59.0
+        assert hub.claim("w2", fingerprint=BUILD) is None
+        assert hub.claim("w1", fingerprint=BUILD) == renewed
+        clock.time += 1.0
+        assert hub.claim("w2", fingerprint=BUILD).job_id == job.job_id
+        with pytest.raises(LeaseLostError):
+            hub.renew(renewed)
+
+    def test_another_life_of_a_worker_ends_the_lease_of_the_one_before(self, hub):
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+        lost = hub.claim("w1#a", fingerprint=BUILD)
+        assert hub.claim("w10#b", fingerprint=BUILD) is None  # another worker
+        again = hub.claim("w1#b", fingerprint=BUILD)
+        assert (again.job_id, again.worker) == (lost.job_id, "w1#b")
+        with pytest.raises(LeaseLostError):
+            hub.complete(lost, *artifact_of(lost))
+
+    def test_work_that_kills_its_workers_ends_as_failed(self, hub, clock):
         blueprint = hub.submit_blueprint(design(), name="poison", targets=[VECTOR])
-        for attempt in range(MAX_ATTEMPTS):
+        for attempt in range(MAX_DEATHS):
             assert hub.claim(f"w{attempt}", fingerprint=BUILD, lease_s=1.0) is not None
             clock.time += 1.0
         assert hub.claim("w", fingerprint=BUILD) is None
         found = hub.blueprint(blueprint.blueprint_id)
         assert found.status is BlueprintStatus.INVALID
-        assert f"ran out {MAX_ATTEMPTS} times" in found.reason
+        assert "its worker died or hung, the 2. time" in found.reason
         assert hub.pending([VECTOR]) == 0
