@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from actors.cluster import NAMESPACE
+from esper.config import UrzaConfig
 from esper.leyline import (
     Blueprint,
     BlueprintIR,
@@ -44,6 +45,7 @@ from esper.leyline.catalogue import (
     BenchmarkResult,
     BlueprintPage,
     BlueprintQuery,
+    Census,
     KernelEntry,
     KernelPage,
     KernelQuery,
@@ -55,13 +57,9 @@ from esper.urza import upkeep
 from esper.urza.catalog import Target, TargetState
 from esper.urza.hub import Hub
 
-HOT_BYTES = 256 << 20
-"""Bytes of kernels whose refs Urza keeps alive in the object store."""
 HELD_REFS = 16
 """Refs that a handle keeps; what they name stays in the object store for so long."""
 
-MAINTAIN_EVERY_S = 3600.0
-"""From one round of maintenance to the next."""
 MAINTENANCE_S = 600.0
 """The longest that one round may take before its caller is told that there is no answer."""
 
@@ -79,8 +77,7 @@ class UrzaActor:
     Args:
         storage: the address. It is opened on the first call, so that what is wrong with it reaches the caller as it is.
         make_bus: gives the bus on which compilers are told of new work; None tells nobody.
-        hot_bytes: see `HOT_BYTES`.
-        maintain_every_s: see `MAINTAIN_EVERY_S`; None leaves maintenance to those who ask for it.
+        config: how much it keeps at hand, and how often it tidies what.
     """
 
     def __init__(
@@ -88,17 +85,15 @@ class UrzaActor:
         storage: Storage,
         make_bus: Callable[[], Bus] | None = None,
         *,
-        hot_bytes: int = HOT_BYTES,
-        maintain_every_s: float | None = MAINTAIN_EVERY_S,
+        config: UrzaConfig | None = None,
     ) -> None:
         self._storage = storage
         self._make_bus = make_bus
-        self._hot_bytes = hot_bytes
+        self._config = config or UrzaConfig()
         self._hub: Hub | None = None
         self._bus: Bus | None = None
         self._hot: OrderedDict[str, tuple[ray.ObjectRef, int]] = OrderedDict()
         self._lock = threading.Lock()
-        self._maintain_every_s = maintain_every_s
         self._maintaining = threading.Lock()
         self._keeper: threading.Thread | None = None
         self._closing = threading.Event()
@@ -146,7 +141,7 @@ class UrzaActor:
         with self._lock:
             self._hot[kernel_id] = (ref, data.nbytes)
             # a ref that falls out is kept by whoever still reads it
-            while len(self._hot) > 1 and sum(size for _, size in self._hot.values()) > self._hot_bytes:
+            while len(self._hot) > 1 and sum(size for _, size in self._hot.values()) > self._config.hot_mb * 2**20:
                 self._hot.popitem(last=False)
         return [ref]
 
@@ -168,7 +163,8 @@ class UrzaActor:
     def maintain(self) -> MaintenanceReport:
         """Does a round of maintenance; see `upkeep.maintain`."""
         with self._maintaining:  # one round at a time
-            return upkeep.maintain(self._open_hub(), self._storage)
+            kept_hours, grace_hours = self._config.kept_hours, self._config.grace_hours
+            return upkeep.maintain(self._open_hub(), self._storage, kept_hours=kept_hours, grace_hours=grace_hours)
 
     def _keep_up(self, every_s: float) -> None:
         """The loop of the maintenance thread. What went wrong is logged; the next round tries again."""
@@ -188,8 +184,8 @@ class UrzaActor:
                 self._hub = Hub.open(self._storage)
                 self._hub.project(self._storage)
                 gc.freeze()  # what was read stays: no later collection, and no query during one, waits for it
-                if self._maintain_every_s is not None:
-                    every_s = (self._maintain_every_s,)
+                if self._config.maintain_every_s is not None:
+                    every_s = (self._config.maintain_every_s,)
                     self._keeper = threading.Thread(
                         target=self._keep_up, args=every_s, name="urza-maintenance", daemon=True
                     )
@@ -218,6 +214,7 @@ _METHODS = frozenset(
         "benchmark",
         "blueprint",
         "blueprints",
+        "census",
         "claim",
         "complete",
         "fail",
@@ -229,6 +226,7 @@ _METHODS = frozenset(
         "outcomes",
         "outlook",
         "pending",
+        "register_sites",
         "release",
         "renew",
         "report",
@@ -261,6 +259,10 @@ class UrzaHandle:
 
     def __repr__(self) -> str:
         return f"UrzaHandle({self._actor})"
+
+    def within(self, deadline_s: float) -> UrzaHandle:
+        """The same Urza, asked with another deadline."""
+        return UrzaHandle(self._actor, deadline_s=deadline_s)
 
     def ready(self) -> int:
         """Waits until Urza answers; returns its process id."""
@@ -314,6 +316,14 @@ class UrzaHandle:
     def signatures(self) -> list[SiteSignature]:
         """See `Hub.signatures`."""
         return self._call("signatures")
+
+    def register_sites(self, signatures: Sequence[SiteSignature], *, run_id: str) -> None:
+        """See `AssetHub`."""
+        self._call("register_sites", tuple(signatures), run_id=run_id)
+
+    def census(self) -> Census:
+        """See `Hub.census`."""
+        return self._call("census")
 
     def targets(self, blueprint_id: str) -> list[Target]:
         """See `Hub.targets`."""
@@ -460,6 +470,7 @@ def spawn(
     detached: bool = False,
     num_cpus: float = 0.1,
     deadline_s: float = 30.0,
+    config: UrzaConfig | None = None,
 ) -> UrzaHandle:
     """Starts the Urza of a storage address, or joins the one that runs.
 
@@ -470,6 +481,7 @@ def spawn(
         detached: whether it outlives this driver.
         num_cpus: CPUs that Ray counts for it.
         deadline_s: deadline of the handle's calls.
+        config: see `UrzaActor`; where one runs already, its own holds.
 
     Raises:
         StorageError: if the address cannot be written.
@@ -489,7 +501,7 @@ def spawn(
             max_task_retries=-1,
             max_concurrency=8,
         )
-        .remote(storage, make_bus)
+        .remote(storage, make_bus, config=config)
     )
     handle = UrzaHandle(actor, deadline_s=deadline_s)
     handle.ready()

@@ -569,8 +569,10 @@ def request_kernels(hub: AssetHub, signatures: Iterable[SiteSignature], config: 
     library, names = load_library(), config.tezzeret.blueprints
     for name in () if names == "library" else names:
         _named(library, name, field="tezzeret.blueprints")
+    sites = tuple(dict.fromkeys(signatures))
+    hub.register_sites(sites, run_id=submitted_by)
     targets: dict[str, list[SiteSignature]] = {}
-    for signature in dict.fromkeys(signatures):
+    for signature in sites:
         for design in designs_for(signature, library):
             if names == "library" or design.name in names:
                 targets.setdefault(design.name, []).append(signature)

@@ -9,7 +9,15 @@ from pydantic import Field
 
 from esper.leyline.blueprints import Blueprint
 from esper.leyline.contract import API_VERSION, Contract, Finite, Name, Sha256, new_id, now
-from esper.leyline.kernels import BlueprintStatus, CompiledKernelArtifact, KernelStatus, Pipeline, SiteSignature
+from esper.leyline.errors import BlueprintError
+from esper.leyline.kernels import (
+    BlueprintStatus,
+    CompiledKernelArtifact,
+    KernelStatus,
+    Pipeline,
+    SiteKind,
+    SiteSignature,
+)
 from esper.leyline.signals import Outcome
 
 MAX_PAGE = 1000
@@ -192,6 +200,22 @@ class Backlog(Contract):
         return self.queued.get(device, 0) + self.leased.get(device, 0)
 
 
+class Census(Contract):
+    """How much a catalogue holds and what waits in it.
+
+    Attributes:
+        num_kernels: VALIDATED ones.
+        num_signatures: site signatures that runs have registered.
+        num_queued, num_compiling: targets that wait for a compiler, and that one has leased.
+    """
+
+    num_blueprints: Count
+    num_kernels: Count
+    num_signatures: Count
+    num_queued: Count
+    num_compiling: Count
+
+
 class MaintenanceReport(Contract):
     """What one round of maintenance did.
 
@@ -216,3 +240,27 @@ class MaintenanceReport(Contract):
     uses_written: Count = 0
     seconds: Finite = 0.0
     problems: tuple[str, ...] = ()
+
+
+def parse_signature(key: str) -> SiteSignature:
+    """The inverse of `SiteSignature.key`.
+
+    Raises:
+        BlueprintError: if `key` is none.
+    """
+    kind, *rest = key.removesuffix("-causal").split("-")
+    try:
+        dims, dtype, device = rest
+        channels, *extent = (int(number) for number in dims.split("x"))
+        return SiteSignature(
+            kind=SiteKind(kind),
+            channels=channels,
+            extent=tuple(extent),
+            dtype=dtype,
+            device=device,
+            causal=key.endswith("-causal"),
+        )
+    except ValueError as error:
+        raise BlueprintError(
+            f"{key!r} is no site signature", field="signature", remedy="such as feature_map-16x8x8-float32-cpu"
+        ) from error

@@ -39,6 +39,7 @@ from esper.leyline.catalogue import (
     BlueprintOrder,
     BlueprintPage,
     BlueprintQuery,
+    Census,
     KernelEntry,
     KernelPage,
     KernelQuery,
@@ -148,6 +149,7 @@ class Catalog:
             EventKind.KERNEL_REPORTED: self._kernel_reported,
             EventKind.KERNEL_BENCHMARKED: self._kernel_benchmarked,
             EventKind.KERNELS_USED: self._kernels_used,
+            EventKind.SITES_REGISTERED: self._sites_registered,
         }
         for event in events:
             self.apply(event)
@@ -203,7 +205,7 @@ class Catalog:
         return line
 
     def signatures(self) -> list[SiteSignature]:
-        """Every signature that was ever asked for, in the order in which that happened first."""
+        """Every site signature that runs have registered, in the order in which that happened first."""
         return list(self._signatures)
 
     def target(self, job_id: str) -> Target:
@@ -226,6 +228,17 @@ class Catalog:
         for target in self.open_targets():
             (queued if target.state is TargetState.QUEUED else leased)[target.device] += 1
         return Backlog(queued=dict(queued), leased=dict(leased))
+
+    def census(self) -> Census:
+        """How much there is, and what waits."""
+        line = Counter(target.state for target in self.open_targets())
+        return Census(
+            num_blueprints=len(self._blueprints),
+            num_kernels=self._kernels.num_with(KernelStatus.VALIDATED),
+            num_signatures=len(self._signatures),
+            num_queued=line[TargetState.QUEUED],
+            num_compiling=line[TargetState.LEASED],
+        )
 
     def outlook(self, blueprint_id: str) -> Outlook:
         """What a blueprint still waits for; raises `NotFoundError` for an unknown id."""
@@ -353,7 +366,6 @@ class Catalog:
     def _name_target(self, event: Event, body: records.TargetNamed, state: TargetState) -> None:
         if event.id not in self._targets:
             self._targets_of.setdefault(body.blueprint_id, []).append(event.id)
-            self._signatures[body.signature] = None
         self._replace(
             Target(
                 event.id,
@@ -436,6 +448,9 @@ class Catalog:
 
     def _kernels_used(self, _event: Event, body: records.KernelsUsed) -> None:
         self._kernels.count_uses(body.counts)
+
+    def _sites_registered(self, _event: Event, body: records.SitesRegistered) -> None:
+        self._signatures.update(dict.fromkeys(body.signatures))
 
     def _replace(self, target: Target) -> None:
         old = self._targets.get(target.job_id)

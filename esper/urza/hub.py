@@ -38,6 +38,7 @@ from esper.leyline.catalogue import (
     BenchmarkResult,
     BlueprintPage,
     BlueprintQuery,
+    Census,
     KernelEntry,
     KernelPage,
     KernelQuery,
@@ -173,9 +174,20 @@ class Hub:
             return self._known.outlook(blueprint_id)
 
     def signatures(self) -> list[SiteSignature]:
-        """Every signature that was ever asked for."""
+        """Every site signature that runs have registered."""
         with self._state:
             return self._known.signatures()
+
+    def register_sites(self, signatures: Sequence[SiteSignature], *, run_id: str) -> None:
+        """See `AssetHub`."""
+        with self._state:
+            ticket = self._decide(rules.register_sites(self._head, signatures, run_id))
+        self._commit(ticket)
+
+    def census(self) -> Census:
+        """How much there is, and what waits for a compiler."""
+        with self._state:
+            return self._known.census()
 
     def targets(self, blueprint_id: str) -> list[Target]:
         """Every signature that was asked for, with its state and the reason where it does not fit or failed."""

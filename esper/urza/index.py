@@ -128,6 +128,10 @@ class KernelIndex:
         """All, oldest first."""
         return self._kernels
 
+    def num_with(self, status: KernelStatus) -> int:
+        """How many have this status."""
+        return len(self._by_status[status])
+
     def has_counted(self, id_: str) -> bool:
         """Whether this report or benchmark was counted."""
         return id_ in self._counted

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from esper.leyline import Blueprint, CompiledKernelArtifact
-from esper.leyline.catalogue import BlueprintPage, BlueprintQuery, KernelEntry, KernelPage, KernelQuery, Outlook
+from esper.leyline import Blueprint, CompiledKernelArtifact, SiteSignature
+from esper.leyline.catalogue import BlueprintPage, BlueprintQuery, Census, KernelEntry, KernelPage, KernelQuery, Outlook
 from esper.storage import Storage
 from esper.urza.blobs import Blobs, StoredBlobs
 from esper.urza.catalog import Catalog, Target
@@ -45,6 +45,14 @@ class Reader:
     def outlook(self, blueprint_id: str) -> Outlook:
         """See `Hub.outlook`."""
         return self._catalog.outlook(blueprint_id)
+
+    def signatures(self) -> list[SiteSignature]:
+        """See `Hub.signatures`."""
+        return self._catalog.signatures()
+
+    def census(self) -> Census:
+        """See `Hub.census`."""
+        return self._catalog.census()
 
     def targets(self, blueprint_id: str) -> list[Target]:
         """See `Hub.targets`."""

@@ -44,6 +44,7 @@ class EventKind(StrEnum):
     KERNEL_REPORTED = "kernel.reported"
     KERNEL_BENCHMARKED = "kernel.benchmarked"
     KERNELS_USED = "kernels.used"
+    SITES_REGISTERED = "sites.registered"
 
 
 class EpochTaken(Contract):
@@ -125,6 +126,12 @@ class KernelsUsed(Contract):
     counts: dict[Sha256, Annotated[int, Field(ge=1)]]
 
 
+class SitesRegistered(Contract):
+    """A run has sites of these signatures, which no run before it had; the event's id is the run's."""
+
+    signatures: Annotated[tuple[SiteSignature, ...], Field(min_length=1)]
+
+
 BODIES: dict[EventKind, type[Contract]] = {
     EventKind.EPOCH: EpochTaken,
     EventKind.BLUEPRINT_SUBMITTED: Blueprint,
@@ -142,6 +149,7 @@ BODIES: dict[EventKind, type[Contract]] = {
     EventKind.KERNEL_REPORTED: FieldReport,
     EventKind.KERNEL_BENCHMARKED: BenchmarkResult,
     EventKind.KERNELS_USED: KernelsUsed,
+    EventKind.SITES_REGISTERED: SitesRegistered,
 }
 
 

@@ -297,6 +297,13 @@ def mark_kernel(catalog: Catalog, kernel_id: str, status: KernelStatus, reason: 
     return [Fact(EventKind.KERNEL_MARKED, kernel_id, records.KernelMarked(status=status, reason=reason))]
 
 
+def register_sites(catalog: Catalog, signatures: Sequence[SiteSignature], run_id: str) -> list[Fact]:
+    """Notes that a run has sites of these signatures; no facts where all of them are known."""
+    known = set(catalog.signatures())
+    new = tuple(dict.fromkeys(signature for signature in signatures if signature not in known))
+    return [Fact(EventKind.SITES_REGISTERED, run_id, records.SitesRegistered(signatures=new))] if new else []
+
+
 def report(catalog: Catalog, body: FieldReport) -> list[Fact]:
     """Counts what became of a kernel; raises `NotFoundError` for an unknown one."""
     catalog.kernel(body.kernel_id)

@@ -19,7 +19,8 @@ Migration = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 MIGRATIONS: dict[int, Migration | None] = {
     1: None,  # version 2 brought `kernel.benchmarked` and `kernels.used`; what there was is the same
-    2: None,  # version 3 brought `target.renewed` and `target.released`; an expired lease counts as a death since
+    # version 3 brought `target.renewed`, `target.released` and `sites.registered`; an expired lease is a death since
+    2: None,
 }
 """By the version that they start from; None where no body changes."""
 

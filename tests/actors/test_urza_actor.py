@@ -20,8 +20,10 @@ from urza_samples import BUILD, VECTOR, WIDE, artifact_of, design
 
 from actors import urza
 from actors.cluster import NAMESPACE
+from esper.config import UrzaConfig
 from esper.leyline import FencedError, NotFoundError, OonaMessage, StorageError, Topic, UnavailableError
 from esper.storage import Storage
+from esper.urza.blobs import StoredBlobs
 from esper.urza.hub import Hub
 
 pytestmark = pytest.mark.ray
@@ -54,7 +56,7 @@ class MovableUrza(urza.UrzaActor):
     """Serves another address from now on: a process for each test of the suite would take a second each."""
 
     def move(self, address):
-        self.__init__(Storage.at(address), maintain_every_s=None)
+        self.__init__(Storage.at(address), config=UrzaConfig(maintain_every_s=None))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ def test_bytes_are_read_where_they_lie_and_cannot_be_changed(hub):
 
 def test_cold_kernels_fall_out_and_come_back(address):
     storage = Storage.at(address)
-    actor = urza.UrzaActor(storage, hot_bytes=100, maintain_every_s=None)
+    actor = urza.UrzaActor(storage, config=UrzaConfig(hot_mb=100 / 2**20, maintain_every_s=None))
     hub = Hub.open(storage)
     ids = []
     for targets in ([VECTOR], [WIDE]):
@@ -315,7 +317,7 @@ def test_maintenance_on_demand_and_on_schedule(address):
     from deltalake import DeltaTable
 
     storage = Storage.at(address)
-    actor = urza.UrzaActor(storage, maintain_every_s=0.05)
+    actor = urza.UrzaActor(storage, config=UrzaConfig(maintain_every_s=0.05, kept_hours=0.0))
     hub = Hub.open(storage)
     record, _ = compiled(hub)
     actor.ready()  # takes over
@@ -331,9 +333,21 @@ def test_maintenance_on_demand_and_on_schedule(address):
     actor.fetch(record.kernel_id)
     report = actor.maintain()
     assert (report.blobs_kept, report.blobs_removed, report.problems) == (1, 0, ())
+    assert len(list((storage.local / "events").glob("*.parquet"))) == 1  # replaced files are kept for no hour
     assert "urza-maintenance" in {thread.name for thread in threading.enumerate()}
     actor.close()  # a thread that is inside Delta when the interpreter ends takes the process down with it
     assert "urza-maintenance" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_maintenance_keeps_what_the_configuration_says(address):
+    storage = Storage.at(address)
+    unnamed = StoredBlobs(storage).put(b"no record names this")
+    when = time.time() - 5 * 3600
+    os.utime(storage.local / "blobs" / unnamed[:2] / unnamed, (when, when))
+    patient = urza.UrzaActor(storage, config=UrzaConfig(maintain_every_s=None, grace_hours=6.0)).maintain()
+    assert (patient.blobs_kept, patient.blobs_removed) == (1, 0)
+    hasty = urza.UrzaActor(storage, config=UrzaConfig(maintain_every_s=None, grace_hours=4.0)).maintain()
+    assert (hasty.blobs_kept, hasty.blobs_removed) == (0, 1)
 
 
 def test_maintenance_through_the_handle(hub):

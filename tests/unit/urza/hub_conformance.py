@@ -21,7 +21,15 @@ from esper.leyline import (
     Pipeline,
     TamperedError,
 )
-from esper.leyline.catalogue import Backlog, BenchmarkResult, BlueprintOrder, BlueprintQuery, KernelOrder, KernelQuery
+from esper.leyline.catalogue import (
+    Backlog,
+    BenchmarkResult,
+    BlueprintOrder,
+    BlueprintQuery,
+    Census,
+    KernelOrder,
+    KernelQuery,
+)
 from esper.urza.catalog import TargetState
 from esper.urza.rules import MAX_DEATHS, MAX_ERRORS, MAX_LOG
 
@@ -446,11 +454,25 @@ class HubConformance:
         outlook = hub.outlook(mine.blueprint_id)
         assert (outlook.num_open, outlook.queue_position, outlook.estimated_s) == (0, 0, 0.0)
 
-    def test_every_signature_that_was_asked_for_is_known(self, hub):
-        assert hub.signatures() == []
-        hub.submit_blueprint(design(), name="adapter", targets=[WIDE, IMAGE])
-        hub.submit_blueprint(design(5), name="other", targets=[VECTOR, WIDE])
+    def test_the_signatures_that_runs_have_registered_are_known(self, hub):
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+        assert hub.signatures() == []  # nobody said that a run has such a site
+        hub.register_sites([WIDE, IMAGE, WIDE], run_id="one")
+        hub.register_sites([IMAGE, VECTOR], run_id="two")
+        hub.register_sites([VECTOR], run_id="three")
+        hub.register_sites([], run_id="four")
         assert hub.signatures() == [WIDE, IMAGE, VECTOR]
+
+    def test_the_census_counts_what_there_is_and_what_waits(self, hub):
+        hub.register_sites([VECTOR, WIDE], run_id="one")
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR, WIDE, IMAGE])
+        hub.submit_blueprint(design(5), name="other", targets=[VECTOR])
+        job = hub.claim("w", fingerprint=BUILD)
+        kernel = hub.complete(job, *artifact_of(job))
+        hub.claim("w", fingerprint=BUILD)
+        assert hub.census() == Census(num_blueprints=2, num_kernels=1, num_signatures=2, num_queued=1, num_compiling=1)
+        hub.mark_kernel(kernel.kernel_id, KernelStatus.RETIRED, "replaced")
+        assert hub.census().num_kernels == 0
 
 
 class LeaseConformance:

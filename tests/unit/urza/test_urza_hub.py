@@ -48,11 +48,13 @@ def state_of(hub):
         blueprints,
         [hub.targets(one.blueprint_id) for one in blueprints],
         [(one, hub.outcomes(one.kernel_id)) for one in hub.kernels(status=None)],
+        hub.signatures(),
     )
 
 
 def test_a_hub_opened_again_knows_all_that_was_acknowledged(storage, clock):
     hub = Hub.open(storage, clock=clock)
+    hub.register_sites([WIDE], run_id="run")
     hub.submit_blueprint(design(), name="adapter", targets=[VECTOR, WIDE])
     job = hub.claim("w", fingerprint=BUILD)
     record, container = artifact_of(job)
