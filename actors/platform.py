@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import Any, NamedTuple, cast
 
-from actors import nissa, oona, tamiyo, tezzeret, urza
+from actors import gateway, nissa, oona, serving, tamiyo, tezzeret, urza
 from actors.cluster import NAMESPACE
 from esper.config import RunConfig
 from esper.leyline import Bus, ConflictError, EsperError, NotFoundError, UnavailableError
@@ -73,18 +72,38 @@ def running(config: RunConfig, *, owned: bool) -> Iterator[Platform]:
             _take_down(platform, config)
 
 
-def up(config: RunConfig, *, detached: bool) -> Platform:
-    """Brings up whatever of the platform does not run yet; returns once Oona and Urza answer."""
+def up(config: RunConfig, *, detached: bool, wait_for_serve: bool = False) -> Platform:
+    """Brings up whatever of the platform does not run yet; returns once Oona and Urza answer.
+
+    Args:
+        config: see `running`.
+        detached: whether it outlives this process.
+        wait_for_serve: whether to wait for what runs on Ray Serve too: Tamiyo and the HTTP gateway. A run need not, and
+            goes on without a gateway.
+
+    Raises:
+        EsperError: if a system does not come up; what did stays up.
+    """
     storage = Storage.at(config.storage, config.storage_options)
     key = load_or_create(config.tezzeret.key_file)
     bus = _oona(storage, config, detached=detached)
     # Serve takes seconds; nobody asks for a decision before the first epoch has ended
-    Thread(target=_deploy, args=(config.tamiyo.startup_s,), name="tamiyo-deploy", daemon=True).start()
+    http = serving.wanted_http(config, is_shared=detached)
+    if not wait_for_serve:
+        serving.deploy_beside(storage, http, timeout_s=config.tamiyo.startup_s)
     # actors find each other by name: a handle among an actor's arguments would not survive its restart
     make_bus = partial(_bus, bus.prefix)
-    hub = urza.spawn(config.storage, config.storage_options, make_bus=make_bus, detached=detached)
+    hub = urza.spawn(
+        config.storage,
+        config.storage_options,
+        make_bus=make_bus,
+        detached=detached,
+        config=config.urza,
+    )
     compilers = _compilers(storage, config, make_bus, public_hex(key), detached=detached)
     view = nissa.spawn(make_bus, name=f"nissa-{storage.key}", detached=detached)
+    if wait_for_serve:
+        serving.deploy(storage, http, timeout_s=config.tamiyo.startup_s)
     return Platform(storage, bus, hub, compilers, view, public_hex(key))
 
 
@@ -106,7 +125,7 @@ def find(address: str, options: dict[str, Any] | None = None) -> list[ActorState
             states.append(ActorState(name, "dead", str(error).splitlines()[0]))
         else:
             states.append(ActorState(name, "alive", text))
-    return [*states, _serve_state()]
+    return [*states, *(ActorState(*application) for application in serving.applications(storage))]
 
 
 def down(address: str, options: dict[str, Any] | None = None) -> list[ActorState]:
@@ -120,11 +139,12 @@ def down(address: str, options: dict[str, Any] | None = None) -> list[ActorState
     with contextlib.suppress(NotFoundError, UnavailableError):
         oona.connect(_oona_prefix(storage)).stop()
     for state in find(address, options):
-        if state.name == tamiyo.APP:
+        if state.name in {tamiyo.APP, gateway.app_name(storage)}:
             continue
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(state.name, namespace=NAMESPACE))
         ended.append(ActorState(state.name, "ended"))
+    gateway.undeploy(storage)
     others = [name for name in _names() if name.startswith("urza-") and storage.key not in name]
     if not others:  # Tamiyo keeps nothing and serves every platform of the cluster
         tamiyo.undeploy(stop_serve=True)
@@ -206,31 +226,13 @@ def _signer(key_file: str, public_key: str) -> Any:
     return key
 
 
-def _deploy(timeout_s: float) -> None:
-    try:
-        tamiyo.deploy(timeout_s=timeout_s)
-    except EsperError as error:
-        # the trainer's controller finds the same out at its first decision, and says so there
-        _LOG.warning("tamiyo.deploy.failed", extra={"reason": str(error)})
-
-
-def _serve_state() -> ActorState:
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
-
-    try:
-        applications = serve.status().applications
-    except RayServeException:
-        applications = {}
-    if tamiyo.APP not in applications:
-        return ActorState(tamiyo.APP, "absent", "Ray Serve has no such application")
-    return ActorState(tamiyo.APP, applications[tamiyo.APP].status.value.lower(), "Ray Serve application")
-
-
 def _take_down(platform: Platform, config: RunConfig) -> None:
     """Makes everything durable before Ray ends. A system that does not answer any more is told of, no more."""
     _stop_consumers(platform)
+    has_gateway = serving.wanted_http(config, is_shared=False) is not None
+    end_gateway = partial(gateway.undeploy, platform.storage, timeout_s=config.tamiyo.deadline_s)
     for what, end in (
+        *((("gateway", end_gateway),) if has_gateway else ()),
         ("urza", platform.hub.close),
         ("oona", platform.bus.stop),
         ("tamiyo", partial(tamiyo.undeploy, timeout_s=config.tamiyo.deadline_s)),

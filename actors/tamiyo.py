@@ -4,7 +4,8 @@ The replica is a thin shell over `esper.tamiyo.step`: state, packet and configur
 deployment serves every run of a platform, and a replica that dies takes nothing with it. Asking again is harmless,
 since the step is a pure function; that is why a failed call is repeated here until its deadline.
 
-HTTP is off. The two settings of Serve that halve a handle's latency are in `actors.cluster`.
+HTTP is off, unless `actors.gateway` has started Serve before. The two settings of Serve that halve a handle's latency
+are in `actors.cluster`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ APP = "tamiyo"
 DEPLOYMENT = "Tamiyo"
 NUM_CPUS = 0.2
 _RETRY_PAUSE_S = 0.1
-_DEPLOYING = threading.Lock()
+DEPLOYING = threading.Lock()
 """Serve pickles a deployment with a registry of the whole process: two threads at once fail."""
 
 Result = TypeVar("Result")
@@ -102,7 +103,7 @@ def deploy(*, name: str = APP, timeout_s: float = 60.0) -> None:
 
         # it logs every step of a deployment to the terminal, where the live view is
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        with _DEPLOYING:
+        with DEPLOYING:
             put_in_place(serve)
 
     def put_in_place(serve: Any) -> None:
@@ -125,7 +126,7 @@ def deploy(*, name: str = APP, timeout_s: float = 60.0) -> None:
 
     _require_ray()
     try:
-        _within(timeout_s, bring_up)
+        within(timeout_s, bring_up)
     except TimeoutError as error:
         raise UnavailableError(
             f"Tamiyo was not up after {timeout_s:g} s",
@@ -160,7 +161,7 @@ def undeploy(*, name: str = APP, timeout_s: float = 30.0, stop_serve: bool = Fal
     if not _ray_is_up():
         return
     try:
-        _within(timeout_s, take_down)
+        within(timeout_s, take_down)
     except TimeoutError as error:
         raise UnavailableError(f"Tamiyo was not gone after {timeout_s:g} s") from error
 
@@ -251,7 +252,7 @@ class ServeController:
 
         _require_ray()
         # it asks Serve's controller without a deadline of its own
-        self._handle = _within(timeout_s, lambda: serve.get_app_handle(self._name))
+        self._handle = within(timeout_s, lambda: serve.get_app_handle(self._name))
         return self._handle
 
 
@@ -296,7 +297,7 @@ def _require_ray() -> None:
         raise UnavailableError("this process is not connected to Ray", remedy="enter actors.cluster.connected() first")
 
 
-def _within(timeout_s: float, call: Callable[[], Result]) -> Result:
+def within(timeout_s: float, call: Callable[[], Result]) -> Result:
     """Runs `call` in a daemon thread; raises `TimeoutError` if it takes longer, and leaves it to itself then."""
     future: Future[Result] = Future()
 

@@ -234,11 +234,17 @@ def runs_report(
 
 
 @platform_app.command("up")
-def platform_up(storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
+def platform_up(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, such as urza.http.port=8080.")
+    ] = None,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> None:
     """Start the platform on the cluster at RAY_ADDRESS; runs then share it."""
     from jobs.platform import up
 
-    _print_platform(up(storage), as_json=as_json)
+    _print_platform(up(storage, overrides or []), as_json=as_json)
 
 
 @platform_app.command("status")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from actors.cluster import connected
@@ -10,13 +11,18 @@ from esper.config import parse_config
 from esper.leyline import ConfigError
 
 
-def up(storage: str) -> list[dict[str, Any]]:
-    """Brings the platform up on the cluster at `RAY_ADDRESS`; returns the state of its actors."""
+def up(storage: str, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Brings the platform up on the cluster at `RAY_ADDRESS`; returns the state of its actors.
+
+    Args:
+        storage: the address that it serves.
+        overrides: of the configuration, such as `urza.http.port=8080`.
+    """
     _need_cluster()
     with connected():
         from actors import platform  # imports Ray, whose settings come first
 
-        platform.up(parse_config({"storage": storage}), detached=True)
+        platform.up(parse_config({"storage": storage}, overrides), detached=True, wait_for_serve=True)
         return [state._asdict() for state in platform.find(storage)]
 
 

@@ -1,0 +1,181 @@
+"""The gateway behind Serve's proxy, over a real socket; who may open it, and when it is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import urllib.error
+import urllib.request
+from http.client import HTTPConnection
+
+import pytest
+import ray
+from urza_samples import BUILD, VECTOR, artifact_of, design
+
+from actors import gateway, tamiyo, urza
+from actors.cluster import connected
+from esper.config import HttpConfig
+from esper.leyline import ConfigError, ConflictError
+from esper.storage import Storage
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def http():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return HttpConfig(port=probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    return Storage.at(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def hub(storage):
+    with connected(dashboard=False):
+        handle = urza.spawn(storage.uri, num_cpus=0.01, deadline_s=60.0)
+        yield handle
+        ray.kill(handle._actor)
+
+
+@pytest.fixture(scope="module")
+def base(hub, storage, http):
+    gateway.start_serve(http, timeout_s=120.0)
+    tamiyo.deploy(timeout_s=120.0)  # shares Serve
+    where = gateway.deploy(storage, http, timeout_s=120.0)
+    yield where
+    gateway.undeploy(storage, timeout_s=60.0)
+    tamiyo.undeploy(timeout_s=60.0, stop_serve=True)
+
+
+def ask(url, body=None, *, host=None, token=None):
+    """The status and the body of a request."""
+    headers = {"Content-Type": "application/json"} | ({} if host is None else {"Host": host})
+    headers |= {} if token is None else {"Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+def test_a_design_goes_in_and_its_kernel_comes_out(base, hub, http):
+    assert base == f"http://127.0.0.1:{http.port}"
+    body = {"ir": design().model_dump(mode="json"), "name": "adapter", "targets": [VECTOR.model_dump(mode="json")]}
+    body |= {"pipelines": ["fast"]}
+    status, answer = ask(f"{base}/api/v1/blueprints", body)
+    assert status == 201, answer
+    assert json.loads(answer)["queue_position"] == 1
+    job = hub.claim("w", fingerprint=BUILD)
+    record, container = artifact_of(job, tags=("small",), content=bytes(range(256)) * 12_000)  # several pieces
+    hub.complete(job, record, container)
+    [found] = json.loads(ask(f"{base}/api/v1/kernels/search?tags=small")[1])["kernels"]
+    assert found["kernel"]["kernel_id"] == record.kernel_id
+    assert ask(f"{base}/api/v1/kernels/{record.kernel_id}/artifact") == (200, container)
+    assert ask(f"{base}/api/v1/kernels/{'0' * 64}")[0] == 404
+    assert ask(f"{base}/api/v1/blueprints", body | {"metadata": {"x": "y" * (2 << 20)}})[0] == 413
+    assert ask(f"{base}/docs")[0] == 200
+    assert ask(f"{base}/health", host="evil.example")[0] == 400
+
+
+def test_a_body_without_a_length_is_limited_too(base, http):
+    connection = HTTPConnection("127.0.0.1", http.port, timeout=60)
+    try:
+        chunks = (b"x" * 100_000 for _ in range(20))  # 2 MB in chunks; more than the limit of 1
+        connection.request(
+            "POST", "/api/v1/blueprints", chunks, encode_chunked=True, headers={"Transfer-Encoding": "chunked"}
+        )
+        answer = connection.getresponse()
+        assert answer.status == 413
+        assert json.load(answer)["error"]["field"] == "body"
+    finally:
+        connection.close()
+
+
+def test_it_goes_on_when_urza_is_killed(base, hub):
+    os.kill(hub.ready(), signal.SIGKILL)
+    assert ask(f"{base}/health")[0] == 200
+
+
+def test_deploying_again_changes_nothing_but_what_is_let_in(base, storage, http, tmp_path):
+    assert gateway.deploy(storage, http, timeout_s=60.0) == base
+    gateway.start_serve(http, timeout_s=60.0)
+    path = tmp_path / "token"
+    strict = http.model_copy(update={"always_token": True, "token_file": str(path)})
+    try:
+        assert gateway.deploy(storage, strict, timeout_s=120.0) == f"{base} (bearer token required)"
+        assert ask(f"{base}/health")[0] == 401
+        assert ask(f"{base}/health", token=path.read_text().strip())[0] == 200
+    finally:
+        assert gateway.deploy(storage, http, timeout_s=120.0) == base
+    assert ask(f"{base}/health")[0] == 200
+
+
+def test_the_routes_belong_to_one_platform(base, http, tmp_path):
+    other = Storage.at(tmp_path)
+    with pytest.raises(ConflictError, match="another platform"):
+        gateway.deploy(other, http, timeout_s=60.0)
+    gateway.undeploy(other)  # harmless
+    assert "no such application" in gateway.address(other)
+
+
+def test_a_serve_that_is_open_to_others_gets_no_gateway_without_a_token():
+    with pytest.raises(ConflictError, match=r"0\.0\.0\.0:1") as caught:
+        gateway.check_place(HttpConfig(), ("0.0.0.0", 1))
+    assert "urza.http.host=0.0.0.0" in caught.value.remedy
+    gateway.check_place(HttpConfig(host="0.0.0.0"), ("127.0.0.1", 1))  # less open than was asked for
+
+
+def test_a_serve_without_http_is_named():
+    with pytest.raises(ConflictError, match="without HTTP"):
+        gateway.check_place(HttpConfig(), None)
+
+
+def test_beyond_loopback_it_asks_for_the_token_of_a_private_file(tmp_path):
+    path = tmp_path / "secrets" / "token"
+    http = HttpConfig(host="0.0.0.0", token_file=str(path))
+    limits = gateway.limits_of(http)
+    assert limits.hosts is None
+    assert len(limits.token_digest) == 64
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.read_text().strip() not in limits
+    assert gateway.limits_of(http) == limits
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="0644"):
+        gateway.limits_of(http)
+    path.chmod(0o600)
+    path.write_text("short\n")
+    with pytest.raises(ConfigError, match="fewer than 16"):
+        gateway.limits_of(http)
+    (tmp_path / "in the way").write_text("")
+    with pytest.raises(ConfigError):
+        gateway.limits_of(HttpConfig(host="0.0.0.0", token_file=str(tmp_path / "in the way" / "token")))
+    assert gateway.limits_of(HttpConfig(host="::1")).token_digest is None
+    local = gateway.limits_of(HttpConfig(host="127.0.0.2", always_token=True, token_file=str(tmp_path / "mine")))
+    assert local.token_digest is not None
+    assert "127.0.0.2" in local.hosts
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_loopback(host, expected):
+    assert gateway.is_loopback(host) is expected
+    assert gateway.is_loopback("localhost.example") is False
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConflictError) as caught:
+            gateway._check_port(HttpConfig(port=taken.getsockname()[1]))
+    assert caught.value.field == "urza.http.port"
