@@ -30,6 +30,7 @@ from esper.leyline import (
     CompileJob,
     EsperError,
     Fault,
+    FaultPlan,
     FencedError,
     FieldReport,
     KernelStatus,
@@ -78,6 +79,7 @@ class UrzaActor:
         storage: the address. It is opened on the first call, so that what is wrong with it reaches the caller as it is.
         make_bus: gives the bus on which compilers are told of new work; None tells nobody.
         config: how much it keeps at hand, and how often it tidies what.
+        faults: a script of faults, for tests; the places are those of `Hub`.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class UrzaActor:
         make_bus: Callable[[], Bus] | None = None,
         *,
         config: UrzaConfig | None = None,
+        faults: FaultPlan | None = None,
     ) -> None:
         self._storage = storage
         self._make_bus = make_bus
@@ -94,6 +97,7 @@ class UrzaActor:
         self._bus: Bus | None = None
         self._hot: OrderedDict[str, tuple[ray.ObjectRef, int]] = OrderedDict()
         self._lock = threading.Lock()
+        self._faults = faults
         self._maintaining = threading.Lock()
         self._keeper: threading.Thread | None = None
         self._closing = threading.Event()
@@ -160,10 +164,11 @@ class UrzaActor:
         if self._keeper is not None:
             self._keeper.join()
 
-    def maintain(self) -> MaintenanceReport:
-        """Does a round of maintenance; see `upkeep.maintain`."""
+    def maintain(self, *, kept_hours: float | None = None, grace_hours: float | None = None) -> MaintenanceReport:
+        """Does a round of maintenance; see `upkeep.maintain`. What is not given is as configured."""
         with self._maintaining:  # one round at a time
-            kept_hours, grace_hours = self._config.kept_hours, self._config.grace_hours
+            kept_hours = self._config.kept_hours if kept_hours is None else kept_hours
+            grace_hours = self._config.grace_hours if grace_hours is None else grace_hours
             return upkeep.maintain(self._open_hub(), self._storage, kept_hours=kept_hours, grace_hours=grace_hours)
 
     def _keep_up(self, every_s: float) -> None:
@@ -181,7 +186,7 @@ class UrzaActor:
         """The hub; a new one takes over where a commit failed, unless another Urza has done so."""
         with self._lock:
             if self._hub is None:
-                self._hub = Hub.open(self._storage)
+                self._hub = Hub.open(self._storage, faults=self._faults)
                 self._hub.project(self._storage)
                 gc.freeze()  # what was read stays: no later collection, and no query during one, waits for it
                 if self._config.maintain_every_s is not None:
@@ -192,7 +197,7 @@ class UrzaActor:
                     self._keeper.start()
             elif self._hub.broken is not None and not isinstance(self._hub.broken, FencedError):
                 _LOG.warning("urza.reopened", extra={"reason": str(self._hub.broken)})
-                self._hub = Hub.open(self._storage, after_epoch=self._hub.epoch)
+                self._hub = Hub.open(self._storage, after_epoch=self._hub.epoch, faults=self._faults)
             return self._hub
 
     def _tell(self, blueprint: Blueprint) -> None:
@@ -386,9 +391,9 @@ class UrzaHandle:
         """See `Hub.write_uses`."""
         return self._call("write_uses")
 
-    def maintain(self) -> MaintenanceReport:
-        """Does a round of maintenance now; see `esper.urza.upkeep`."""
-        return _get(self._actor.maintain.remote(), MAINTENANCE_S)
+    def maintain(self, *, kept_hours: float | None = None, grace_hours: float | None = None) -> MaintenanceReport:
+        """Does a round of maintenance now; see `upkeep.maintain`."""
+        return _get(self._actor.maintain.remote(kept_hours=kept_hours, grace_hours=grace_hours), MAINTENANCE_S)
 
     def mark_kernel(self, kernel_id: str, status: KernelStatus, reason: str) -> None:
         """See `Hub.mark_kernel`."""
@@ -471,6 +476,7 @@ def spawn(
     num_cpus: float = 0.1,
     deadline_s: float = 30.0,
     config: UrzaConfig | None = None,
+    faults: FaultPlan | None = None,
 ) -> UrzaHandle:
     """Starts the Urza of a storage address, or joins the one that runs.
 
@@ -482,6 +488,7 @@ def spawn(
         num_cpus: CPUs that Ray counts for it.
         deadline_s: deadline of the handle's calls.
         config: see `UrzaActor`; where one runs already, its own holds.
+        faults: see `UrzaActor`; must pickle.
 
     Raises:
         StorageError: if the address cannot be written.
@@ -501,7 +508,7 @@ def spawn(
             max_task_retries=-1,
             max_concurrency=8,
         )
-        .remote(storage, make_bus, config=config)
+        .remote(storage, make_bus, config=config, faults=faults)
     )
     handle = UrzaHandle(actor, deadline_s=deadline_s)
     handle.ready()

@@ -128,7 +128,10 @@ class StoredBlobs:
         return True
 
     def drop_drafts(self, *, before: float) -> None:
-        """See `Blobs.drop_drafts`; raises `StorageError`."""
+        """See `Blobs.drop_drafts`, and the probes of `Storage.check_writable`; raises `StorageError`."""
+        for name, _, written_at in self._storage.listing(""):
+            if name.startswith(".probe-") and written_at < before:
+                self._storage.remove(name)
         for folder in self._storage.names("blobs"):
             for name, _, written_at in self._storage.listing(f"blobs/{folder}"):
                 if name.startswith(".") and written_at < before:

@@ -18,7 +18,16 @@ import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
-from esper.leyline import EsperError, FencedError, NotFoundError, StorageError, UnavailableError, new_id
+from esper.leyline import (
+    EsperError,
+    FaultPlan,
+    FencedError,
+    NoFaults,
+    NotFoundError,
+    StorageError,
+    UnavailableError,
+    new_id,
+)
 from esper.storage import Storage
 from esper.urza import schema
 from esper.urza.records import BODIES, SCHEMA_VERSION, EpochTaken, Event, EventKind
@@ -100,24 +109,38 @@ class MemoryLog:
 
 
 class DeltaLog:
-    """A log in the Delta table `<storage>/events`. Open it with `take_over`."""
+    """A log in the Delta table `<storage>/events`. Open it with `take_over`.
 
-    def __init__(self, storage: Storage, table: DeltaTable, events: list[Event]) -> None:
+    The places of a `FaultPlan` are `taking_over` (the log was read), and those of `tidy`.
+    """
+
+    def __init__(
+        self, storage: Storage, table: DeltaTable, events: list[Event], faults: FaultPlan | None = None
+    ) -> None:
         self._storage = storage
         self._table = table
         self._start = events
         self._num_commits = table.version()  # a table that was left untidy is tidied soon
         self._ended: EsperError | None = None
+        self._faults = faults or NoFaults()
         self.epoch = events[-1].epoch
 
     @classmethod
-    def take_over(cls, storage: Storage, clock: Callable[[], float], *, after_epoch: int | None = None) -> DeltaLog:
+    def take_over(
+        cls,
+        storage: Storage,
+        clock: Callable[[], float],
+        *,
+        after_epoch: int | None = None,
+        faults: FaultPlan | None = None,
+    ) -> DeltaLog:
         """Opens the log as its only writer; makes the table where there is none.
 
         Args:
             storage: where the table lies.
             clock: seconds since the epoch.
             after_epoch: take over only from this epoch: for a writer that comes back after its own failure.
+            faults: a script of faults, for tests.
 
         Raises:
             FencedError: if the log's epoch is another than `after_epoch`.
@@ -129,9 +152,10 @@ class DeltaLog:
             events = _read(storage, table)
             last = max((event.epoch for event in events), default=0)
             if events and _writer_of(events, last) == writer:
-                return cls(storage, table, events)  # the commit was accepted and its reply was lost
+                return cls(storage, table, events, faults)  # the commit was accepted and its reply was lost
             if after_epoch is not None and last != after_epoch:
                 raise _fenced(storage, after_epoch)
+            (faults or NoFaults()).at("taking_over", last)
             taking = _taking_over(seq=events[-1].seq + 1 if events else 1, epoch=last + 1, time=clock(), writer=writer)
             try:
                 _commit(table, [taking])
@@ -140,7 +164,7 @@ class DeltaLog:
                 if attempt == _TAKE_OVERS:
                     raise storage.failure("write the events of", error) from error
                 continue
-            return cls(storage, table, [*events, taking])
+            return cls(storage, table, [*events, taking], faults)
         raise AssertionError("unreachable")
 
     def replay(self) -> list[Event]:
@@ -163,13 +187,15 @@ class DeltaLog:
     def maintain(self, *, kept_hours: float = KEPT_HOURS) -> Tidied:
         if self._ended is not None:
             raise self._ended
-        tidied = self._tidy(kept_hours)
+        tidied = self._tidy(kept_hours, full=True)
         if self._ended is not None:
             raise self._ended
         return tidied
 
-    def _tidy(self, kept_hours: float = KEPT_HOURS) -> Tidied:
+    def _tidy(self, kept_hours: float = KEPT_HOURS, *, full: bool = False) -> Tidied:
         """Puts the files of many commits into one and writes a checkpoint; removes files that were replaced long ago.
+
+        `full` removes what no commit names as well: files of a writer that was killed before its commit.
 
         A commit takes longer with every file that the table has, by about 0.1 ms. A failure loses nothing: the events
         are durable before. deltalake accepts a compaction from a stale handle, and refreshes the handle by it. So this
@@ -179,7 +205,7 @@ class DeltaLog:
         self._look_who_writes()
         if self._ended is not None:
             return Tidied(problem=str(self._ended))
-        tidied = tidy(self._table, kept_hours)
+        tidied = tidy(self._table, kept_hours, full=full, faults=self._faults)
         if tidied.problem:
             _LOG.warning("urza.events_untidy", extra={"reason": tidied.problem})
         self._look_who_writes()
@@ -232,17 +258,30 @@ _SCHEMA = pa.schema(
 )
 
 
-def tidy(table: DeltaTable, kept_hours: float) -> Tidied:
+def tidy(table: DeltaTable, kept_hours: float, *, full: bool = False, faults: FaultPlan | None = None) -> Tidied:
     """Compacts a table, writes a checkpoint, and removes data files and log entries that were replaced long ago.
 
     Killed at any point it leaves a table that reads the same: each step is one commit, or removes what no commit needs.
+
+    Args:
+        table: its handle is refreshed.
+        kept_hours: whole hours that a replaced file stays.
+        full: whether files that no commit names, and that are as old, go too. deltalake writes a commit's data before
+            the commit: what a killed writer left would stay for good.
+        faults: a script of faults, for tests; the places are `compacted`, `checkpointed`, `vacuumed`.
     """
     before, removed, problem = len(table.file_uris()), 0, ""
+    faults = faults or NoFaults()
     try:
         table.optimize.compact()
+        faults.at("compacted", table.version())
         table.create_checkpoint()
-        gone = table.vacuum(retention_hours=round(kept_hours), dry_run=False, enforce_retention_duration=False)
+        faults.at("checkpointed", table.version())
+        gone = table.vacuum(
+            retention_hours=round(kept_hours), dry_run=False, enforce_retention_duration=False, full=full
+        )
         removed = len(gone)
+        faults.at("vacuumed", table.version())
         table.cleanup_metadata()
     except (DeltaError, OSError) as error:
         problem = f"{table.table_uri} could not be tidied: {' '.join(str(error).split())}"

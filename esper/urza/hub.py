@@ -24,8 +24,10 @@ from esper.leyline import (
     ConflictError,
     EsperError,
     Fault,
+    FaultPlan,
     FieldReport,
     KernelStatus,
+    NoFaults,
     Outcome,
     Pipeline,
     SiteSignature,
@@ -49,7 +51,7 @@ from esper.storage import Storage
 from esper.urza import projections, rules
 from esper.urza.blobs import Blobs, StoredBlobs, sha256
 from esper.urza.catalog import Catalog, Target, TargetState
-from esper.urza.events import DeltaLog, EventLog
+from esper.urza.events import DeltaLog, EventLog, Tidied
 from esper.urza.records import SCHEMA_VERSION, Event, Fact
 
 
@@ -66,12 +68,19 @@ class Hub:
 
     After a failed commit it is not known what is durable: the hub is `broken`, every request raises the reason, and a
     new hub has to take over (`open` with `after_epoch`), unless the reason is `FencedError`, which is final.
+
+    The places of a `FaultPlan` are `stored` (a blob is there, the record is not), `committing`, `committed`, `sweeping`
+    (a blob is to be removed), `projecting` (of the tables for others one is written); those of `DeltaLog` come before.
+    The step is the number of an event in the log.
     """
 
-    def __init__(self, log: EventLog, blobs: Blobs, *, clock: Callable[[], float] = now) -> None:
+    def __init__(
+        self, log: EventLog, blobs: Blobs, *, clock: Callable[[], float] = now, faults: FaultPlan | None = None
+    ) -> None:
         self._log = log
         self._blobs = blobs
         self._clock = clock
+        self._faults = faults or NoFaults()
         self._head = Catalog(log.replay())
         self._durable = self._head.copy()
         self._fingerprints = dict(self._head.fingerprints)
@@ -81,10 +90,18 @@ class Hub:
         self._uses: Counter[str] = Counter()  # fetches that are not written down yet
         self._being_stored: Counter[str] = Counter()  # blobs that no event may name yet
         self._projected = 0
+        self._projecting = threading.Lock()  # one at a time: an older state must not replace a newer one
         self._state = threading.Condition()  # guards all of the above; told of every commit
 
     @classmethod
-    def open(cls, storage: Storage, *, clock: Callable[[], float] = now, after_epoch: int | None = None) -> Hub:
+    def open(
+        cls,
+        storage: Storage,
+        *,
+        clock: Callable[[], float] = now,
+        after_epoch: int | None = None,
+        faults: FaultPlan | None = None,
+    ) -> Hub:
         """Takes over what lies at a storage address; makes it where there is nothing.
 
         Raises:
@@ -93,7 +110,8 @@ class Hub:
         """
         storage.check_writable()
         with _without_collection():
-            return cls(DeltaLog.take_over(storage, clock, after_epoch=after_epoch), StoredBlobs(storage), clock=clock)
+            log = DeltaLog.take_over(storage, clock, after_epoch=after_epoch, faults=faults)
+            return cls(log, StoredBlobs(storage), clock=clock, faults=faults)
 
     @property
     def epoch(self) -> int:
@@ -261,6 +279,7 @@ class Hub:
             rules.complete(self._head, job, artifact, time=self._clock())  # refuse before anything is stored
         with self._storing(artifact.kernel_id):
             self._blobs.put(container)
+            self._faults.at("stored", self._head.seq)
             with self._state:
                 kernel_id, facts = rules.complete(self._head, job, artifact, time=self._clock())
                 ticket = self._decide(facts)
@@ -369,15 +388,26 @@ class Hub:
         """Writes the tables `blueprints` and `kernels`, one row an id, for readers other than Urza.
 
         Where nothing changed since this hub last did so, nothing is written.
+
+        Raises:
+            StorageError: if a table cannot be written.
         """
-        with self._state:
-            seq = self._known.seq
-            if seq == self._projected:
-                return
-            blueprints = self._known.blueprints()
-            kernels = [self._known.entry(kernel.kernel_id) for kernel in self._known.kernels(status=None)]
-        projections.write(storage, blueprints, kernels)
-        self._projected = seq
+        with self._projecting:
+            with self._state:
+                seq = self._known.seq
+                if seq == self._projected:
+                    return
+                blueprints = self._known.blueprints()
+                kernels = [self._known.entry(kernel.kernel_id) for kernel in self._known.kernels(status=None)]
+            projections.write_blueprints(storage, blueprints)
+            self._faults.at("projecting", seq)
+            projections.write_kernels(storage, kernels)
+            self._projected = seq
+
+    def tidy_projections(self, storage: Storage, kept_hours: float) -> list[Tidied]:
+        """Tidies the tables that `project` writes, while nobody writes them: see `projections.tidy`."""
+        with self._projecting:
+            return projections.tidy(storage, kept_hours)
 
     def write_uses(self) -> int:
         """Makes the fetches counted so far durable; returns how many."""
@@ -436,6 +466,8 @@ class Hub:
                 self._check_whole()
                 wanted = self._head.has_kernel(blob.digest) or blob.digest in self._being_stored
                 # removed in here, so that nobody begins to store it meanwhile
+                if not wanted and blob.written_at < before:
+                    self._faults.at("sweeping", self._head.seq)
                 if not wanted and blob.written_at < before and self._blobs.remove(blob, before=before):
                     removed, freed = removed + 1, freed + blob.size_bytes
                     continue
@@ -490,7 +522,9 @@ class Hub:
             batch, self._waiting = self._waiting, []
         failure: EsperError | None = UnavailableError("a commit was interrupted; it is not known what is durable")
         try:
+            self._faults.at("committing", ticket)
             self._log.append(batch)
+            self._faults.at("committed", ticket)
             failure = None
         except EsperError as error:
             failure = error

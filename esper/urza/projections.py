@@ -63,22 +63,28 @@ KERNELS = pa.schema(
 """One column an outcome counts the adaptations that ended so."""
 
 
-def write(
-    storage: Storage,
-    blueprints: Sequence[Blueprint],
-    kernels: Sequence[KernelEntry],
-) -> None:
-    """Replaces the tables `blueprints` and `kernels` below a storage address.
+def write_blueprints(storage: Storage, blueprints: Sequence[Blueprint]) -> None:
+    """Replaces the table `blueprints` below a storage address.
 
     Raises:
         StorageError: if that fails.
     """
     _replace(storage, "blueprints", BLUEPRINTS, map(_blueprint_row, blueprints))
+
+
+def write_kernels(storage: Storage, kernels: Sequence[KernelEntry]) -> None:
+    """Replaces the table `kernels` below a storage address; after `blueprints`, so that a kernel's blueprint is there.
+
+    Raises:
+        StorageError: if that fails.
+    """
     _replace(storage, "kernels", KERNELS, map(_kernel_row, kernels))
 
 
 def tidy(storage: Storage, kept_hours: float) -> list[Tidied]:
-    """Removes what replaced versions of both tables left, `kept_hours` after it was replaced.
+    """Removes what replaced versions of both tables left, `kept_hours` after it was replaced, and what crashes left.
+
+    Nobody may write the tables meanwhile, if `kept_hours` is shorter than that takes.
 
     Raises:
         StorageError: if a table cannot be opened.
@@ -89,7 +95,7 @@ def tidy(storage: Storage, kept_hours: float) -> list[Tidied]:
             table = DeltaTable(storage.child(name), storage_options=storage.delta_options)
         except (DeltaError, OSError) as error:
             raise storage.failure(f"open the table {name} of", error) from error
-        tidied.append(events.tidy(table, kept_hours))
+        tidied.append(events.tidy(table, kept_hours, full=True))
     return tidied
 
 

@@ -6,7 +6,6 @@ import logging
 
 from esper.leyline.catalogue import MaintenanceReport
 from esper.storage import Storage
-from esper.urza import projections
 from esper.urza.hub import Hub
 
 KEPT_HOURS = 24.0
@@ -35,7 +34,7 @@ def maintain(
     """
     report = hub.maintain(kept_hours=kept_hours, grace_hours=grace_hours)
     hub.project(storage)
-    tables = projections.tidy(storage, kept_hours)
+    tables = hub.tidy_projections(storage, kept_hours)
     problems = (*report.problems, *(table.problem for table in tables if table.problem))
     files_removed = report.files_removed + sum(table.files_removed for table in tables)
     report = report.model_copy(update={"files_removed": files_removed, "problems": problems})

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from deltalake import DeltaTable
@@ -15,7 +16,7 @@ from esper.leyline import BlueprintStatus, FencedError, KernelStatus, NotFoundEr
 from esper.leyline.catalogue import BlueprintQuery, KernelQuery
 from esper.storage import Storage
 from esper.urza import events as events_module
-from esper.urza import records, schema, upkeep
+from esper.urza import projections, records, schema, upkeep
 from esper.urza.blobs import MemoryBlobs, StoredBlobs
 from esper.urza.events import DeltaLog, MemoryLog
 from esper.urza.hub import Hub
@@ -80,6 +81,48 @@ def test_only_old_blobs_that_no_event_names_go(storage, clock):
         blobs.get(old)
 
 
+def test_what_killed_writers_left_goes_once_it_is_old(storage):
+    """Data of a commit that never came, and the probe of a start that was cut short."""
+    hub = Hub.open(storage)
+    kernel = compiled(hub, "kept")
+    hub.project(storage)
+    left = [storage.local / table / "part-left.parquet" for table in ("events", "blueprints", "kernels")]
+    left.append(storage.local / ".probe-left")
+    for path in left:
+        path.write_bytes(b"half")
+    upkeep.maintain(hub, storage, kept_hours=24.0, grace_hours=24.0)
+    assert all(path.exists() for path in left)  # somebody may be at it
+    for path in left:
+        os.utime(path, (0, 0))
+    report = upkeep.maintain(hub, storage, kept_hours=24.0, grace_hours=24.0)
+    assert not any(path.exists() for path in left)
+    assert report.problems == ()
+    assert bytes(hub.fetch(kernel.kernel_id))
+    assert Hub.open(storage).kernels() == [kernel]
+
+
+def test_tables_written_at_the_same_time_end_with_the_newest_state(storage, monkeypatch):
+    """One who is slow to write must not replace what another has written of a later state."""
+    hub = Hub.open(storage)
+    compiled(hub, "first")
+    others = []
+    original = projections.write_kernels
+
+    def slow(storage, kernels):
+        if not others:
+            compiled(hub, "second")
+            others.append(threading.Thread(target=hub.project, args=(storage,)))
+            others[0].start()
+            others[0].join(1.0)  # it waits for this one; without the lock it would be done
+        original(storage, kernels)
+
+    monkeypatch.setattr(projections, "write_kernels", slow)
+    hub.project(storage)
+    others[0].join()
+    names = DeltaTable(storage.child("kernels")).to_pyarrow_table()["blueprint_name"].to_pylist()
+    assert names == ["first", "second"]
+
+
 @pytest.mark.parametrize("make", [MemoryBlobs, None], ids=["memory", "stored"])
 def test_a_blob_that_is_written_again_while_it_is_swept_stays(make, storage):
     blobs = StoredBlobs(storage) if make is None else make()
@@ -132,7 +175,7 @@ from esper.storage import Storage
 from esper.urza import hub, projections, upkeep
 
 place, when, address = sys.argv[1:]
-owner = {"remove": hub.StoredBlobs, "write": projections}.get(place, DeltaTable)
+owner = {"remove": hub.StoredBlobs, "write_kernels": projections}.get(place, DeltaTable)
 original = getattr(owner, place)
 
 def die(*args, **kwargs):
@@ -147,7 +190,7 @@ upkeep.maintain(opened, Storage.at(address), kept_hours=0.0, grace_hours=-1.0)
 """
 
 
-@pytest.mark.parametrize("place", ["create_checkpoint", "vacuum", "cleanup_metadata", "remove", "write"])
+@pytest.mark.parametrize("place", ["create_checkpoint", "vacuum", "cleanup_metadata", "remove", "write_kernels"])
 def test_killed_in_the_middle_it_leaves_an_address_that_reads_the_same(storage, place):
     hub = Hub.open(storage)
     kernels = [compiled(hub, name) for name in ("one", "two")]
