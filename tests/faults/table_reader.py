@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -112,7 +113,8 @@ def main() -> None:
     fs = fsspec.filesystem("s3" if options else "file", **places["fsspec_options"])
     log, num_kernels, misses = Log(), 0, 0
     counts: Counter[str] = Counter()
-    while not stop.exists():
+    parent = os.getppid()
+    while not stop.exists() and os.getppid() == parent:  # nobody is left to tell it where the soak was killed
         try:
             # in the reverse order of writing: what a table names must be in what is read after it
             kernels = check_table(read_rows(places["kernels"], options), "kernel_id")
