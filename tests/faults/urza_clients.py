@@ -20,6 +20,7 @@ from esper.leyline import (
     CompiledKernelArtifact,
     CompileJob,
     ConflictError,
+    Fault,
     FieldReport,
     KernelStatus,
     LeaseLostError,
@@ -51,6 +52,8 @@ class Ledger:
     blueprints: dict[str, tuple[str, int]] = field(default_factory=dict)  # id -> name, number of targets
     retired_blueprints: set[str] = field(default_factory=set)
     leased: set[str] = field(default_factory=set)  # jobs
+    renewed: set[str] = field(default_factory=set)
+    released: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)  # job -> reason
     kernels: dict[str, str] = field(default_factory=dict)  # id -> job
     retired_kernels: set[str] = field(default_factory=set)
@@ -62,8 +65,9 @@ class Ledger:
     @property
     def num_acknowledged(self) -> int:
         """Writes that must be there."""
-        written = (self.blueprints, self.retired_blueprints, self.leased, self.failed, self.kernels)
-        return sum(map(len, (*written, self.retired_kernels, self.reports, self.benchmarks)))
+        work = (self.leased, self.renewed, self.released, self.failed, self.kernels)
+        rest = (self.blueprints, self.retired_blueprints, self.retired_kernels, self.reports, self.benchmarks)
+        return sum(map(len, (*work, *rest)))
 
     def rows(self) -> set[tuple[str, str]]:
         """Kind and id of each event that the log must hold."""
@@ -71,6 +75,8 @@ class Ledger:
             "blueprint.submitted": self.blueprints,
             "blueprint.retired": self.retired_blueprints,
             "target.leased": self.leased,
+            "target.renewed": self.renewed,
+            "target.released": self.released,
             "target.failed": self.failed,
             "kernel.stored": self.kernels,
             "target.compiled": self.kernels.values(),
@@ -172,7 +178,14 @@ class Client:
         if job is None:
             return
         self.ledger.leased.add(job.job_id)
-        if self._random.random() < 0.2:
+        end = self._random.random()
+        if end < 0.1:
+            self._hub.renew(job, lease_s=120.0)
+            self.ledger.renewed.add(job.job_id)
+            self._hub.release(job, Fault.NONE, "soak")
+            self.ledger.released.add(job.job_id)
+            return
+        if end < 0.25:
             reason = f"no use: {self._worker}"
             self._hub.fail(job, reason)
             self.ledger.failed[job.job_id] = reason

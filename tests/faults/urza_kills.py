@@ -162,9 +162,6 @@ class Soak:
         Raises:
             AssertionError: if anything acknowledged is not there, or anything is half there.
         """
-        StoredBlobs(self._storage).put(
-            f"left by a crash before plan {plan.number}".encode()
-        )  # so there is one to sweep
         pid = self.hub.ready()
         dead = {pid}
         with self._working(), self._maintained():
@@ -174,6 +171,8 @@ class Soak:
             if plan.place in PLACES:
                 time.sleep(plan.delay_s)
                 self._faults.arm(plan.place, plan.within_s)
+                # what a crash leaves, so that there is something to sweep
+                StoredBlobs(self._storage).put(f"left before the kill of plan {plan.number}".encode())
                 self._wait(lambda: pid in self._faults.fired(plan.place))
             else:
                 self._kill_after(plan.delay_s, pid, in_upkeep=plan.place == UPKEEP)
