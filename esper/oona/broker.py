@@ -30,6 +30,8 @@ from esper.oona.wire import Batch, Leased, Record, runs_of
 MAX_PRODUCERS = 10_000
 """Producers whose batch numbers are remembered; the longest silent is forgotten first."""
 
+_LETTERS = Topic.DEAD_LETTERS.value
+
 READ_AHEAD = 20_000
 """Records that one `read` looks at."""
 
@@ -161,7 +163,7 @@ class Broker:
         self._stamps.append((max(at, self._stamps[-1][0] if self._stamps else 0.0), start))
         for topic, key, count in runs_of(records):
             self._published[topic] += count
-            if topic != Topic.DEAD_LETTERS:  # told by `dead`; they were published once already
+            if topic != _LETTERS:  # told by `dead`; they were published once already
                 self._count(key)[0] += count
             for group in self._groups.values():
                 if group.wants(topic, key):
@@ -224,6 +226,7 @@ class Broker:
         """Marks records as out with a member. `poll` decides which; a replayed log calls this directly."""
         group = self._group(name)
         touched: dict[tuple[str, str], Lane] = {}
+        num_delivered, num_redelivered = 0, 0
         for offset in offsets:
             lane = self._lane(group, offset)
             if lane is None:
@@ -231,17 +234,19 @@ class Broker:
             # only in a replay: the log does not tell that a lease ran out, but the next lease of the lane does
             if lane.owner not in (None, member) or offset in lane.leased:
                 group.revoke(lane)
+            num_delivered += 1
             lane.ready.remove(offset)  # it is the first
             lane.leased[offset] = deadline
             lane.owner = member
             attempt = group.attempts[offset] = group.attempts.get(offset, 0) + 1
-            group.num_delivered += 1
-            group.num_redelivered += attempt > 1
-            if lane.topic != Topic.DEAD_LETTERS:
+            num_redelivered += attempt > 1
+            if lane.topic != _LETTERS:
                 count = self._count(lane.key)
                 count[1] += 1
                 count[2] += attempt > 1
             touched[lane.topic, lane.key] = lane
+        group.num_delivered += num_delivered
+        group.num_redelivered += num_redelivered
         for at, lane in touched.items():
             group.runnable.pop(at, None)  # to the end of the turn
             group.settle(lane)
@@ -297,7 +302,7 @@ class Broker:
             if lane is not None and offset in group.attempts:
                 group.remove(lane, offset)
                 group.num_dead += 1
-                if lane.topic != Topic.DEAD_LETTERS:
+                if lane.topic != _LETTERS:
                     self._count(lane.key)[4] += 1
         if letters:
             self._append(letters, at)

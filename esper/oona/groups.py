@@ -99,7 +99,8 @@ class Group:
         else:
             lane.ready.remove(offset)
         self.attempts.pop(offset, None)
-        self.spent.pop(offset, None)
+        if self.spent:
+            self.spent.pop(offset, None)
         self.pending[lane.topic] -= 1
         self.settle(lane)
 
