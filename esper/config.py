@@ -235,6 +235,9 @@ class TamiyoConfig(Section):
     """Grafts in one run, failed ones counted."""
     last_epoch_fraction: Annotated[float, Field(gt=0, le=1)] = 0.7
     """No new seed germinates after this share of the epochs: it could not be proven any more."""
+    max_risk: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    """Kernels whose `risk_score` (Urabrask's, from 0 to 1) is above this are not used, nor those without one; null
+    allows all that were validated."""
     strategy: Strategy = "ramp"
     schedule: tuple[ScheduledGraft, ...] = ()
     """For the `schedule` policy."""

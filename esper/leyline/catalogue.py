@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from esper.leyline.blueprints import Blueprint
-from esper.leyline.contract import API_VERSION, Contract, Finite, Name, Sha256, new_id, now
+from esper.leyline.contract import API_VERSION, Contract, Finite, Fraction, Name, Sha256, new_id, now
 from esper.leyline.errors import BlueprintError
 from esper.leyline.kernels import (
     BlueprintStatus,
@@ -137,6 +137,7 @@ class KernelOrder(StrEnum):
     FLOPS = "flops"
     MEMORY = "memory"
     SIZE = "size"
+    RISK = "risk"
 
 
 class KernelQuery(Contract):
@@ -146,6 +147,7 @@ class KernelQuery(Contract):
         status: VALIDATED by default.
         tags_any, tags_all: at least one of, and each of these tags.
         min_performance: at least so fast (`KernelEntry.performance`); what was not measured is left out.
+        max_risk: at most so risky (`ValidationReport.risk_score`); what has no score is left out.
         limit, offset: the page.
     """
 
@@ -156,6 +158,7 @@ class KernelQuery(Contract):
     tags_any: tuple[str, ...] = ()
     tags_all: tuple[str, ...] = ()
     min_performance: Finite | None = None
+    max_risk: Fraction | None = None
     order: KernelOrder = KernelOrder.CREATED
     descending: bool = False
     limit: PageSize = 100

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from esper.leyline.contract import API_VERSION, Contract, Finite, Name, Sha256, now
+from esper.leyline.contract import API_VERSION, Contract, Finite, Fraction, Name, Sha256, now
 from esper.leyline.errors import ConflictError
 
 
@@ -141,11 +142,59 @@ class Check(Contract):
     detail: str = ""
 
 
+class Latency(Contract):
+    """How long something took: a figure, never a verdict, since it is another on every machine and at every hour.
+
+    Attributes:
+        name: what was timed, such as `forward`.
+        median_ms, spread_ms: median and interquartile range over the repetitions.
+        batch: samples in each.
+    """
+
+    name: Name
+    median_ms: Annotated[Finite, Field(ge=0)]
+    spread_ms: Annotated[Finite, Field(ge=0)] = 0.0
+    num_repeats: Annotated[int, Field(ge=1)] = 1
+    batch: Annotated[int, Field(ge=1)] = 1
+
+
+class KernelTag(StrEnum):
+    """Tags that only Urabrask gives, from what it found (`esper.urabrask.risk` has the thresholds).
+
+    A blueprint that bears one of them by declaration loses it unless it was earned.
+    """
+
+    ZERO_AT_BIRTH = "zero_at_birth"
+    LOW_MEMORY = "low_memory"
+    HIGH_SPEED = "high_speed"
+    LOW_RISK = "low_risk"
+    HIGH_RISK = "high_risk"
+
+
 class ValidationReport(Contract):
-    """What Urabrask found. A kernel is VALIDATED only if every check passed."""
+    """What Urabrask found. A kernel is VALIDATED only if every check passed.
+
+    Attributes:
+        figures: what was counted or computed; equal for equal kernels. Names carry units (`peak_bytes`).
+        latencies: what was timed.
+        risk_score: from 0 to 1, how much may go wrong with a kernel that passed (`esper.urabrask.risk`); 1 for one
+            that failed; None in reports from before there were scores.
+        risk_terms: what the score is made of, each from 0 to 1.
+        tags: that follow from the figures.
+        seconds: the examination took.
+    """
 
     checks: tuple[Check, ...]
+    figures: dict[Name, Finite] = Field(default_factory=dict)
+    latencies: tuple[Latency, ...] = ()
+    risk_score: Fraction | None = None
+    risk_terms: dict[Name, Fraction] = Field(default_factory=dict)
+    tags: tuple[KernelTag, ...] = ()
     seconds: Finite = 0.0
+
+    def repeatable(self) -> ValidationReport:
+        """Itself without anything that a clock said: equal for equal kernels, as a signed container needs it."""
+        return self.model_copy(update={"latencies": (), "seconds": 0.0})
 
     @property
     def passed(self) -> bool:
@@ -174,6 +223,7 @@ class CompiledKernelArtifact(Contract):
         zero_at_birth: whether r(h) is exactly 0 with the initial parameters.
         replaces: whether the site blends `(1-a) h + a k(h)` instead of `h + a r(h)`.
         needs_neighbour: whether parameters are copied from the neighbouring block at graft.
+        tags: the blueprint's and those that Urabrask gave (`merged_tags`).
         compile_s: seconds the compilation took.
         created_at: seconds since the epoch; not part of the container.
     """
@@ -199,6 +249,18 @@ class CompiledKernelArtifact(Contract):
     report: ValidationReport
     compile_s: Finite = 0.0
     created_at: Finite = Field(default_factory=now)
+
+    @property
+    def risk_score(self) -> float | None:
+        """The report's, see `ValidationReport`."""
+        return self.report.risk_score
+
+
+def merged_tags(declared: Iterable[str], earned: Iterable[KernelTag]) -> tuple[str, ...]:
+    """The tags of a kernel: its blueprint's, without any that only Urabrask gives, then those that it has given."""
+    reserved = {tag.value for tag in KernelTag}
+    own = [tag for tag in declared if tag not in reserved]
+    return tuple(dict.fromkeys([*own, *(tag.value for tag in earned)]))
 
 
 def compile_key(ir_hash: str, signature: SiteSignature, pipeline: Pipeline, fingerprint: str) -> str:

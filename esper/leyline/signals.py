@@ -103,7 +103,10 @@ class LayerHealthReport(Contract):
 
 
 class KernelOption(Contract):
-    """A kernel that fits a site and is ready, as Tamiyo sees it. Costs are per sample, forward."""
+    """A kernel that fits a site and is ready, as Tamiyo sees it. Costs are per sample, forward.
+
+    `risk` is Urabrask's `risk_score`, None where there is none.
+    """
 
     site: str
     kernel_id: str
@@ -113,6 +116,7 @@ class KernelOption(Contract):
     flops_per_sample: Annotated[int, Field(ge=0)]
     zero_at_birth: bool
     tags: tuple[str, ...] = ()
+    risk: Fraction | None = None
 
 
 class BudgetState(Contract):

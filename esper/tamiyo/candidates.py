@@ -134,6 +134,8 @@ def _usable(
             refusals[f"{option.blueprint} is under embargo there"] = None
         elif config.strategy == BlendStrategy.DIRECT and not option.zero_at_birth:
             refusals[f"{option.blueprint} is not zero at birth, which the direct strategy needs"] = None
+        elif (too_risky := _risk_above(config.max_risk, option)) is not None:
+            refusals[f"{option.blueprint}: {too_risky}"] = None
         elif (too_dear := room.refuses(option)) is not None:
             refusals[f"{option.blueprint}: {too_dear}"] = None
         else:
@@ -141,3 +143,11 @@ def _usable(
     if not usable:
         return ", ".join(refusals)
     return tuple(sorted(usable, key=lambda option: (option.blueprint, option.kernel_id)))
+
+
+def _risk_above(limit: float | None, option: KernelOption) -> str | None:
+    """Why the kernel's risk forbids it; None if it does not."""
+    if limit is None or (option.risk is not None and option.risk <= limit):
+        return None
+    found = "has no risk score" if option.risk is None else f"its risk score is {option.risk:.2f}"
+    return f"{found}, and the limit is {limit:.2f}"

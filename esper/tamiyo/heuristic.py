@@ -11,11 +11,14 @@
    larger share of the parameter or FLOP budget that the kernel would use up: the 1 stands for what every adaptation
    costs (training behind the host, its place in the run). Few large events beat many small ones: with 1/4 in its
    place the smallest kernels won, and the digits CNN reached 70 and 78% instead of 84 and 82% (docs/log.md).
+   Among kernels within `EQUAL` of the best, which such an estimate cannot tell apart, the least risky by Urabrask's
+   score is taken; one without a score counts as the riskiest.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from esper.config import TamiyoConfig
 from esper.leyline import BlendStrategy, KernelOption, SystemStatePacket
@@ -27,6 +30,9 @@ from esper.tamiyo.safety import Room
 
 FIXED_COST = 1.0
 """What any adaptation costs, in shares of the budget."""
+
+EQUAL = 0.001
+"""Kernels whose value per cost differs by less than this share of the best are of equal promise."""
 
 
 class HeuristicGrowth:
@@ -54,7 +60,7 @@ class HeuristicGrowth:
         potential, best = ranked[0]
         if potential <= 0.0:
             return Proposal(reason=f"{plateau}, but no site shows growth potential (all measured 0)")
-        option = max(best.options, key=lambda option: worth(option, best.signature.channels, found.room))
+        option = choose(best.options, best.signature.channels, found.room)
         runner_up = f", next {ranked[1][0]:.2g}" if len(ranked) > 1 else ""
         lead = "the largest" if len(ranked) > 1 else "the only measured"
         reason = (
@@ -86,6 +92,14 @@ def rank_sites(candidates: tuple[Candidate, ...]) -> list[tuple[float, Candidate
     return sorted(measured, key=lambda pair: -pair[0])
 
 
+def choose(options: Sequence[KernelOption], channels: int, room: Room) -> KernelOption:
+    """Returns the least risky of those that promise most."""
+    ranked = sorted(options, key=lambda option: worth(option, channels, room), reverse=True)
+    least = (1.0 - EQUAL) * worth(ranked[0], channels, room)[0]
+    equals = [option for option in ranked if worth(option, channels, room)[0] >= least]
+    return min(equals, key=lambda option: 1.0 if option.risk is None else option.risk)  # the first of equal risk
+
+
 def worth(option: KernelOption, channels: int, room: Room) -> tuple[float, int, str]:
     """Returns the expected value per cost (see the module's text), then what breaks ties: the cheaper, by name."""
     value = math.log2(1.0 + option.num_parameters / channels**2)
@@ -98,6 +112,7 @@ def _share(cost: int, left: int | None) -> float:
 
 
 def _price(option: KernelOption, room: Room) -> str:
+    risk = "" if option.risk is None else f", risk {option.risk:.2f}"
     if room.params is None:
-        return f"{option.num_parameters:,} parameters, no limit set"
-    return f"{option.num_parameters:,} parameters of {room.params:,} left in the budget"
+        return f"{option.num_parameters:,} parameters, no limit set{risk}"
+    return f"{option.num_parameters:,} parameters of {room.params:,} left in the budget{risk}"

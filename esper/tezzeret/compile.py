@@ -21,6 +21,7 @@ from esper.leyline import (
 )
 from esper.leyline.canonical import canonical_hash
 from esper.leyline.container import KernelManifest, kernel_id_of, pack
+from esper.leyline.kernels import merged_tags
 from esper.leyline.ops import count_flops, count_parameters, memory_bytes, needs_neighbour
 
 if TYPE_CHECKING:
@@ -107,8 +108,8 @@ def build(job: CompileJob, *, fingerprint: str, examine: Examine) -> Unsigned:
         zero_at_birth=ir.zero_at_birth,
         replaces=ir.replaces,
         needs_neighbour=needs_neighbour(ir),
-        tags=blueprint.tags,
-        report=report.model_copy(update={"seconds": 0.0}),
+        tags=merged_tags(blueprint.tags, report.tags),
+        report=report.repeatable(),
     )
     return Unsigned(manifest, _weights(module), {}, report, time.perf_counter() - started)
 

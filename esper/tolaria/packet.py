@@ -68,6 +68,7 @@ def kernel_options(
             flops_per_sample=kernel.flops_per_sample,
             zero_at_birth=kernel.zero_at_birth,
             tags=kernel.tags,
+            risk=kernel.risk_score,
         )
         for site, signature in sites.items()
         for kernel in kernels[signature]

@@ -1,48 +1,49 @@
-"""The checks a kernel must pass: each a small function that looks at one property and returns a `Check`.
+"""The gauntlet: every property that a kernel is examined for, in order, to one report.
 
-A kernel that raises fails the check with the error's words; nothing here decides what becomes of it. Inputs are drawn
-from private generators, so the verdict is repeatable, and the module leaves as it came: mode, weights and gradients.
+Each property has a module of its own. A kernel that raises has failed the property, with torch's words; nothing here
+decides what becomes of it. The verdicts, figures, score and tags are equal for equal kernels; only what was timed is
+not (`ValidationReport.repeatable`). Static limits come before all this, and before a module is built: see
+`esper.leyline.limits`.
 """
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from esper.leyline import BlueprintIR, Check, SiteSignature, ValidationReport
-from esper.leyline.ops import count_parameters
+from esper.leyline import BlueprintIR, Latency, SiteSignature, ValidationReport
+from esper.urabrask.birth import birth
+from esper.urabrask.correctness import correctness
+from esper.urabrask.finding import Finding, merge, verdict
+from esper.urabrask.form import parameter_count, shape
+from esper.urabrask.independence import batch_independent, causal, deterministic, same_in_eval
+from esper.urabrask.learning import gradient_health
+from esper.urabrask.resources import latencies, resources
+from esper.urabrask.risk import earned_tags, risk_score, risk_terms
+from esper.urabrask.stability import finite_forward, finite_gradient, stability
+from esper.urabrask.subject import DEFAULT_SEEDS, Subject, nearer
 
-DEFAULT_SEEDS = (0, 1)
-_ODD_BATCH = 3
+Property = Callable[[Subject], Finding]
 
+AT_THE_SITE: tuple[Property, ...] = (parameter_count, shape)
+"""Examined at the kernel's own site."""
 
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A kernel under examination: a private copy of the module, and where it is meant to go.
-
-    Attributes:
-        batch: samples in an ordinary batch.
-        seeds: of the inputs, each of which is tried.
-    """
-
-    module: nn.Module
-    ir: BlueprintIR
-    signature: SiteSignature
-    batch: int = 4
-    seeds: Sequence[int] = DEFAULT_SEEDS
-
-    def inputs(self, batch: int | None = None) -> Iterator[torch.Tensor]:
-        """One standard normal h a seed, of the site's shape and dtype, on the CPU."""
-        shape = self.signature.shape(self.batch if batch is None else batch)
-        for seed in self.seeds:
-            drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-            yield drawn.to(getattr(torch, self.signature.dtype))
+ANYWHERE: tuple[Property, ...] = (
+    finite_forward,
+    finite_gradient,
+    correctness,
+    stability,
+    deterministic,
+    batch_independent,
+    same_in_eval,
+    birth,
+    gradient_health,
+)
+"""Examined at a smaller extent where the site's own would take long (`subject.nearer`)."""
 
 
 def examine(
@@ -53,7 +54,7 @@ def examine(
     batch: int = 4,
     seeds: Sequence[int] = DEFAULT_SEEDS,
 ) -> ValidationReport:
-    """Runs every check on a copy of `module`, in train mode unless a check says otherwise.
+    """Runs every check on a copy of `module`, in train mode unless a check says otherwise, on one thread.
 
     Args:
         module: the lowered kernel with its initial weights, on the CPU; not changed.
@@ -68,165 +69,53 @@ def examine(
     if batch < 2 or not seeds:
         raise ValueError("examine needs a batch of at least 2 and at least one seed")
     started = time.perf_counter()
-    subject = Subject(copy.deepcopy(module).train(), ir, signature, batch, tuple(seeds))
-    checks: list[Callable[[Subject], Check]] = [
-        parameter_count,
-        partial(shape, name="shape", batch=batch),
-        partial(shape, name="shape.batch_1", batch=1),
-        partial(shape, name="shape.odd_batch", batch=_ODD_BATCH),
-        finite_forward,
-        finite_gradient,
-        deterministic,
-        batch_independent,
-        same_in_eval,
-    ]
-    if ir.zero_at_birth:
-        checks.append(zero_at_birth)
-    if signature.causal:
-        checks.append(causal)
-    results = tuple(_guarded(check, subject) for check in checks)
-    return ValidationReport(checks=results, seconds=time.perf_counter() - started)
+    with _one_thread():
+        at_site = Subject.of(module, ir, signature, batch, seeds)
+        moved, near_signature = nearer(module, ir, signature, batch)
+        near = at_site if moved is module else Subject.of(moved, ir, near_signature, batch, seeds)
+        properties = (*ANYWHERE, causal) if signature.causal else ANYWHERE
+        found = merge(
+            *(_guarded(one, at_site) for one in AT_THE_SITE),
+            *(_guarded(one, near) for one in properties),
+        )
+        passed = all(check.passed for check in found.checks)
+        # what cannot run cannot be measured
+        costs, times = (resources(at_site), latencies(at_site)) if passed else (Finding(), ())
+    return _report(merge(found, costs), times, signature, passed=passed, seconds=time.perf_counter() - started)
 
 
-# ---------------------------------------------------------------- the checks
+def _report(
+    found: Finding, times: tuple[Latency, ...], signature: SiteSignature, *, passed: bool, seconds: float
+) -> ValidationReport:
+    terms = risk_terms(found.figures, signature) if passed else {}
+    score = risk_score(terms) if passed else 1.0
+    return ValidationReport(
+        checks=found.checks,
+        figures=dict(found.figures),
+        latencies=times,
+        risk_score=score,
+        risk_terms=terms,
+        tags=earned_tags(found.checks, found.figures, score, signature) if passed else (),
+        seconds=seconds,
+    )
 
 
-def parameter_count(subject: Subject) -> Check:
-    """The module has exactly the trainable values its IR says."""
-    found = sum(p.numel() for p in subject.module.parameters() if p.requires_grad)
-    expected = count_parameters(subject.ir, subject.signature)
-    return Check(name="parameter_count", passed=found == expected, value=found, limit=expected)
-
-
-def shape(subject: Subject, *, name: str, batch: int) -> Check:
-    """The output has the shape and dtype of h."""
-    for h in subject.inputs(batch):
-        out = _forward(subject.module, h)
-        if out.shape != h.shape or out.dtype != h.dtype:
-            return Check(
-                name=name, passed=False, detail=f"{tuple(out.shape)} {out.dtype} for {tuple(h.shape)} {h.dtype}"
-            )
-    return Check(name=name, passed=True, value=batch)
-
-
-def finite_forward(subject: Subject) -> Check:
-    """The output holds no NaN and no infinity, for ordinary inputs and for ones a hundred times as large."""
-    largest = 0.0
-    for h in subject.inputs():
-        for factor in (1.0, 100.0):
-            out = _forward(subject.module, h * factor)
-            if not bool(out.isfinite().all()):
-                return Check(name="finite_forward", passed=False, detail=f"not finite at {factor:g} x normal input")
-            largest = max(largest, float(out.abs().max()))
-    return Check(name="finite_forward", passed=True, value=largest)
-
-
-def finite_gradient(subject: Subject) -> Check:
-    """Every parameter and the input get a gradient, and it is finite."""
-    named = [(name, p) for name, p in subject.module.named_parameters() if p.requires_grad]
-    for h in subject.inputs():
-        leaf = h.requires_grad_()
-        out = subject.module(leaf)
-        # not a plain sum: the gradient of a norm's output under it is zero whatever the norm does
-        loss = (out * torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype).view_as(out)).sum()
-        gradients = torch.autograd.grad(loss, [leaf, *(p for _, p in named)], allow_unused=True)
-        for name, gradient in zip(["h", *(name for name, _ in named)], gradients, strict=True):
-            if gradient is None:
-                return Check(name="finite_gradient", passed=False, detail=f"{name} gets no gradient")
-            if not bool(gradient.isfinite().all()):
-                return Check(name="finite_gradient", passed=False, detail=f"the gradient of {name} is not finite")
-    return Check(name="finite_gradient", passed=True, value=len(named) + 1)
-
-
-def zero_at_birth(subject: Subject) -> Check:
-    """The output is exactly 0 with the initial parameters."""
-    worst = max(float(_forward(subject.module, h).abs().max()) for h in subject.inputs())
-    return Check(name="zero_at_birth", passed=worst == 0.0, value=worst, limit=0.0)
-
-
-def deterministic(subject: Subject) -> Check:
-    """The same input gives the same output and gradient, bit for bit."""
-    for h in subject.inputs():
-        first, second = _with_gradient(subject.module, h), _with_gradient(subject.module, h)
-        if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
-            return Check(name="deterministic", passed=False, detail="two passes over one input differ")
-    return Check(name="deterministic", passed=True)
-
-
-def batch_independent(subject: Subject) -> Check:
-    """A sample's output does not depend on the others in its batch."""
-    worst = 0.0
-    tolerance = _tolerance(subject.signature.dtype)
-    for h in subject.inputs():
-        together, alone = _stirred(subject, h), _stirred(subject, h[:1])
-        scale = max(1.0, float(together.abs().max()))
-        worst = max(worst, float((together[:1] - alone).abs().max()) / scale)
-    return Check(name="batch_independent", passed=worst <= tolerance, value=worst, limit=tolerance)
-
-
-def same_in_eval(subject: Subject) -> Check:
-    """Train and eval compute the same."""
-    for h in subject.inputs():
-        trained = _stirred(subject, h)
-        subject.module.eval()
-        evaluated = _stirred(subject, h)
-        subject.module.train()
-        if not torch.equal(trained, evaluated):
-            return Check(name="same_in_eval", passed=False, detail="train and eval differ")
-    return Check(name="same_in_eval", passed=True)
-
-
-def causal(subject: Subject) -> Check:
-    """No position's output moves when a later position of the input does."""
-    worst = 0.0
-    tolerance = _tolerance(subject.signature.dtype)
-    for h_BTC in subject.inputs():  # noqa: N806 -- batch, position, channel
-        split = h_BTC.shape[1] // 2
-        changed = h_BTC.clone()
-        changed[:, split:] += 1.0
-        before, after = _stirred(subject, h_BTC), _stirred(subject, changed)
-        if split:
-            worst = max(worst, float((before[:, :split] - after[:, :split]).abs().max()))
-    return Check(name="causal", passed=worst <= tolerance, value=worst, limit=tolerance)
-
-
-# ---------------------------------------------------------------- how they look
-
-
-def _guarded(check: Callable[[Subject], Check], subject: Subject) -> Check:
+def _guarded(examined: Property, subject: Subject) -> Finding:
     """A kernel that cannot run has failed; the reason is what torch says."""
     try:
-        return check(subject)
+        return examined(subject)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        inner = check.keywords["name"] if isinstance(check, partial) else check.__name__  # pyright: ignore[reportFunctionMemberAccess]
-        return Check(name=inner, passed=False, detail=" ".join(str(error).split())[:300])
+        return verdict(examined.__name__, False, detail=" ".join(str(error).split()))
     finally:
         subject.module.train()
 
 
-def _forward(module: nn.Module, h: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return module(h)
-
-
-def _with_gradient(module: nn.Module, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    leaf = h.detach().clone().requires_grad_()
-    out = module(leaf)
-    (gradient,) = torch.autograd.grad(out.square().sum() + out.sum(), leaf)
-    return out.detach(), gradient
-
-
-def _stirred(subject: Subject, h: torch.Tensor) -> torch.Tensor:
-    """The forward with every weight moved off its initial value: a zeroed last layer would hide everything."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: p.detach() + 0.1 * torch.randn(p.shape, generator=generator).to(p.dtype)
-        for name, p in subject.module.named_parameters()
-    }
-    with torch.no_grad():
-        return torch.func.functional_call(subject.module, weights, (h,))
-
-
-def _tolerance(dtype: str) -> float:
-    """Room for another order of summation, not for a leak."""
-    return {"float64": 1e-10, "float32": 1e-4}.get(dtype, 5e-2)
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in one order whatever the process is set to, and no cores taken from others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -183,6 +183,9 @@ class KernelIndex:
         least = query.min_performance
         if least is not None:
             found = [id_ for id_ in found if (speed := self.performance(id_)) is not None and speed >= least]
+        most = query.max_risk
+        if most is not None:
+            found = [id_ for id_ in found if (risk := self._kernels[id_].risk_score) is not None and risk <= most]
         page = self._page(found, query)
         return KernelPage(total=len(found), kernels=tuple(map(self.entry, page)))
 
@@ -217,6 +220,8 @@ class KernelIndex:
             return lambda id_: getattr(self._kernels[id_], fields[order])
         if order is KernelOrder.PERFORMANCE:
             return self.performance
+        if order is KernelOrder.RISK:
+            return lambda id_: self._kernels[id_].risk_score
         if order is KernelOrder.GAIN:
             return lambda id_: self.statistics(id_).mean_gain
         return lambda id_: self.statistics(id_).num_fetches

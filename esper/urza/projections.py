@@ -51,6 +51,7 @@ KERNELS = pa.schema(
         "zero_at_birth": pa.bool_(),
         "status": pa.string(),
         "tags": pa.list_(pa.string()),
+        "risk_score": pa.float64(),
         "compile_s": pa.float64(),
         "performance": pa.float64(),
         "num_fetches": pa.int64(),
@@ -122,6 +123,7 @@ def _kernel_row(entry: KernelEntry) -> dict[str, Any]:
     kernel, statistics = entry.kernel, entry.statistics
     own = {
         "signature": kernel.signature.key,
+        "risk_score": kernel.risk_score,
         "performance": entry.performance,
         "num_fetches": statistics.num_fetches,
         "mean_gain": statistics.mean_gain,

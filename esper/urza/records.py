@@ -21,7 +21,7 @@ from esper.leyline import (
 from esper.leyline.catalogue import BenchmarkResult
 from esper.leyline.contract import Finite, Name, Sha256
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Grows when an older Urza would misread the events; then `schema.MIGRATIONS` gets an entry."""
 
 

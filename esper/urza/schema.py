@@ -21,6 +21,7 @@ MIGRATIONS: dict[int, Migration | None] = {
     1: None,  # version 2 brought `kernel.benchmarked` and `kernels.used`; what there was is the same
     # version 3 brought `target.renewed`, `target.released` and `sites.registered`; an expired lease is a death since
     2: None,
+    3: None,  # version 4 brought figures, scores and tags to `kernel.stored`; an older report has none of them
 }
 """By the version that they start from; None where no body changes."""
 

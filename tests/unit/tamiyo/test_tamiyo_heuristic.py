@@ -6,7 +6,7 @@ from tamiyo_story import PaperHost, layer, option, packet
 from esper.config import TamiyoConfig
 from esper.leyline import Action, SeedStage
 from esper.tamiyo import initial_state, step
-from esper.tamiyo.heuristic import worth
+from esper.tamiyo.heuristic import choose, worth
 from esper.tamiyo.plateau import fit
 from esper.tamiyo.safety import Room
 
@@ -163,6 +163,32 @@ def test_value_per_cost_prefers_neither_the_tiniest_nor_the_one_that_empties_the
     assert worth(option("a", "x", 600, flops=10_000), 8, tight_flops) < worth(
         option("a", "x", 600, flops=1_000), 8, tight_flops
     )
+
+
+def test_of_kernels_that_promise_alike_the_least_risky_is_taken_and_its_risk_is_said():
+    alike = [
+        option("a", "bold", 600, risk=0.6),
+        option("a", "safe", 600, risk=0.1),
+        option("a", "unknown", 600),
+        option("a", "tiny", 60, risk=0.0),
+    ]
+    signal = decide_after(FLAT[:4], layer("a", potential=0.4), options=alike)
+    assert signal.commands[0].blueprint == "safe"
+    assert "germinating safe, 600 parameters of 4,812 left in the budget, risk 0.10" in signal.reason
+    for one in alike:
+        assert choose([one], 8, Room(params=None, flops=None)) is one
+    assert choose([alike[2], alike[0]], 8, Room(params=None, flops=None)) is alike[0]  # no score counts as the riskiest
+
+
+def test_a_limit_on_risk_refuses_kernels_above_it_and_without_a_score():
+    config = CONFIG.model_copy(update={"max_risk": 0.5})
+    options = [option("a", "bold", risk=0.6), option("a", "unknown"), option("a", "edge", risk=0.5)]
+    signal = decide_after(FLAT[:4], layer("a", potential=0.4), options=options, config=config)
+    assert signal.commands[0].blueprint == "edge"
+    signal = decide_after(FLAT[:4], layer("a", potential=0.4), options=options[:2], config=config)
+    assert signal.commands == ()
+    assert "bold: its risk score is 0.60, and the limit is 0.50" in signal.reason
+    assert "unknown: has no risk score, and the limit is 0.50" in signal.reason
 
 
 def test_a_seed_goes_from_dormant_to_fossil_and_growth_ends_with_the_season():

@@ -77,6 +77,17 @@ def test_record_and_container_agree():
     assert kernel.manifest.report.checks == artifact.report.checks
 
 
+def test_what_urabrask_found_is_in_the_record_and_but_for_timings_in_the_container():
+    design = Blueprint(blueprint_id="b1", name="stack", ir=IR, ir_hash=canonical_hash(IR), tags=("mine", "high_risk"))
+    artifact, data = compiled(job(blueprint=design))
+    manifest = unpack(data, KEY.public_key()).manifest
+    assert artifact.report.latencies
+    assert manifest.report == artifact.report.repeatable() != artifact.report
+    assert manifest.tags == artifact.tags == ("mine", "zero_at_birth", "low_risk")
+    assert artifact.risk_score is not None
+    assert 0.0 < artifact.risk_score <= 0.2
+
+
 def test_weights_are_those_of_the_compile_key():
     artifact, data = compiled(job())
     expected = lower(IR, SITE)

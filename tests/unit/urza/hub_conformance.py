@@ -8,18 +8,21 @@ from urza_samples import BUILD, IMAGE, NEXT_BUILD, VECTOR, WIDE, artifact_of, co
 from esper.leyline import (
     BlueprintError,
     BlueprintStatus,
+    Check,
     ConflictError,
     Evidence,
     EvidenceKind,
     Fault,
     KernelRejectedError,
     KernelStatus,
+    KernelTag,
     LeaseLostError,
     Node,
     NotFoundError,
     Outcome,
     Pipeline,
     TamperedError,
+    ValidationReport,
 )
 from esper.leyline.catalogue import (
     Backlog,
@@ -422,6 +425,29 @@ class HubConformance:
         assert found(min_performance=1.2) == [quick]
         assert found(order=KernelOrder.PERFORMANCE) == [eager, quick, unknown]
         assert found(order=KernelOrder.PERFORMANCE, descending=True) == [quick, eager, unknown]
+
+    def test_risk_is_kept_searched_and_ordered_by(self, hub):
+        def report(risk, *tags):
+            checks = (Check(name="shape", passed=True),)
+            terms = {} if risk is None else {"size": risk}
+            return ValidationReport(
+                checks=checks, risk_score=risk, risk_terms=terms, figures={"parameters": 72.0}, tags=tags
+            )
+
+        bold = compiled(hub, "bold", report=report(0.6, KernelTag.HIGH_RISK), tags=("conv", "high_risk"))
+        safe = compiled(hub, "safe", report=report(0.1, KernelTag.LOW_RISK), tags=("conv", "low_risk"))
+        unknown = compiled(hub, "unknown", report=report(None), tags=("conv",))
+        assert hub.kernel_entry(safe.kernel_id).kernel.report == report(0.1, KernelTag.LOW_RISK)
+
+        def found(**query):
+            return [entry.kernel for entry in hub.search_kernels(KernelQuery(**query)).kernels]
+
+        assert found(max_risk=1.0) == [bold, safe]
+        assert found(max_risk=0.1) == [safe]
+        assert found(max_risk=0.0) == []
+        assert found(order=KernelOrder.RISK) == [safe, bold, unknown]
+        assert found(order=KernelOrder.RISK, descending=True) == [bold, safe, unknown]
+        assert found(tags_all=("conv", "low_risk")) == [safe]
 
     def test_statistics_add_up_fetches_outcomes_and_gains(self, hub):
         kernel = compiled(hub, "adapter")

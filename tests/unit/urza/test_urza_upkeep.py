@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 
+import pyarrow as pa
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 from urza_samples import BUILD, VECTOR, WIDE, Clock, artifact_of, compiled, design
 
 from esper.leyline import BlueprintStatus, FencedError, KernelStatus, NotFoundError, StorageError
@@ -170,7 +171,7 @@ def test_one_that_was_taken_over_from_sweeps_nothing(storage, clock):
 
 KILLED_AT = """
 import os, sys
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 from esper.storage import Storage
 from esper.urza import hub, projections, upkeep
 
@@ -230,6 +231,27 @@ def test_a_log_of_an_older_schema_is_brought_forward_as_it_is_read(storage, monk
     versions = [json.loads(row["body"])["schema_version"] for row in rows if row["kind"] == "epoch"]
     assert versions == [1, 2, 2]
     assert "old" in next(row["body"] for row in rows if row["kind"] == "blueprint.submitted")
+
+
+def test_a_kernel_stored_before_there_were_scores_still_reads(storage, monkeypatch):
+    """Schema 3 wrote reports of checks and seconds alone."""
+    monkeypatch.setattr(events_module, "SCHEMA_VERSION", 3)
+    old = Hub.open(storage)
+    kernel = compiled(old, "adapter")
+    table = DeltaTable(storage.child("events"))
+    rows = table.to_pyarrow_table().to_pylist()
+    for row in rows:
+        if row["kind"] == "kernel.stored":
+            body = json.loads(row["body"])
+            body["report"] = {"checks": body["report"]["checks"], "seconds": 0.5}
+            row["body"] = json.dumps(body)
+    schema_of = table.to_pyarrow_table().schema
+    write_deltalake(storage.child("events"), pa.Table.from_pylist(rows, schema=schema_of), mode="overwrite")
+    monkeypatch.undo()
+    hub = Hub.open(storage)
+    found = hub.kernel(kernel.kernel_id)
+    assert (found.risk_score, found.report.figures, found.report.seconds) == (None, {}, 0.5)
+    assert hub.search_kernels(KernelQuery(max_risk=1.0)).total == 0
 
 
 def test_every_older_schema_has_its_way_forward():
