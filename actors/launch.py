@@ -100,7 +100,7 @@ def run(
     config = _pin_key(config)
     run_id = run_id or new_run_id(config)
     folder = storage.below("runs", run_id)
-    with _held(storage, shared=joins()):  # before anything is written or started
+    with held(storage, shared=joins()):  # before anything is written or started
         if not resume:
             folder.write(CONFIG_FILE, dump_config(_without_secrets(config)).encode())
         if on_start is not None:
@@ -245,7 +245,7 @@ def _report(folder: Storage, summary: RunSummary) -> None:
 
 
 @contextmanager
-def _held(storage: Storage, *, shared: bool) -> Iterator[None]:
+def held(storage: Storage, *, shared: bool) -> Iterator[None]:
     """Holds a directory: runs on a joined Ray hold it together, one that starts its own Ray holds it alone.
 
     This is for one machine; between machines, and on S3, Urza's own fencing must do.

@@ -47,6 +47,7 @@ from esper.leyline.catalogue import (
     BlueprintPage,
     BlueprintQuery,
     Census,
+    Ids,
     KernelEntry,
     KernelPage,
     KernelQuery,
@@ -222,7 +223,9 @@ _METHODS = frozenset(
         "census",
         "claim",
         "complete",
+        "descendants",
         "fail",
+        "ids",
         "kernel",
         "kernel_entry",
         "kernels",
@@ -310,9 +313,17 @@ class UrzaHandle:
         """See `Hub.search_blueprints`."""
         return self._call("search_blueprints", query)
 
+    def ids(self, prefix: str) -> Ids:
+        """See `Hub.ids`."""
+        return self._call("ids", prefix)
+
     def lineage(self, blueprint_id: str) -> list[Blueprint]:
         """See `Hub.lineage`."""
         return self._call("lineage", blueprint_id)
+
+    def descendants(self, blueprint_id: str) -> list[Blueprint]:
+        """See `Hub.descendants`."""
+        return self._call("descendants", blueprint_id)
 
     def outlook(self, blueprint_id: str) -> Outlook:
         """See `Hub.outlook`."""

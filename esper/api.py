@@ -498,7 +498,7 @@ def _fitting(library: Mapping[str, Design], name: str, sites: Iterable[SiteSigna
 def _named(library: Mapping[str, Design], name: str, *, field: str) -> Design:
     if name not in library:
         close = difflib.get_close_matches(name, library, n=1)
-        remedy = f"did you mean {close[0]}?" if close else "see esper blueprints ls"
+        remedy = f"did you mean {close[0]}?" if close else "see esper blueprints ls --library"
         raise ConfigError(f"no blueprint {name!r} in the library", field=field, remedy=remedy)
     return library[name]
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from esper.leyline.errors import ConfigError, NotFoundError, UnavailableError, UserError
+from esper.leyline.errors import ConfigError, NotFoundError, UnavailableError
+from jobs.assets import NoPlatformError
+from jobs.tables import table
 
 if TYPE_CHECKING:
     from esper.leyline.messages import Topic
@@ -29,10 +31,6 @@ Storage = Annotated[
     str,
     typer.Option("--storage", envvar="ESPER_STORAGE", help="Whose platform: a directory, file:// or s3:// address."),
 ]
-
-
-class NoPlatformError(NotFoundError, UserError):
-    """Nothing to look at: no cluster, or no platform for this storage on it."""
 
 
 # ---------------------------------------------------------------- commands
@@ -201,22 +199,3 @@ def line(row: Mapping[str, Any]) -> str:
         return f"{where:<10} {row['error']}"
     at = dt.datetime.fromtimestamp(row["timestamp"], tz=dt.UTC).strftime("%H:%M:%S.%f")[:-3]
     return f"{where:<10} {at} {row['topic']:<32} {row['key']} {json.dumps(row['payload'])}"
-
-
-def table(rows: Sequence[Mapping[str, Any]], nothing: str) -> str:
-    """Rows as text, a column a key."""
-    if not rows:
-        return nothing
-    cells = [list(rows[0]), *([_cell(key, value) for key, value in row.items()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
-
-
-def _cell(key: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if key.endswith("_at"):
-        return dt.datetime.fromtimestamp(value, tz=dt.UTC).isoformat(sep=" ", timespec="seconds")[:19]
-    if isinstance(value, float):
-        return f"{value:.1f}"
-    return ",".join(value) if isinstance(value, list) else str(value)

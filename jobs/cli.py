@@ -15,7 +15,11 @@ from typing import Annotated, Any
 import typer
 
 from esper.leyline.errors import EsperError, UserError
+from jobs.blueprints import blueprints_app
 from jobs.bus import bus_app
+from jobs.kernels import kernels_app
+from jobs.options import DEFAULT_STORAGE, Json, Storage, print_json
+from jobs.urza import urza_app
 
 app = typer.Typer(
     name="esper",
@@ -27,13 +31,12 @@ app = typer.Typer(
 )
 runs_app = typer.Typer(help="Look at runs.", no_args_is_help=True)
 platform_app = typer.Typer(help="The actors that runs share on a Ray cluster.", no_args_is_help=True)
-blueprints_app = typer.Typer(help="The designs that seeds may grow.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
 app.add_typer(platform_app, name="platform")
 app.add_typer(blueprints_app, name="blueprints")
+app.add_typer(kernels_app, name="kernels")
+app.add_typer(urza_app, name="urza")
 app.add_typer(bus_app, name="bus")
-
-DEFAULT_STORAGE = "~/.esper"
 
 
 def _complete_run(incomplete: str) -> list[str]:
@@ -55,25 +58,10 @@ def _complete_bench(incomplete: str) -> list[str]:
     return [name for name in BENCHMARKS if name.startswith(incomplete)]
 
 
-def _complete_blueprint(incomplete: str) -> list[str]:
-    from esper.urza.library import load_library
-
-    return [name for name in load_library() if name.startswith(incomplete)]
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Storage = Annotated[
-    str,
-    typer.Option("--storage", envvar="ESPER_STORAGE", help="Directory, file:// or s3:// address of all that lasts."),
-]
 RunArg = Annotated[
     str,
     typer.Argument(metavar="RUN", help="Run id, a unique beginning of one, or `latest`.", autocompletion=_complete_run),
 ]
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str))
 
 
 # ---------------------------------------------------------------- train
@@ -141,7 +129,7 @@ def export(
 
     result = export_run(run, storage, out)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         typer.echo(f"wrote {result['path']} ({result['bytes'] / 1024:.0f} KiB, {result['parameters']:,} parameters)")
         typer.echo(f"use it: torch.export.load({str(out)!r}).module()(inputs)")
@@ -154,7 +142,7 @@ def doctor(storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
 
     findings = examine(storage)
     if as_json:
-        _print_json([finding._asdict() for finding in findings])
+        print_json([finding._asdict() for finding in findings])
     else:
         for finding in findings:
             mark = {"ok": "ok  ", "optional": "-   ", "missing": "FAIL"}[finding.state]
@@ -176,7 +164,7 @@ def bench(
         typer.echo(context.get_help())
         return
     if name is None:
-        _print_json(sorted(BENCHMARKS)) if as_json else typer.echo("\n".join(sorted(BENCHMARKS)))
+        print_json(sorted(BENCHMARKS)) if as_json else typer.echo("\n".join(sorted(BENCHMARKS)))
         return
     raise typer.Exit(run_benchmark(name, context.args, as_json=as_json))
 
@@ -187,7 +175,7 @@ def version(as_json: Json = False) -> None:
     from jobs.doctor import versions
 
     found = versions()
-    _print_json(found) if as_json else typer.echo("\n".join(f"{key} {value}" for key, value in found.items()))
+    print_json(found) if as_json else typer.echo("\n".join(f"{key} {value}" for key, value in found.items()))
 
 
 # ---------------------------------------------------------------- runs
@@ -199,7 +187,7 @@ def runs_ls(storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
     from jobs.runs import RunStore, list_table
 
     rows = RunStore(storage).rows()
-    _print_json(rows) if as_json else typer.echo(list_table(rows))
+    print_json(rows) if as_json else typer.echo(list_table(rows))
 
 
 @runs_app.command("show")
@@ -227,7 +215,7 @@ def runs_report(
     from jobs.runs import RunStore
 
     path = RunStore(storage).write_report(run, out)
-    _print_json({"report": path}) if as_json else typer.echo(path)
+    print_json({"report": path}) if as_json else typer.echo(path)
 
 
 # ---------------------------------------------------------------- platform
@@ -265,67 +253,10 @@ def platform_down(storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> 
 
 def _print_platform(rows: list[dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
         for row in rows:
             typer.echo(f"{row['name']:<34} {row['state']:<10} {row.get('detail', '')}".rstrip())
-
-
-# ---------------------------------------------------------------- blueprints
-
-
-@blueprints_app.command("ls")
-def blueprints_ls(as_json: Json = False) -> None:
-    """List the library."""
-    from esper.urza.library import load_library
-
-    designs = load_library().values()
-    if as_json:
-        _print_json(
-            [
-                {"name": d.name, "fit": list(d.ir.fit), "tags": list(d.tags), "description": d.description}
-                for d in designs
-            ]
-        )
-        return
-    for design in designs:
-        typer.echo(f"{design.name:<22} {', '.join(design.ir.fit):<24} {design.description}")
-
-
-@blueprints_app.command("show")
-def blueprints_show(
-    name: Annotated[str, typer.Argument(autocompletion=_complete_blueprint)], as_json: Json = False
-) -> None:
-    """Print one design."""
-    from esper.leyline.errors import BlueprintError
-    from esper.urza.library import load_library
-
-    library = load_library()
-    if name not in library:
-        raise BlueprintError(f"no design named {name!r}", field="name", remedy=f"one of {', '.join(library)}")
-    design = library[name]
-    if as_json:
-        _print_json({"name": design.name, "description": design.description, "ir": design.ir.model_dump(mode="json")})
-        return
-    typer.echo(f"{design.name}: {design.description}")
-    for node in design.ir.nodes:
-        params = ", ".join(f"{key}={value}" for key, value in node.params.items())
-        typer.echo(f"  {node.id} = {node.op}({', '.join(node.inputs)}{'; ' + params if params else ''})")
-    typer.echo(f"  r(h) = {design.ir.output}")
-
-
-@blueprints_app.command("check")
-def blueprints_check(file: Path, as_json: Json = False) -> None:
-    """Check a design of your own: one YAML file, in the library's form."""
-    from jobs.blueprints import check_file
-
-    result = check_file(file)
-    if as_json:
-        _print_json(result)
-    else:
-        typer.echo(f"{result['name']}: ok, hash {result['ir_hash'][:12]}")
-        for row in result["examples"]:
-            typer.echo(f"  {row['signature']:<28} {row['verdict']}")
 
 
 # ---------------------------------------------------------------- the edge

@@ -203,6 +203,13 @@ class Backlog(Contract):
         return self.queued.get(device, 0) + self.leased.get(device, 0)
 
 
+class Ids(Contract):
+    """Ids that begin alike."""
+
+    blueprints: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
+
+
 class Census(Contract):
     """How much a catalogue holds and what waits in it.
 

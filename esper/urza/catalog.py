@@ -40,6 +40,7 @@ from esper.leyline.catalogue import (
     BlueprintPage,
     BlueprintQuery,
     Census,
+    Ids,
     KernelEntry,
     KernelPage,
     KernelQuery,
@@ -197,12 +198,28 @@ class Catalog:
         page = islice(found, query.offset, query.offset + query.limit)
         return BlueprintPage(total=len(found), blueprints=tuple(page))
 
+    def ids(self, prefix: str, *, limit: int = 8) -> Ids:
+        """Ids of blueprints and kernels that begin with `prefix`, oldest first, at most `limit` of each."""
+        blueprints = (one for one in self._blueprints if one.startswith(prefix))
+        kernels = (one for one in self._kernels.ids() if one.startswith(prefix))
+        return Ids(blueprints=tuple(islice(blueprints, limit)), kernels=tuple(islice(kernels, limit)))
+
     def lineage(self, blueprint_id: str) -> list[Blueprint]:
         """A blueprint, the one it was derived from, and so on to the root; raises `NotFoundError` for an unknown id."""
         line = [self.blueprint(blueprint_id)]
         while (parent_id := line[-1].parent_id) is not None:  # a parent exists before its child: there are no circles
             line.append(self.blueprint(parent_id))
         return line
+
+    def descendants(self, blueprint_id: str) -> list[Blueprint]:
+        """All that were derived from a blueprint, and from those, oldest first; raises `NotFoundError`."""
+        family = {self.blueprint(blueprint_id).blueprint_id}
+        found = []
+        for one in self._blueprints.values():  # a parent exists before its child
+            if one.parent_id in family:
+                family.add(one.blueprint_id)
+                found.append(one)
+        return found
 
     def signatures(self) -> list[SiteSignature]:
         """Every site signature that runs have registered, in the order in which that happened first."""

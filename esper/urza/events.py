@@ -7,6 +7,7 @@ every later commit of the old writer is refused. Knows nothing of what the event
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -304,6 +305,23 @@ def read_events(storage: Storage) -> list[Event]:
     except (DeltaError, OSError) as error:
         raise storage.failure("open the events of", error) from error
     return _read(storage, table)
+
+
+def last_writer(storage: Storage) -> str | None:
+    """Who took the log over last, as `host:pid:id`; None where there is no log.
+
+    Raises:
+        StorageError: if it cannot be read.
+    """
+    try:
+        table = DeltaTable(storage.child(TABLE), storage_options=storage.delta_options)
+        takers = table.to_pyarrow_table(columns=["epoch", "body"], filters=[("kind", "=", EventKind.EPOCH.value)])
+    except TableNotFoundError:
+        return None
+    except (DeltaError, OSError) as error:
+        raise storage.failure("read the events of", error) from error
+    rows = takers.to_pylist()
+    return str(json.loads(max(rows, key=lambda row: row["epoch"])["body"])["writer"]) if rows else None
 
 
 def _open(storage: Storage) -> DeltaTable:

@@ -41,6 +41,7 @@ from esper.leyline.catalogue import (
     BlueprintPage,
     BlueprintQuery,
     Census,
+    Ids,
     KernelEntry,
     KernelPage,
     KernelQuery,
@@ -181,10 +182,20 @@ class Hub:
         with self._state:
             return self._known.search_blueprints(query)
 
+    def ids(self, prefix: str) -> Ids:
+        """Ids of blueprints and kernels that begin with `prefix`: some of them, so that people may write less."""
+        with self._state:
+            return self._known.ids(prefix)
+
     def lineage(self, blueprint_id: str) -> list[Blueprint]:
         """A blueprint, the one it was derived from, and so on to the root; raises `NotFoundError`."""
         with self._state:
             return self._known.lineage(blueprint_id)
+
+    def descendants(self, blueprint_id: str) -> list[Blueprint]:
+        """All that were derived from a blueprint, and from those, oldest first; raises `NotFoundError`."""
+        with self._state:
+            return self._known.descendants(blueprint_id)
 
     def outlook(self, blueprint_id: str) -> Outlook:
         """What a blueprint still waits for; raises `NotFoundError`."""

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from esper.leyline import Blueprint, CompiledKernelArtifact, SiteSignature
-from esper.leyline.catalogue import BlueprintPage, BlueprintQuery, Census, KernelEntry, KernelPage, KernelQuery, Outlook
+from esper.leyline.catalogue import (
+    BlueprintPage,
+    BlueprintQuery,
+    Census,
+    Ids,
+    KernelEntry,
+    KernelPage,
+    KernelQuery,
+    Outlook,
+)
 from esper.storage import Storage
 from esper.urza.blobs import Blobs, StoredBlobs
 from esper.urza.catalog import Catalog, Target
@@ -38,9 +47,17 @@ class Reader:
         """See `Hub.search_blueprints`."""
         return self._catalog.search_blueprints(query)
 
+    def ids(self, prefix: str) -> Ids:
+        """See `Hub.ids`."""
+        return self._catalog.ids(prefix)
+
     def lineage(self, blueprint_id: str) -> list[Blueprint]:
         """See `Hub.lineage`."""
         return self._catalog.lineage(blueprint_id)
+
+    def descendants(self, blueprint_id: str) -> list[Blueprint]:
+        """See `Hub.descendants`."""
+        return self._catalog.descendants(blueprint_id)
 
     def outlook(self, blueprint_id: str) -> Outlook:
         """See `Hub.outlook`."""

@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from ray_head import REPOSITORY, Head, head, wait_for
+from ray_head import REPOSITORY, Head, free_ports, head, wait_for
 
 from esper.leyline import RunStatus, RunSummary
 
@@ -49,7 +49,7 @@ def entrypoint(folder):
     store, key = folder / "store", folder / "key.pem"
     return [
         "python", "-m", "jobs.train", "--config", str(folder / "job.yaml"), f"storage={store}",
-        f"tezzeret.key_file={key}",
+        f"tezzeret.key_file={key}", f"urza.http.port={free_ports(1)[0]}",
     ]  # fmt: skip
 
 

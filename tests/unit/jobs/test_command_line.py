@@ -59,7 +59,7 @@ def schedule(site, blueprint):
         (["seed"], ("'seed' is no KEY=VALUE", "then overrides")),
         (["kasmina.sites=[nowhere]"], ("kasmina.sites", "nowhere", "stages.0.0")),
         (["tezzeret.blueprints=[conv_lite]"], ("tezzeret.blueprints: no blueprint 'conv_lite'", "conv_light?")),
-        (["tezzeret.blueprints=[zzz]"], ("tezzeret.blueprints: no blueprint 'zzz'", "esper blueprints ls")),
+        (["tezzeret.blueprints=[zzz]"], ("tezzeret.blueprints: no blueprint 'zzz'", "esper blueprints ls --library")),
         (["tezzeret.blueprints=[mlp_2x]"], ("tezzeret.blueprints: mlp_2x:", "declared for vector", "--dry-run")),
         (schedule("nowhere", "conv_light"), ("tamiyo.schedule.0.site: no site 'nowhere'", "stages.0.0")),
         (schedule("stages.0.0", "conv_lite"), ("tamiyo.schedule.0.blueprint:", "did you mean conv_light?")),
@@ -107,7 +107,7 @@ def test_missing_data_name_the_setting_and_the_address(esper, tmp_path, name):
         (["runs", "show", "nobody", "--storage", "{tmp}"], ("run: no run 'nobody'", "esper runs ls")),
         (["runs", "report", "--storage", "{tmp}"], ("run: no run 'latest'", "esper runs ls")),
         (["export", "nobody", "--storage", "{tmp}"], ("run: no run 'nobody'", "esper runs ls")),
-        (["blueprints", "show", "nothing"], ("name: no design named 'nothing'", "one of attention_head")),
+        (["blueprints", "show", "nothing"], ("no catalogue below", "no 'nothing' either", "ls --library")),
         (["blueprints", "check", "{tmp}/none.yaml"], ("file: cannot read", "none.yaml")),
         (["platform", "status"], ("RAY_ADDRESS is not set", "ray start --head")),
         (["bench", "nothing"], ("bench: no benchmark 'nothing'", "one of")),
@@ -246,7 +246,7 @@ def test_doctor_finds_what_is_missing(esper, tmp_path):
 
 
 def test_lists_are_text_or_json(esper, tmp_path):
-    for command in (["blueprints", "ls"], ["version"], ["runs", "ls", "--storage", tmp_path], ["bench"]):
+    for command in (["blueprints", "ls", "--library"], ["version"], ["runs", "ls", "--storage", tmp_path], ["bench"]):
         code, text, err = esper(*command)
         assert (code, err, bool(text.strip())) == (0, "", True)
         code, out, err = esper(*command, "--json")
@@ -254,7 +254,7 @@ def test_lists_are_text_or_json(esper, tmp_path):
         assert text != out
         json.loads(out)
     assert json.loads(esper("runs", "ls", "--storage", tmp_path, "--json")[1]) == []
-    assert len(json.loads(esper("blueprints", "ls", "--json")[1])) >= 12
+    assert len(json.loads(esper("blueprints", "ls", "--library", "--json")[1])) >= 12
     assert {"torch", "ray", "esper-morphogen"} <= set(json.loads(esper("version", "--json")[1]))
 
 

@@ -30,6 +30,7 @@ from esper.leyline.catalogue import (
     BlueprintOrder,
     BlueprintQuery,
     Census,
+    Ids,
     KernelOrder,
     KernelQuery,
 )
@@ -488,6 +489,16 @@ class HubConformance:
         hub.register_sites([VECTOR], run_id="three")
         hub.register_sites([], run_id="four")
         assert hub.signatures() == [WIDE, IMAGE, VECTOR]
+
+    def test_ids_are_found_by_their_beginning(self, hub):
+        kernels = [compiled(hub, f"d{n}") for n in range(3)]
+        first = kernels[0]
+        assert hub.ids(first.kernel_id[:20]) == Ids(kernels=(first.kernel_id,))
+        assert hub.ids(first.blueprint_id) == Ids(blueprints=(first.blueprint_id,))
+        every = hub.ids("")
+        assert every.kernels == tuple(kernel.kernel_id for kernel in kernels)
+        assert every.blueprints == tuple(kernel.blueprint_id for kernel in kernels)
+        assert hub.ids("nothing") == Ids()
 
     def test_the_census_counts_what_there_is_and_what_waits(self, hub):
         hub.register_sites([VECTOR, WIDE], run_id="one")
