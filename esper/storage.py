@@ -268,6 +268,25 @@ class Storage:
         files = (entry for entry in entries if entry["type"] == "file")
         return sorted((entry["name"].rsplit("/", 1)[-1], entry["size"] or 0, _written_at(entry)) for entry in files)
 
+    def move(self, name: str, to: str) -> None:
+        """Gives a file another name; at no moment is it under neither.
+
+        Raises:
+            NotFoundError: if there is no such file.
+            StorageError: if it cannot be moved.
+        """
+        try:
+            with self.named_errors("move", name):
+                if self.is_local:
+                    target = Path(self.path(to))
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    Path(self.path(name)).replace(target)
+                else:
+                    self.fs.cp_file(self.path(name), self.path(to))
+                    self.fs.rm_file(self.path(name))
+        except FileNotFoundError as error:
+            raise NotFoundError(f"no {name} below {self.shown}") from error
+
     def remove(self, name: str) -> None:
         """Removes a file, or a folder with all it holds; nothing happens if it does not exist."""
         with contextlib.suppress(FileNotFoundError), self.named_errors("remove", name):

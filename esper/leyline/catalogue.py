@@ -234,7 +234,8 @@ class MaintenanceReport(Contract):
         num_events: in the log.
         files_before, files_after: data files that the log's table reads.
         files_removed: replaced files older than the retention, of all tables.
-        blobs_kept, blobs_removed, bytes_removed: of the blob store; blobs that an event names are always kept.
+        blobs_kept, blobs_set_aside, blobs_removed, bytes_removed: of the blob store; blobs that an event names are
+            always kept, and one that was set aside is removed by a later round, unless it is wanted by then.
         uses_written: fetches that were counted since the last round.
         problems: what could not be done, in words; nothing is lost by it.
     """
@@ -245,6 +246,7 @@ class MaintenanceReport(Contract):
     files_after: Count = 0
     files_removed: Count = 0
     blobs_kept: Count = 0
+    blobs_set_aside: Count = 0
     blobs_removed: Count = 0
     bytes_removed: Count = 0
     uses_written: Count = 0

@@ -1,4 +1,9 @@
-"""Content-addressed blobs: a blob's name is the SHA-256 of its bytes, so it never changes and never conflicts."""
+"""Content-addressed blobs: a blob's name is the SHA-256 of its bytes, so it never changes and never conflicts.
+
+Nothing is removed at once. A blob that nobody wants is first *set aside*, under a name that no other copy has, where
+`get` still finds it; only a copy that was set aside before one knew oneself to be the writer is discarded. So a writer
+that stalls anywhere, and is taken over from meanwhile, cannot take away what its successor has stored.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +12,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
-from esper.leyline import NotFoundError, TamperedError, now
+from esper.leyline import NotFoundError, TamperedError, new_id, now
 from esper.storage import Storage
 
+_ASIDE = "blobs/aside"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -19,6 +25,14 @@ class StoredBlob(NamedTuple):
     digest: str
     size_bytes: int
     written_at: float
+
+
+class AsideBlob(NamedTuple):
+    """A copy of a blob that was set aside; `name` is that of this copy alone."""
+
+    name: str
+    digest: str
+    size_bytes: int
 
 
 class Blobs(Protocol):
@@ -41,8 +55,20 @@ class Blobs(Protocol):
         """All blobs."""
         ...
 
-    def remove(self, blob: StoredBlob, *, before: float) -> bool:
-        """Removes a blob unless it was written again after `before`; returns whether it is gone."""
+    def set_aside(self, blob: StoredBlob, *, before: float) -> bool:
+        """Sets a blob aside unless it was written again after `before`; returns whether that was done."""
+        ...
+
+    def aside(self) -> list[AsideBlob]:
+        """All copies that are set aside."""
+        ...
+
+    def restore(self, blob: AsideBlob) -> None:
+        """Stores a blob that was set aside again."""
+        ...
+
+    def discard(self, blob: AsideBlob) -> None:
+        """Removes a copy for good."""
         ...
 
     def drop_drafts(self, *, before: float) -> None:
@@ -57,6 +83,7 @@ class MemoryBlobs:
         self._clock = clock
         self._blobs: dict[str, bytes] = {}
         self._written_at: dict[str, float] = {}
+        self._aside: dict[str, tuple[str, bytes]] = {}
 
     def put(self, data: bytes | memoryview) -> str:
         digest = sha256(data)
@@ -65,26 +92,37 @@ class MemoryBlobs:
         return digest
 
     def get(self, digest: str) -> bytes:
-        if digest not in self._blobs:
+        copies = [data for other, data in self._aside.values() if other == digest]
+        if digest not in self._blobs and not copies:
             raise NotFoundError(f"no blob {digest}")
-        return self._blobs[digest]
+        return self._blobs.get(digest, *copies[:1])
 
     def stored(self) -> Iterator[StoredBlob]:
         for digest, data in list(self._blobs.items()):
             yield StoredBlob(digest, len(data), self._written_at[digest])
 
-    def remove(self, blob: StoredBlob, *, before: float) -> bool:
+    def set_aside(self, blob: StoredBlob, *, before: float) -> bool:
         if self._written_at.get(blob.digest, before) >= before:
             return False
-        del self._blobs[blob.digest], self._written_at[blob.digest]
+        del self._written_at[blob.digest]
+        self._aside[new_id()] = (blob.digest, self._blobs.pop(blob.digest))
         return True
+
+    def aside(self) -> list[AsideBlob]:
+        return [AsideBlob(name, digest, len(data)) for name, (digest, data) in self._aside.items()]
+
+    def restore(self, blob: AsideBlob) -> None:
+        self.put(self._aside.pop(blob.name)[1])
+
+    def discard(self, blob: AsideBlob) -> None:
+        del self._aside[blob.name]
 
     def drop_drafts(self, *, before: float) -> None:
         """There are none in memory."""
 
 
 class StoredBlobs:
-    """Blobs as files `blobs/ab/<sha256>` below a storage address."""
+    """Blobs as files `blobs/ab/<sha256>` below a storage address, and `blobs/aside/<sha256>.<id>` what is set aside."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -107,25 +145,55 @@ class StoredBlobs:
         Raises:
             StorageError: if the address cannot be read.
         """
-        data = self._storage.read(_name(digest))
+        try:
+            data = self._storage.read(_name(digest))
+        except NotFoundError:
+            data = self._read_aside(digest)
         if sha256(data) != digest:
             raise TamperedError(f"the blob {digest} below {self._storage.uri} holds other bytes")
         return data
+
+    def _read_aside(self, digest: str) -> bytes:
+        for copy in self.aside():
+            if copy.digest == digest:
+                try:
+                    return self._storage.read(f"{_ASIDE}/{copy.name}")
+                except NotFoundError:
+                    continue  # restored or discarded at this moment
+        return self._storage.read(_name(digest))  # what is restored is stored before its copy goes
 
     def stored(self) -> Iterator[StoredBlob]:
         """See `Blobs.stored`; raises `StorageError`."""
         for folder in self._storage.names("blobs"):
             for digest, size_bytes, written_at in self._storage.listing(f"blobs/{folder}"):
-                if _DIGEST.fullmatch(digest):  # a draft that a crash left is no blob
+                # neither a draft that a crash left nor a copy that is set aside
+                if _DIGEST.fullmatch(digest):
                     yield StoredBlob(digest, size_bytes, written_at)
 
-    def remove(self, blob: StoredBlob, *, before: float) -> bool:
-        """See `Blobs.remove`; raises `StorageError`."""
+    def set_aside(self, blob: StoredBlob, *, before: float) -> bool:
+        """See `Blobs.set_aside`; raises `StorageError`."""
         name = _name(blob.digest)
         if any(found == blob.digest and at >= before for found, _, at in self._storage.listing(name)):
             return False
-        self._storage.remove(name)
+        try:
+            self._storage.move(name, f"{_ASIDE}/{blob.digest}.{new_id()}")
+        except NotFoundError:
+            return False
         return True
+
+    def aside(self) -> list[AsideBlob]:
+        """See `Blobs.aside`; raises `StorageError`."""
+        found = ((name, name.partition("."), size) for name, size, _ in self._storage.listing(_ASIDE))
+        return [AsideBlob(name, parts[0], size) for name, parts, size in found if _DIGEST.fullmatch(parts[0])]
+
+    def restore(self, blob: AsideBlob) -> None:
+        """See `Blobs.restore`; raises `NotFoundError` if it is not there any more, and `StorageError`."""
+        self.put(self._storage.read(f"{_ASIDE}/{blob.name}"))
+        self.discard(blob)
+
+    def discard(self, blob: AsideBlob) -> None:
+        """See `Blobs.discard`; raises `StorageError`."""
+        self._storage.remove(f"{_ASIDE}/{blob.name}")
 
     def drop_drafts(self, *, before: float) -> None:
         """See `Blobs.drop_drafts`, and the probes of `Storage.check_writable`; raises `StorageError`."""

@@ -81,6 +81,15 @@ class EventLog(Protocol):
         """
         ...
 
+    def confirm(self) -> None:
+        """Makes sure that this writer is still the one.
+
+        Raises:
+            FencedError: if another writer has taken over; this one must stop.
+            StorageError: if that cannot be read.
+        """
+        ...
+
     def maintain(self, *, kept_hours: float) -> Tidied:
         """Makes the log quick to read again, and removes what was replaced more than `kept_hours` ago.
 
@@ -103,6 +112,9 @@ class MemoryLog:
 
     def append(self, events: Sequence[Event]) -> None:
         self._events += events
+
+    def confirm(self) -> None:
+        """Nobody else can write."""
 
     def maintain(self, *, kept_hours: float) -> Tidied:
         del kept_hours
@@ -184,6 +196,10 @@ class DeltaLog:
         if self._num_commits >= TIDY_EVERY:
             self._num_commits = 0
             self._tidy()
+
+    def confirm(self) -> None:
+        if _last_epoch(self._storage) > self.epoch:
+            raise _fenced(self._storage, self.epoch)
 
     def maintain(self, *, kept_hours: float = KEPT_HOURS) -> Tidied:
         if self._ended is not None:

@@ -50,7 +50,7 @@ from esper.leyline.catalogue import (
 )
 from esper.storage import Storage
 from esper.urza import projections, rules
-from esper.urza.blobs import Blobs, StoredBlobs, sha256
+from esper.urza.blobs import AsideBlob, Blobs, StoredBlobs, sha256
 from esper.urza.catalog import Catalog, Target, TargetState
 from esper.urza.events import DeltaLog, EventLog, Tidied
 from esper.urza.records import SCHEMA_VERSION, Event, Fact
@@ -60,6 +60,7 @@ class Swept(NamedTuple):
     """What became of the blobs."""
 
     kept: int
+    set_aside: int
     removed: int
     bytes_removed: int
 
@@ -401,7 +402,8 @@ class Hub:
         Where nothing changed since this hub last did so, nothing is written.
 
         Raises:
-            StorageError: if a table cannot be written.
+            FencedError: if another Urza has taken over: the tables are its.
+            StorageError: if a table cannot be written, or who writes cannot be read.
         """
         with self._projecting:
             with self._state:
@@ -410,9 +412,9 @@ class Hub:
                     return
                 blueprints = self._known.blueprints()
                 kernels = [self._known.entry(kernel.kernel_id) for kernel in self._known.kernels(status=None)]
-            projections.write_blueprints(storage, blueprints)
+            projections.write_blueprints(storage, blueprints, self._log.confirm)
             self._faults.at("projecting", seq)
-            projections.write_kernels(storage, kernels)
+            projections.write_kernels(storage, kernels, self._log.confirm)
             self._projected = seq
 
     def tidy_projections(self, storage: Storage, kept_hours: float) -> list[Tidied]:
@@ -432,8 +434,9 @@ class Hub:
     def maintain(self, *, kept_hours: float = 24.0, grace_hours: float = 24.0) -> MaintenanceReport:
         """Tidies log and blobs, and writes down the fetches. Requests wait while the log is compacted.
 
-        A blob goes if no event names it, nobody is storing it, and it was last written more than `grace_hours` ago.
-        What an event names stays for good, whatever became of its kernel: a run may come back for it.
+        A blob goes if no event names it, nobody is storing it, and it was last written more than `grace_hours` ago:
+        this round sets it aside, and the next one removes it. What an event names stays for good, whatever became of
+        its kernel: a run may come back for it.
 
         Args:
             kept_hours: files of the log's table that were replaced stay so long, for whoever reads it meanwhile.
@@ -446,9 +449,10 @@ class Hub:
         """
         begin = time.monotonic()
         num_uses = self.write_uses()
+        aside = self._blobs.aside()  # before the next line: what a later writer's blob leaves aside is not among these
         with self._exclusively():
             tidied = self._log.maintain(kept_hours=kept_hours)  # raises where another has taken over: blobs stay
-        swept = self._sweep(grace_hours)
+        swept = self._sweep(grace_hours, aside)
         return MaintenanceReport(
             schema_version=SCHEMA_VERSION,
             num_events=self._durable.seq,
@@ -456,6 +460,7 @@ class Hub:
             files_after=tidied.files_after,
             files_removed=tidied.files_removed,
             blobs_kept=swept.kept,
+            blobs_set_aside=swept.set_aside,
             blobs_removed=swept.removed,
             bytes_removed=swept.bytes_removed,
             uses_written=num_uses,
@@ -463,27 +468,38 @@ class Hub:
             problems=(tidied.problem,) if tidied.problem else (),
         )
 
-    def _sweep(self, grace_hours: float) -> Swept:
+    def _sweep(self, grace_hours: float, aside: Sequence[AsideBlob]) -> Swept:
         """Looks at each blob by itself: none may be waited for by a request while the next one is listed.
 
-        An Urza that takes over at this moment may store a blob that is just being swept: it was written a moment ago
-        then, and is not removed.
+        Args:
+            grace_hours: see `maintain`.
+            aside: copies that lay aside when this hub was known to be the writer.
         """
+        removed = freed = set_aside = kept = 0
+        for copy in aside:
+            with self._state:
+                self._check_whole()
+                if self._wants(copy.digest):
+                    self._blobs.restore(copy)
+                    continue
+            self._blobs.discard(copy)
+            removed, freed = removed + 1, freed + copy.size_bytes
         before = self._clock() - grace_hours * 3600.0
-        kept = removed = freed = 0
         self._blobs.drop_drafts(before=before)
         for blob in self._blobs.stored():
             with self._state:
                 self._check_whole()
-                wanted = self._head.has_kernel(blob.digest) or blob.digest in self._being_stored
-                # removed in here, so that nobody begins to store it meanwhile
-                if not wanted and blob.written_at < before:
+                if not self._wants(blob.digest) and blob.written_at < before:
                     self._faults.at("sweeping", self._head.seq)
-                if not wanted and blob.written_at < before and self._blobs.remove(blob, before=before):
-                    removed, freed = removed + 1, freed + blob.size_bytes
-                    continue
+                    # in here, so that nobody begins to store it meanwhile
+                    if self._blobs.set_aside(blob, before=before):
+                        set_aside += 1
+                        continue
             kept += 1
-        return Swept(kept, removed, freed)
+        return Swept(kept, set_aside, removed, freed)
+
+    def _wants(self, digest: str) -> bool:
+        return self._head.has_kernel(digest) or digest in self._being_stored
 
     @contextmanager
     def _storing(self, digest: str) -> Iterator[None]:

@@ -1,12 +1,17 @@
-"""Tables for other readers (DuckDB, Polars, pandas): the state with one row an id. The truth is the log of events."""
+"""Tables for other readers (DuckDB, Polars, pandas): the state with one row an id. The truth is the log of events.
+
+A writer that was taken over from must not put its older state into them. So each is opened first, then the writer makes
+sure that it is the one, and then it is replaced from the handle as it was opened: deltalake refuses that if anybody has
+written in between.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
-from deltalake import DeltaTable, write_deltalake
+from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError
 
 from esper.leyline import Blueprint, Outcome
@@ -64,22 +69,29 @@ KERNELS = pa.schema(
 """One column an outcome counts the adaptations that ended so."""
 
 
-def write_blueprints(storage: Storage, blueprints: Sequence[Blueprint]) -> None:
+_ATTEMPTS = 5
+"""To write a table while a writer that was taken over from writes it too."""
+
+Confirm = Callable[[], None]
+"""Raises where another writer has taken over."""
+
+
+def write_blueprints(storage: Storage, blueprints: Sequence[Blueprint], confirm: Confirm) -> None:
     """Replaces the table `blueprints` below a storage address.
 
     Raises:
-        StorageError: if that fails.
+        StorageError: if that fails; and what `confirm` raises.
     """
-    _replace(storage, "blueprints", BLUEPRINTS, map(_blueprint_row, blueprints))
+    _replace(storage, "blueprints", BLUEPRINTS, map(_blueprint_row, blueprints), confirm)
 
 
-def write_kernels(storage: Storage, kernels: Sequence[KernelEntry]) -> None:
+def write_kernels(storage: Storage, kernels: Sequence[KernelEntry], confirm: Confirm) -> None:
     """Replaces the table `kernels` below a storage address; after `blueprints`, so that a kernel's blueprint is there.
 
     Raises:
-        StorageError: if that fails.
+        StorageError: if that fails; and what `confirm` raises.
     """
-    _replace(storage, "kernels", KERNELS, map(_kernel_row, kernels))
+    _replace(storage, "kernels", KERNELS, map(_kernel_row, kernels), confirm)
 
 
 def tidy(storage: Storage, kept_hours: float) -> list[Tidied]:
@@ -100,18 +112,26 @@ def tidy(storage: Storage, kept_hours: float) -> list[Tidied]:
     return tidied
 
 
-def _replace(storage: Storage, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
-    table = pa.Table.from_pylist(list(rows), schema=schema)
-    try:
-        write_deltalake(
-            storage.child(name),
-            table,
-            mode="overwrite",
-            schema_mode="overwrite",
-            storage_options=storage.delta_options,
-        )
-    except (DeltaError, OSError) as error:
-        raise storage.failure(f"write the table {name} of", error) from error
+def _replace(storage: Storage, name: str, schema: pa.Schema, rows: Iterable[dict[str, Any]], confirm: Confirm) -> None:
+    data = pa.Table.from_pylist(list(rows), schema=schema)
+    uri, options = storage.child(name), storage.delta_options
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            # "ignore": whoever comes second opens what the first has made
+            table = DeltaTable.create(uri, schema, mode="ignore", storage_options=options)
+            confirm()
+            write_deltalake(
+                table,
+                data,
+                mode="overwrite",
+                schema_mode="overwrite",
+                commit_properties=CommitProperties(max_commit_retries=0),
+            )
+        except (DeltaError, OSError) as error:
+            if attempt == _ATTEMPTS:
+                raise storage.failure(f"write the table {name} of", error) from error
+            continue
+        return
 
 
 def _blueprint_row(blueprint: Blueprint) -> dict[str, Any]:

@@ -118,6 +118,14 @@ class TestFiles:
         place.remove("a")
         assert place.names() == []
 
+    def test_what_is_moved_has_the_other_name_alone(self, place):
+        place.write("a/b", b"1")
+        place.move("a/b", "c/d/e")
+        assert (place.names("a"), place.read("c/d/e")) == ([], b"1")
+        with pytest.raises(NotFoundError, match="no a/b below"):
+            place.move("a/b", "c/d/f")
+        assert place.names("c/d") == ["e"]
+
     def test_what_is_not_there_is_not_found(self, place):
         with pytest.raises(NotFoundError, match=f"no a/b below {place.shown}"):
             place.read("a/b")

@@ -73,7 +73,10 @@ def test_only_old_blobs_that_no_event_names_go(storage, clock):
         os.utime(storage.local / "blobs" / digest[:2] / digest, (when, when))
     os.utime(draft, (0, 0))
     report = hub.maintain(grace_hours=24.0)
-    assert (report.blobs_kept, report.blobs_removed) == (2, 1)
+    assert (report.blobs_kept, report.blobs_set_aside, report.blobs_removed) == (2, 1, 0)
+    assert blobs.get(old) == b"crashed before its record"
+    report = hub.maintain(grace_hours=24.0)
+    assert (report.blobs_kept, report.blobs_set_aside, report.blobs_removed) == (2, 0, 1)
     assert report.bytes_removed == len(b"crashed before its record")
     assert bytes(hub.fetch(kernel.kernel_id))
     assert bytes(blobs.get(fresh))
@@ -109,13 +112,13 @@ def test_tables_written_at_the_same_time_end_with_the_newest_state(storage, monk
     others = []
     original = projections.write_kernels
 
-    def slow(storage, kernels):
+    def slow(storage, kernels, confirm):
         if not others:
             compiled(hub, "second")
             others.append(threading.Thread(target=hub.project, args=(storage,)))
             others[0].start()
             others[0].join(1.0)  # it waits for this one; without the lock it would be done
-        original(storage, kernels)
+        original(storage, kernels, confirm)
 
     monkeypatch.setattr(projections, "write_kernels", slow)
     hub.project(storage)
@@ -130,10 +133,19 @@ def test_a_blob_that_is_written_again_while_it_is_swept_stays(make, storage):
     digest = blobs.put(b"kernel")
     [listed] = blobs.stored()
     before = listed.written_at + 0.0
-    assert blobs.remove(listed._replace(written_at=before - HOUR), before=before) is False
-    assert blobs.get(digest) == b"kernel"
-    assert blobs.remove(listed, before=before + HOUR) is True
+    assert blobs.set_aside(listed._replace(written_at=before - HOUR), before=before) is False
+    assert (list(blobs.stored()), blobs.aside()) == ([listed], [])
+    assert blobs.set_aside(listed, before=before + HOUR) is True
+    assert blobs.set_aside(listed, before=before + HOUR) is False  # it is gone already
     assert list(blobs.stored()) == []
+    [copy] = blobs.aside()
+    assert (copy.digest, blobs.get(digest)) == (digest, b"kernel")
+    blobs.restore(copy)
+    assert ([one.digest for one in blobs.stored()], blobs.aside()) == ([digest], [])
+    blobs.set_aside(listed, before=before + HOUR)
+    blobs.discard(blobs.aside()[0])
+    with pytest.raises(NotFoundError):
+        blobs.get(digest)
 
 
 def test_a_blob_that_is_being_stored_stays_however_old_it_is(clock):
@@ -153,7 +165,7 @@ def test_a_blob_that_is_being_stored_stays_however_old_it_is(clock):
     job = hub.claim("w", fingerprint=BUILD)
     record, container = artifact_of(job)
     hub.complete(job, record, container)
-    assert [report.blobs_removed for report in reports] == [0]
+    assert [report.blobs_set_aside for report in reports] == [0]
     assert bytes(hub.fetch(record.kernel_id)) == container
 
 
@@ -169,6 +181,79 @@ def test_one_that_was_taken_over_from_sweeps_nothing(storage, clock):
         stalled.blueprints()
 
 
+@pytest.mark.parametrize("place", ["before", "confirmed"])
+def test_one_that_was_taken_over_from_writes_no_older_state_for_other_readers(storage, monkeypatch, place):
+    stalled = Hub.open(storage)
+    compiled(stalled, "first")
+    successors = []
+
+    def succeed():
+        successors.append(Hub.open(storage))
+        compiled(successors[0], "second")
+        successors[0].project(storage)
+
+    if place == "before":
+        succeed()
+    else:  # it stalls just after it made sure that it is the writer
+        confirm = stalled._log.confirm
+        monkeypatch.setattr(stalled._log, "confirm", lambda: [confirm(), successors or succeed()])
+    with pytest.raises(FencedError):
+        stalled.project(storage)
+    for name, column in (("blueprints", "name"), ("kernels", "blueprint_name")):
+        names = DeltaTable(storage.child(name)).to_pyarrow_table()[column].to_pylist()
+        assert names == ["first", "second"]
+
+
+class StallingStorage(Storage):
+    """Does something else just before a file is moved or removed: what others do while this process stands still."""
+
+    def move(self, name, to):
+        self._meanwhile()
+        super().move(name, to)
+
+    def remove(self, name):
+        self._meanwhile()
+        super().remove(name)
+
+    def _meanwhile(self):
+        deed = self.__dict__.pop("deed", None)
+        if deed is not None:
+            deed()
+
+
+@pytest.mark.parametrize("round_", ["setting aside", "discarding"])
+def test_one_that_stalls_in_its_sweep_takes_nothing_from_its_successor(storage, clock, round_):
+    """A crash left a blob; just as it is swept another Urza takes over, and the same work hands the same bytes over."""
+    clock.time = 1_000_000.0
+    stalling = StallingStorage(storage.uri)
+    first = Hub.open(storage, clock=clock)
+    first.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+    job = first.claim("w", fingerprint=BUILD)
+    record, container = artifact_of(job)
+    orphan = StoredBlobs(storage).put(container)
+    os.utime(storage.local / "blobs" / orphan[:2] / orphan, (0, 0))
+    stalled = Hub.open(stalling, clock=clock)
+    if round_ == "discarding":
+        assert stalled.maintain(grace_hours=1.0).blobs_set_aside == 1
+    successors = []
+
+    def succeed():
+        successors.append(Hub.open(storage, clock=clock))
+        successors[0].complete(job, record, container)
+
+    stalling.__dict__["deed"] = succeed
+    stalled.maintain(grace_hours=1.0)
+    [successor] = successors
+    assert bytes(successor.fetch(record.kernel_id)) == container
+    for _ in range(2):  # and its own rounds bring it back to its place
+        successor.maintain(grace_hours=1.0)
+        assert bytes(successor.fetch(record.kernel_id)) == container
+    assert StoredBlobs(storage).aside() == []
+    assert (storage.local / "blobs" / orphan[:2] / orphan).exists()
+    with pytest.raises(FencedError):
+        stalled.maintain(grace_hours=1.0)
+
+
 KILLED_AT = """
 import os, sys
 from deltalake import DeltaTable, write_deltalake
@@ -176,7 +261,7 @@ from esper.storage import Storage
 from esper.urza import hub, projections, upkeep
 
 place, when, address = sys.argv[1:]
-owner = {"remove": hub.StoredBlobs, "write_kernels": projections}.get(place, DeltaTable)
+owner = {"set_aside": hub.StoredBlobs, "discard": hub.StoredBlobs, "write_kernels": projections}.get(place, DeltaTable)
 original = getattr(owner, place)
 
 def die(*args, **kwargs):
@@ -191,11 +276,16 @@ upkeep.maintain(opened, Storage.at(address), kept_hours=0.0, grace_hours=-1.0)
 """
 
 
-@pytest.mark.parametrize("place", ["create_checkpoint", "vacuum", "cleanup_metadata", "remove", "write_kernels"])
+@pytest.mark.parametrize(
+    "place", ["create_checkpoint", "vacuum", "cleanup_metadata", "set_aside", "discard", "write_kernels"]
+)
 def test_killed_in_the_middle_it_leaves_an_address_that_reads_the_same(storage, place):
     hub = Hub.open(storage)
     kernels = [compiled(hub, name) for name in ("one", "two")]
-    orphan = StoredBlobs(storage).put(b"orphan")
+    blobs = StoredBlobs(storage)
+    orphan, aside = blobs.put(b"orphan"), blobs.put(b"aside")
+    [listed] = (blob for blob in blobs.stored() if blob.digest == aside)
+    blobs.set_aside(listed, before=listed.written_at + HOUR)
     for when in ("before", "after"):
         code = [sys.executable, "-c", KILLED_AT, place, when, storage.uri]
         assert subprocess.run(code, check=False, timeout=120).returncode == 9
@@ -203,9 +293,11 @@ def test_killed_in_the_middle_it_leaves_an_address_that_reads_the_same(storage, 
     after = Hub.open(storage)
     assert after.kernels() == kernels
     assert all(bytes(after.fetch(kernel.kernel_id)) for kernel in kernels)
-    upkeep.maintain(after, storage, kept_hours=0.0, grace_hours=-1.0)
-    with pytest.raises(NotFoundError):
-        StoredBlobs(storage).get(orphan)
+    for _ in range(2):  # one round sets aside, the next removes
+        upkeep.maintain(after, storage, kept_hours=0.0, grace_hours=-1.0)
+    for digest in (orphan, aside):
+        with pytest.raises(NotFoundError):
+            blobs.get(digest)
     assert DeltaTable(storage.child("kernels")).to_pyarrow_table().num_rows == 2
 
 
