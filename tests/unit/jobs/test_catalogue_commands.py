@@ -100,7 +100,7 @@ def test_a_design_goes_the_whole_way(esper, answer, storage, file, tmp_path):
     assert (submitted["status"], submitted["queue_position"]) == ("UNVALIDATED", 1)
     hub = compile_all(storage)
     [kernel] = hub.kernels()
-    assert kernel.tags == ("own", "quick")
+    assert kernel.tags[:2] == ("own", "quick")  # what Urabrask has given comes after
     view = answer("blueprints", "show", "mine")
     assert view["blueprint"]["status"] == "VALIDATED"
     assert view["targets"][0]["kernel_ids"] == [kernel.kernel_id]
