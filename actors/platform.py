@@ -205,6 +205,7 @@ def _compilers(
             bus=make_bus,
             private_key=partial(_signer, config.tezzeret.key_file, public_key),
             lease_s=config.tezzeret.lease_s,
+            limits=config.tezzeret.limits,
         )
 
     return tuple(start(f"tezzeret-{storage.key}-{index}") for index in range(config.tezzeret.num_workers))

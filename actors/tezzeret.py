@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from esper.leyline import AssetHub, Bus, Contract, Delivery, KernelCharacterized, OonaMessage, Subscription, Topic
+from esper.leyline.limits import DEFAULT_LIMITS, IRLimits
 from esper.tezzeret.worker import Compiled, Idle, Rejected, work_once
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class CompileWorker:
         lease_s: seconds a compilation may take.
         wake_s: longest pause between looks at the hub.
         num_threads: of torch in this process; None leaves torch's setting.
+        limits: what one kernel may cost.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class CompileWorker:
         lease_s: float = 60.0,
         wake_s: float = 15.0,
         num_threads: int | None = 1,
+        limits: IRLimits = DEFAULT_LIMITS,
     ) -> None:
         self._name = name
         self._connect_hub = hub
@@ -57,6 +60,7 @@ class CompileWorker:
         self._lease_s = lease_s
         self._wake_s = wake_s
         self._num_threads = num_threads
+        self._limits = limits
         self._num_compiled = 0
         self._num_rejected = 0
         self._state = "starting"
@@ -156,6 +160,7 @@ class CompileWorker:
                 private_key=private_key,
                 examine=examine,
                 lease_s=self._lease_s,
+                limits=self._limits,
             )
             if isinstance(outcome, Idle):
                 return

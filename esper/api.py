@@ -552,7 +552,14 @@ def local_hub(
     with torch.random.fork_rng(devices=[]):
         turn = None
         while not isinstance(turn, Idle):
-            turn = work_once(hub, worker="local", fingerprint=fingerprint, private_key=key, examine=examine)
+            turn = work_once(
+                hub,
+                worker="local",
+                fingerprint=fingerprint,
+                private_key=key,
+                examine=examine,
+                limits=config.tezzeret.limits,
+            )
     return hub, key.public_key().public_bytes_raw()
 
 

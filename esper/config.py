@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from esper.leyline.errors import ConfigError
+from esper.leyline.limits import IRLimits
 from esper.leyline.messages import Topic
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -302,6 +303,8 @@ class TezzeretConfig(Section):
     """The signer's private key; made with mode 0600 where there is none. Compile nodes of a cluster share one."""
     blueprints: Literal["library"] | tuple[str, ...] = "library"
     """Names from the library that are compiled for the run's sites, or all that fit."""
+    limits: IRLimits = IRLimits()
+    """What one kernel may cost; more is refused before it is built."""
 
 
 class OonaConfig(Section):

@@ -21,9 +21,11 @@ __all__ = [
     "MAX_PARAMETERS",
     "OPS",
     "WEIGHTED",
+    "activation_bytes",
     "canonical_order",
     "count_flops",
     "count_parameters",
+    "depth",
     "fits",
     "infer",
     "memory_bytes",
@@ -184,9 +186,21 @@ def count_flops(ir: BlueprintIR, signature: SiteSignature) -> int:
 
 def memory_bytes(ir: BlueprintIR, signature: SiteSignature) -> int:
     """Bytes of the parameters and of every node's output for one sample; raises `BlueprintError` if it does not fit."""
+    return _ITEM_SIZE[signature.dtype] * count_parameters(ir, signature) + activation_bytes(ir, signature)
+
+
+def activation_bytes(ir: BlueprintIR, signature: SiteSignature) -> int:
+    """Bytes of every node's output for one sample; raises `BlueprintError` if it does not fit."""
     shapes = infer(ir, signature)
-    activations = sum(math.prod(shapes[node.id]) for node in ir.nodes)
-    return _ITEM_SIZE[signature.dtype] * (count_parameters(ir, signature) + activations)
+    return _ITEM_SIZE[signature.dtype] * sum(math.prod(shapes[node.id]) for node in ir.nodes)
+
+
+def depth(ir: BlueprintIR) -> int:
+    """Nodes on the longest path from h to the output; raises `BlueprintError` for a cycle or a missing node."""
+    levels = {INPUT: 0}
+    for node in canonical_order(ir):
+        levels[node.id] = 1 + max(levels[source] for source in node.inputs)
+    return levels[ir.output]
 
 
 def neighbour_nodes(ir: BlueprintIR) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from esper.leyline import (
 from esper.leyline.canonical import canonical_hash
 from esper.leyline.container import KernelManifest, kernel_id_of, pack
 from esper.leyline.kernels import merged_tags
+from esper.leyline.limits import DEFAULT_LIMITS, IRLimits, screen
 from esper.leyline.ops import count_flops, count_parameters, memory_bytes, needs_neighbour
 
 if TYPE_CHECKING:
@@ -54,7 +55,12 @@ class Unsigned:
 
 
 def compile_kernel(
-    job: CompileJob, *, fingerprint: str, private_key: Ed25519PrivateKey, examine: Examine
+    job: CompileJob,
+    *,
+    fingerprint: str,
+    private_key: Ed25519PrivateKey,
+    examine: Examine,
+    limits: IRLimits = DEFAULT_LIMITS,
 ) -> tuple[CompiledKernelArtifact, bytes]:
     """Lowers, initialises, examines and signs: `build`, then `sign`.
 
@@ -63,20 +69,20 @@ def compile_kernel(
 
     Raises:
         BlueprintError: if the IR is malformed or does not fit the signature.
-        KernelRejectedError: if a check fails, or the pipeline is not FAST.
+        KernelRejectedError: if it is above a limit, a check fails, or the pipeline is not FAST.
     """
-    return sign(build(job, fingerprint=fingerprint, examine=examine), private_key)
+    return sign(build(job, fingerprint=fingerprint, examine=examine, limits=limits), private_key)
 
 
-def build(job: CompileJob, *, fingerprint: str, examine: Examine) -> Unsigned:
-    """Lowers, initialises and examines; needs no key, and so may run where none is to be.
+def build(job: CompileJob, *, fingerprint: str, examine: Examine, limits: IRLimits = DEFAULT_LIMITS) -> Unsigned:
+    """Screens, lowers, initialises and examines; needs no key, and so may run where none is to be.
 
     Manifest, weights and payload depend on the job and the fingerprint alone, so that a job done twice gives the same
     kernel id: the report in the manifest carries no timings.
 
     Raises:
         BlueprintError: if the IR is malformed or does not fit the signature.
-        KernelRejectedError: if a check fails, or the pipeline is not FAST.
+        KernelRejectedError: if it is above a limit, a check fails, or the pipeline is not FAST.
     """
     if job.pipeline is not Pipeline.FAST:
         raise KernelRejectedError(
@@ -89,8 +95,10 @@ def build(job: CompileJob, *, fingerprint: str, examine: Examine) -> Unsigned:
     if ir_hash != blueprint.ir_hash:
         raise KernelRejectedError("the blueprint's hash is not that of its IR", field="ir_hash")
     key = compile_key(ir_hash, signature, job.pipeline, fingerprint)
+    screened = screen(ir, signature, limits)
     module = _initial(ir, signature, key)
     report = examine(module, ir, signature)
+    report = report.model_copy(update={"checks": (*screened, *report.checks)})
     if not report.passed:
         raise KernelRejectedError(report.reason, field=blueprint.name)
     manifest = KernelManifest(

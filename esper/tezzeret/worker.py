@@ -14,6 +14,7 @@ from esper.leyline import (
     KernelRejectedError,
     LeaseLostError,
 )
+from esper.leyline.limits import DEFAULT_LIMITS, IRLimits
 from esper.tezzeret.compile import Examine, compile_kernel
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def work_once(
     private_key: Ed25519PrivateKey,
     examine: Examine,
     lease_s: float = 60.0,
+    limits: IRLimits = DEFAULT_LIMITS,
 ) -> Outcome:
     """Claims at most one job and sees it through.
 
@@ -75,6 +77,7 @@ def work_once(
         private_key: the signer's.
         examine: Urabrask's gauntlet.
         lease_s: seconds the job may take.
+        limits: what one kernel may cost.
 
     Raises:
         TransientError: if the hub does not answer.
@@ -83,7 +86,9 @@ def work_once(
     if job is None:
         return Idle()
     try:
-        artifact, data = compile_kernel(job, fingerprint=fingerprint, private_key=private_key, examine=examine)
+        artifact, data = compile_kernel(
+            job, fingerprint=fingerprint, private_key=private_key, examine=examine, limits=limits
+        )
     except (BlueprintError, KernelRejectedError) as error:
         return _reject(hub, job, str(error))
     except RuntimeError as error:

@@ -24,6 +24,7 @@ from esper.leyline import (
 )
 from esper.leyline.canonical import canonical_hash
 from esper.leyline.container import kernel_id_of, unpack
+from esper.leyline.limits import IRLimits
 from esper.leyline.lower import initialise, lower, seed_of
 from esper.leyline.ops import count_flops
 from esper.tezzeret.compile import build, compile_kernel, sign
@@ -158,3 +159,19 @@ def test_fingerprint_names_the_build_and_no_host():
     assert re.fullmatch(r"torch-[\w.+]+-[0-9a-f]{12}-\w+-\w+", fingerprint)
     assert torch.__version__ in fingerprint
     assert platform.machine() in fingerprint
+
+
+def test_a_design_above_a_limit_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch):
+    def forbidden(*_args):
+        raise AssertionError("it was built")
+
+    limits = IRLimits(parameters=2 * (6 * 6 + 6) - 1)
+    monkeypatch.setattr("esper.leyline.lower.lower", forbidden)
+    with pytest.raises(KernelRejectedError, match="parameters is 84, above 83"):
+        compile_kernel(job(), fingerprint="here", private_key=KEY, examine=forbidden, limits=limits)
+
+
+def test_the_limits_are_checks_of_the_report():
+    names = [check.name for check in compiled(job())[0].report.checks]
+    assert names[:2] == ["limits.nodes", "limits.depth"]
+    assert "gradient_health" in names
