@@ -44,10 +44,13 @@ SIGNATURE = "signature.ed25519"
 MAX_CONTAINER_BYTES = 2 << 30
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_MEMBERS = 64
+MAX_DIRECTORY_BYTES = MAX_MEMBERS * (46 + 256)
 
 _PAYLOAD = re.compile(r"^payload/[a-z0-9][a-z0-9_\-]{0,63}/[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _DTYPES = ("float32", "float64")
+_END = struct.Struct("<4s4H2LH")
+_END_64 = struct.Struct("<4sLQL")
 _UNREADABLE = (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, OverflowError, struct.error)
 """What `zipfile` raises on bytes that are not a zip, or no longer one."""
 
@@ -197,6 +200,7 @@ def _check_name(name: str) -> None:
 
 def _read_members(data: bytes | memoryview) -> dict[str, bytes]:
     """The raw members; declared sizes are checked before a byte of a member is read."""
+    _check_end(data)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             infos = archive.infolist()
@@ -208,6 +212,20 @@ def _read_members(data: bytes | memoryview) -> dict[str, bytes]:
         if name not in members:
             raise KernelRejectedError(f"the container has no {name}", field=name)
     return members
+
+
+def _check_end(data: bytes | memoryview) -> None:
+    """Bounds the directory before it is read: `zipfile` reads a directory of any size, entry by entry, into memory."""
+    if len(data) < _END.size:
+        raise TamperedError(f"is no container: {len(data)} bytes")
+    signature, _disk, _start, _here, number, size, offset, comment = _END.unpack(data[-_END.size :])
+    if signature != b"PK\5\6" or comment or offset + size + _END.size != len(data):
+        raise TamperedError("is damaged, or no container: its directory does not stand at its end")
+    if number > MAX_MEMBERS or size > MAX_DIRECTORY_BYTES:
+        raise KernelRejectedError(f"a directory of {number} members and {size} bytes is above the limits")
+    before = data[-_END.size - _END_64.size : -_END.size]
+    if bytes(before[:4]) == b"PK\6\7":
+        raise KernelRejectedError("the directory points to another one")  # which `zipfile` would read instead
 
 
 def _check_directory(infos: list[zipfile.ZipInfo], size: int) -> None:
