@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from esper.leyline.contract import API_VERSION, Contract, Finite, Name, Sha256, new_id, now
+from esper.leyline.errors import BlueprintError
 from esper.leyline.kernels import BlueprintStatus, SiteKind, SiteSignature
 
 MAX_NODES = 64
+MAX_IR_BYTES = 1 << 18
 INPUT = "h"
 """The name by which nodes refer to the site's tensor."""
 
@@ -49,6 +51,22 @@ class BlueprintIR(Contract):
     output: str
     replaces: bool = False
     zero_at_birth: bool = False
+
+
+def parse_ir(text: str | bytes) -> BlueprintIR:
+    """Reads an IR from JSON. Whether it is well formed is for `ops.validate` to say.
+
+    Raises:
+        BlueprintError: if it is no JSON or not of this form; `field` names the place.
+    """
+    if len(text) > MAX_IR_BYTES:
+        raise BlueprintError(f"has {len(text)} bytes of JSON", field="ir", remedy=f"use at most {MAX_IR_BYTES}")
+    try:
+        return BlueprintIR.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part)[:64] for part in first["loc"])
+        raise BlueprintError(first["msg"], field=where or "ir") from error
 
 
 class Blueprint(Contract):

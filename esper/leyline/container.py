@@ -31,7 +31,7 @@ from pydantic import Field, ValidationError
 from esper.leyline.blueprints import BlueprintIR
 from esper.leyline.canonical import canonical_hash
 from esper.leyline.contract import Contract, Name, Sha256
-from esper.leyline.errors import BlueprintError, KernelRejectedError, TamperedError
+from esper.leyline.errors import BlueprintError, KernelRejectedError, TamperedError, excerpt
 from esper.leyline.kernels import Pipeline, SiteSignature, ValidationReport, compile_key
 from esper.leyline.keys import public_key as parse_public_key
 
@@ -171,7 +171,9 @@ def unpack(data: bytes | memoryview, public_key: Ed25519PublicKey | str) -> Kern
     try:
         manifest = KernelManifest.model_validate_json(signed)
     except ValidationError as error:
-        raise KernelRejectedError(f"the manifest does not read: {error.errors()[0]['msg']}", field=MANIFEST) from error
+        raise KernelRejectedError(
+            f"the manifest does not read: {error.errors()[0]['msg'][:100]}", field=MANIFEST
+        ) from error
     _check_members(manifest, members)
     if _zip({MANIFEST: signed, **members, SIGNATURE: signature}) != data:
         raise TamperedError("the file holds more than its members")
@@ -195,7 +197,7 @@ def _zip(members: Mapping[str, bytes]) -> bytes:
 
 def _check_name(name: str) -> None:
     if name not in (MANIFEST, WEIGHTS, SIGNATURE) and not _PAYLOAD.match(name):
-        raise KernelRejectedError(f"a container has no member {name[:80]!r}")
+        raise KernelRejectedError(f"a container has no member {excerpt(name)}")
 
 
 def _read_members(data: bytes | memoryview) -> dict[str, bytes]:
@@ -207,7 +209,7 @@ def _read_members(data: bytes | memoryview) -> dict[str, bytes]:
             _check_directory(infos, len(data))
             members = {info.filename: archive.read(info) for info in infos}
     except _UNREADABLE as error:
-        raise TamperedError(f"is damaged, or no container: {error}") from error
+        raise TamperedError(f"is damaged, or no container: {str(error)[:100]}") from error
     for name in (MANIFEST, WEIGHTS, SIGNATURE):
         if name not in members:
             raise KernelRejectedError(f"the container has no {name}", field=name)
@@ -248,7 +250,7 @@ def _check_directory(infos: list[zipfile.ZipInfo], size: int) -> None:
 def _check_members(manifest: KernelManifest, members: Mapping[str, bytes]) -> None:
     if manifest.members.keys() != members.keys():
         odd = sorted(manifest.members.keys() ^ members.keys())
-        raise TamperedError(f"members and manifest differ in {', '.join(odd)}")
+        raise TamperedError(f"members and manifest differ in {excerpt(', '.join(odd))}")
     for name, body in members.items():
         promised = manifest.members[name]
         if len(body) != promised.size or hashlib.sha256(body).hexdigest() != promised.sha256:
@@ -271,7 +273,7 @@ def _read_weights(body: bytes, manifest: KernelManifest) -> dict[str, np.ndarray
     try:
         weights = safetensors.numpy.load(body)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise KernelRejectedError(f"the weights do not read: {error}", field=WEIGHTS) from error
+        raise KernelRejectedError(f"the weights do not read: {str(error)[:100]}", field=WEIGHTS) from error
     for key, array in weights.items():
         if array.dtype.name not in _DTYPES or not np.isfinite(array).all():
             raise KernelRejectedError(f"weights are {array.dtype.name} or not finite", field=key)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from esper.leyline.errors import BlueprintError
+from esper.leyline.errors import BlueprintError, excerpt
 
 SYMBOLS = ("C", "H", "W", "T")
 MAX_LENGTH = 64
@@ -75,7 +75,7 @@ def _tokens(text: str) -> list[str]:
         match = _TOKEN.match(text, position)
         if match is None:
             raise BlueprintError(
-                f"dim expression {text!r} has an unexpected character at {position + 1}",
+                f"dim expression {excerpt(text)} has an unexpected character at {position + 1}",
                 remedy="use integers, C, H, W, T, + - * //, parentheses, min, max and gcd",
             )
         tokens.append(match.group(1) or match.group(2) or match.group(3))
@@ -146,7 +146,7 @@ class _Parser:
             raise self._error(f"has {found!r} where {token!r} should stand")
 
     def _error(self, what: str) -> BlueprintError:
-        return BlueprintError(f"dim expression {self._text!r} {what}")
+        return BlueprintError(f"dim expression {excerpt(self._text)} {what}")
 
 
 def _value(expr: Expr, dims: Mapping[str, int], text: str) -> int:
@@ -154,12 +154,12 @@ def _value(expr: Expr, dims: Mapping[str, int], text: str) -> int:
         value = expr
     elif isinstance(expr, str):
         if expr not in dims:
-            raise BlueprintError(f"dim expression {text!r} names {expr}, which such a site has not")
+            raise BlueprintError(f"dim expression {excerpt(text)} names {expr}, which such a site has not")
         value = dims[expr]
     else:
         value = _apply(expr.name, [_value(arg, dims, text) for arg in expr.args], text)
     if abs(value) > MAX_VALUE:
-        raise BlueprintError(f"dim expression {text!r} is {value}, above the limit of {MAX_VALUE}")
+        raise BlueprintError(f"dim expression {excerpt(text)} is {value}, above the limit of {MAX_VALUE}")
     return value
 
 
@@ -174,7 +174,7 @@ def _apply(name: str, args: list[int], text: str) -> int:
     if name == "*":
         return left * right
     if right == 0:
-        raise BlueprintError(f"dim expression {text!r} divides by zero")
+        raise BlueprintError(f"dim expression {excerpt(text)} divides by zero")
     return left // right
 
 

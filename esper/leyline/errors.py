@@ -52,6 +52,12 @@ class EsperError(Exception):
         return _rebuild, (type(self), self.message, self.field, self.remedy)
 
 
+def excerpt(value: object, limit: int = 60) -> str:
+    """What a stranger sent, for an error's words: quoted, and never longer than `limit` characters."""
+    words = repr(value)
+    return words if len(words) <= limit else f"{words[: limit - 3]}..."
+
+
 def _rebuild(cls: type[EsperError], message: str, field: str | None, remedy: str | None) -> EsperError:
     return cls(message, field=field, remedy=remedy)
 

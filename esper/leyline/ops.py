@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from esper.leyline import dims
 from esper.leyline.blueprints import INPUT, BlueprintIR, Node, Param
-from esper.leyline.errors import BlueprintError
+from esper.leyline.errors import BlueprintError, excerpt
 from esper.leyline.kernels import SiteSignature
 from esper.leyline.optable import OPS, WEIGHTED, Op, ParamSpec, Shape, Values
 
@@ -80,7 +80,7 @@ def validate(ir: BlueprintIR) -> None:
     for node in ir.nodes:
         _check_node(node, by_id)
     if ir.output not in by_id:
-        raise BlueprintError(f"no node is called {ir.output!r}", field="output", remedy="name one of the nodes")
+        raise BlueprintError(f"no node is called {excerpt(ir.output)}", field="output", remedy="name one of the nodes")
     if ir.replaces and ir.zero_at_birth:
         raise BlueprintError(
             "a kernel that replaces h cannot be zero at birth: the site would fade to nothing",
@@ -270,11 +270,15 @@ def _check_node(node: Node, known: Mapping[str, Node]) -> None:
         raise BlueprintError(f"{node.op} takes {wanted} inputs, not {len(node.inputs)}", field=node.id)
     for name in node.inputs:
         if name != INPUT and name not in known:
-            raise BlueprintError(f"its input {name!r} is no node", field=node.id, remedy=f"name a node or {INPUT}")
+            raise BlueprintError(
+                f"its input {excerpt(name)} is no node", field=node.id, remedy=f"name a node or {INPUT}"
+            )
     for name in node.params:
         if name not in op.params:
             known_params = ", ".join(op.params) or "no parameters"
-            raise BlueprintError(f"{node.op} has no parameter {name!r}", field=node.id, remedy=f"it has {known_params}")
+            raise BlueprintError(
+                f"{node.op} has no parameter {excerpt(name)}", field=node.id, remedy=f"it has {known_params}"
+            )
     for name, spec in op.params.items():
         if name in node.params:
             _check_param(node, name, spec, node.params[name])
@@ -284,16 +288,18 @@ def _check_node(node: Node, known: Mapping[str, Node]) -> None:
 
 def _check_param(node: Node, name: str, spec: ParamSpec, value: Param) -> None:
     if not _has_type(spec, value):
-        raise BlueprintError(f"{name} = {value!r} is no {spec.kind}", field=node.id, remedy=_expectation(spec))
+        raise BlueprintError(f"{name} = {excerpt(value)} is no {spec.kind}", field=node.id, remedy=_expectation(spec))
     if spec.kind == "dim":
         try:
             dims.parse(_dim_text(value))
         except BlueprintError as error:
             raise BlueprintError(f"{name}: {error.message}", field=node.id, remedy=error.remedy) from error
     if isinstance(value, int | float) and not isinstance(value, bool) and not spec.low <= value <= spec.high:
-        raise BlueprintError(f"{name} = {value} is out of bounds", field=node.id, remedy=_expectation(spec))
+        raise BlueprintError(f"{name} = {excerpt(value)} is out of bounds", field=node.id, remedy=_expectation(spec))
     if isinstance(value, int) and value > dims.MAX_VALUE:
-        raise BlueprintError(f"{name} = {value} is too large", field=node.id, remedy=f"at most {dims.MAX_VALUE}")
+        raise BlueprintError(
+            f"{name} = {excerpt(value)} is too large", field=node.id, remedy=f"at most {dims.MAX_VALUE}"
+        )
 
 
 def _has_type(spec: ParamSpec, value: Param) -> bool:
@@ -329,7 +335,7 @@ def _walk(output: str, by_id: Mapping[str, Node]) -> tuple[Node, ...]:
         if name in open_nodes:
             raise BlueprintError("it depends on itself", field=name, remedy="break the cycle")
         if name not in by_id:
-            raise BlueprintError(f"no node is called {name!r}", field=name)
+            raise BlueprintError(f"no node is called {excerpt(name)}", field=excerpt(name))
         open_nodes.add(name)
         level = 1 + max(visit(source) for source in by_id[name].inputs)
         if level > MAX_DEPTH:

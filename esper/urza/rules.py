@@ -33,6 +33,7 @@ from esper.leyline import (
 )
 from esper.leyline.canonical import canonical_hash
 from esper.leyline.catalogue import BenchmarkResult
+from esper.leyline.errors import excerpt
 from esper.leyline.kernels import check_blueprint_transition, check_kernel_transition
 from esper.leyline.ops import fits
 from esper.urza import records
@@ -106,7 +107,7 @@ def submit(
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"])
-            raise BlueprintError(f"{first['msg']}, got {first['input']!r}", field=field) from error
+            raise BlueprintError(f"{first['msg']}, got {excerpt(first['input'])}", field=field) from error
         facts.append(Fact(EventKind.BLUEPRINT_SUBMITTED, id_, new))
     elif known[id_].status is BlueprintStatus.RETIRED:
         raise ConflictError(f"blueprint {name} is retired", field="name", remedy="submit it under another name")
