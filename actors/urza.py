@@ -48,6 +48,7 @@ from esper.leyline.catalogue import (
     BlueprintQuery,
     Census,
     Ids,
+    KernelBrief,
     KernelEntry,
     KernelPage,
     KernelQuery,
@@ -115,6 +116,10 @@ class UrzaActor:
         """Calls a method of the hub; see `_METHODS`."""
         assert method in _METHODS, method
         return getattr(self._open_hub(), method)(*args, **kwargs)
+
+    def kernel_briefs(self, signature: SiteSignature, pipeline: Pipeline | None) -> list[tuple[Any, ...]]:
+        """The hub's, as columns: plain tuples travel in a fifth of the time that as many records take."""
+        return list(zip(*self._open_hub().kernel_briefs(signature, pipeline=pipeline), strict=True))
 
     def submit_blueprint(self, ir: BlueprintIR, **kwargs: Any) -> Blueprint:
         """Submits, then tells the compilers. The submission stands even if nobody could be told."""
@@ -222,6 +227,7 @@ _METHODS = frozenset(
         "blueprints",
         "census",
         "claim",
+        "count_kernels",
         "complete",
         "descendants",
         "fail",
@@ -382,6 +388,15 @@ class UrzaHandle:
         pipeline: Pipeline | None = None,
     ) -> list[CompiledKernelArtifact]:
         return self._call("kernels", signature=signature, blueprint_id=blueprint_id, status=status, pipeline=pipeline)
+
+    def kernel_briefs(self, signature: SiteSignature, *, pipeline: Pipeline | None = None) -> list[KernelBrief]:
+        """See `AssetHub`."""
+        columns = self._ask("kernel_briefs", signature, pipeline)
+        return list(map(KernelBrief._make, zip(*columns, strict=True)))
+
+    def count_kernels(self, signatures: Sequence[SiteSignature], *, pipeline: Pipeline | None = None) -> int:
+        """See `AssetHub`."""
+        return self._call("count_kernels", tuple(signatures), pipeline=pipeline)
 
     def kernel(self, kernel_id: str) -> CompiledKernelArtifact:
         return self._call("kernel", kernel_id)

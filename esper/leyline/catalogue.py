@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
@@ -124,6 +124,35 @@ class KernelEntry(Contract):
     performance: Finite | None
     statistics: KernelStatistics
     benchmarks: tuple[BenchmarkResult, ...] = ()
+
+
+class KernelBrief(NamedTuple):
+    """What one chooses a kernel by. A thousand of these travel in the time of a hundred whole records."""
+
+    kernel_id: str
+    blueprint_id: str
+    blueprint: str
+    pipeline: Pipeline
+    num_parameters: int
+    flops_per_sample: int
+    zero_at_birth: bool
+    tags: tuple[str, ...]
+    risk: float | None
+
+    @classmethod
+    def of(cls, kernel: CompiledKernelArtifact) -> KernelBrief:
+        """The brief of a record."""
+        return cls(
+            kernel.kernel_id,
+            kernel.blueprint_id,
+            kernel.blueprint_name,
+            kernel.pipeline,
+            kernel.num_parameters,
+            kernel.flops_per_sample,
+            kernel.zero_at_birth,
+            kernel.tags,
+            kernel.risk_score,
+        )
 
 
 class KernelOrder(StrEnum):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from esper.leyline.blueprints import Blueprint, BlueprintIR
 from esper.leyline.bus import BusStats
-from esper.leyline.catalogue import Backlog
+from esper.leyline.catalogue import Backlog, KernelBrief
 from esper.leyline.contract import Contract, Finite
 from esper.leyline.kernels import (
     BlueprintStatus,
@@ -253,6 +253,14 @@ class AssetHub(Protocol):
     ) -> list[CompiledKernelArtifact]: ...
 
     def kernel(self, kernel_id: str) -> CompiledKernelArtifact: ...
+
+    def kernel_briefs(self, signature: SiteSignature, *, pipeline: Pipeline | None = None) -> list[KernelBrief]:
+        """The validated kernels for a signature, oldest first: what one chooses from."""
+        ...
+
+    def count_kernels(self, signatures: Sequence[SiteSignature], *, pipeline: Pipeline | None = None) -> int:
+        """How many validated kernels there are for these signatures."""
+        ...
 
     def backlog(self) -> Backlog:
         """How much is to be compiled."""

@@ -99,9 +99,7 @@ class Deciding:
             self._settle(hub, signatures)
         self._has_settled = True
         pending = self._reach.ask("Urza", lambda: hub.pending(signatures, pipeline=Pipeline.FAST))
-        ready = self._reach.ask(
-            "Urza", lambda: sum(len(hub.kernels(signature=each, pipeline=Pipeline.FAST)) for each in signatures)
-        )
+        ready = self._reach.ask("Urza", lambda: hub.count_kernels(signatures, pipeline=Pipeline.FAST))
         return ready or 0, pending or 0
 
     def _settle(self, hub: AssetHub, signatures: Sequence[SiteSignature]) -> None:

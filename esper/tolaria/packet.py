@@ -55,24 +55,23 @@ def kernel_options(
     """
     # a kernel starts on the module of its IR; native code is another kernel of the same work, for later
     kernels = {
-        signature: hub.kernels(signature=signature, pipeline=Pipeline.FAST)
-        for signature in dict.fromkeys(sites.values())
+        signature: hub.kernel_briefs(signature, pipeline=Pipeline.FAST) for signature in dict.fromkeys(sites.values())
     }
     options = [
         KernelOption(
             site=site,
             kernel_id=kernel.kernel_id,
             blueprint_id=kernel.blueprint_id,
-            blueprint=kernel.blueprint_name,
+            blueprint=kernel.blueprint,
             num_parameters=kernel.num_parameters,
             flops_per_sample=kernel.flops_per_sample,
             zero_at_birth=kernel.zero_at_birth,
             tags=kernel.tags,
-            risk=kernel.risk_score,
+            risk=kernel.risk,
         )
         for site, signature in sites.items()
         for kernel in kernels[signature]
-        if blueprints is None or kernel.blueprint_name in blueprints
+        if blueprints is None or kernel.blueprint in blueprints
     ]
     places = {site: place for place, site in enumerate(sites)}
     return tuple(sorted(options, key=lambda option: (places[option.site], option.blueprint, option.kernel_id)))

@@ -41,6 +41,7 @@ from esper.leyline.catalogue import (
     BlueprintQuery,
     Census,
     Ids,
+    KernelBrief,
     KernelEntry,
     KernelPage,
     KernelQuery,
@@ -304,6 +305,10 @@ class Catalog:
             and (signature is None or kernel.signature == signature)
             and (pipeline is None or kernel.pipeline is pipeline)
         ]
+
+    def kernel_briefs(self, signature: SiteSignature, *, pipeline: Pipeline | None = None) -> list[KernelBrief]:
+        """The validated kernels of a signature, oldest first."""
+        return self._kernels.briefs(signature, pipeline)
 
     def search_kernels(self, query: KernelQuery) -> KernelPage:
         """One page of the kernels that a query names."""

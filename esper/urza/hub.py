@@ -42,6 +42,7 @@ from esper.leyline.catalogue import (
     BlueprintQuery,
     Census,
     Ids,
+    KernelBrief,
     KernelEntry,
     KernelPage,
     KernelQuery,
@@ -332,6 +333,17 @@ class Hub:
     ) -> list[CompiledKernelArtifact]:
         with self._state:
             return self._known.kernels(signature=signature, blueprint_id=blueprint_id, status=status, pipeline=pipeline)
+
+    def kernel_briefs(self, signature: SiteSignature, *, pipeline: Pipeline | None = None) -> list[KernelBrief]:
+        """See `AssetHub`."""
+        with self._state:
+            return self._known.kernel_briefs(signature, pipeline=pipeline)
+
+    def count_kernels(self, signatures: Sequence[SiteSignature], *, pipeline: Pipeline | None = None) -> int:
+        """See `AssetHub`."""
+        with self._state:
+            known = self._known
+            return sum(len(known.kernel_briefs(each, pipeline=pipeline)) for each in dict.fromkeys(signatures))
 
     def kernel(self, kernel_id: str) -> CompiledKernelArtifact:
         with self._state:

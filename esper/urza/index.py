@@ -12,9 +12,18 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
-from esper.leyline import CompiledKernelArtifact, FieldReport, KernelStatus, NotFoundError, Outcome, SiteSignature
+from esper.leyline import (
+    CompiledKernelArtifact,
+    FieldReport,
+    KernelStatus,
+    NotFoundError,
+    Outcome,
+    Pipeline,
+    SiteSignature,
+)
 from esper.leyline.catalogue import (
     BenchmarkResult,
+    KernelBrief,
     KernelEntry,
     KernelOrder,
     KernelPage,
@@ -39,6 +48,7 @@ class KernelIndex:
         self._by_signature: dict[str, _Ids] = {}
         self._by_tag: dict[str, _Ids] = {}
         self._by_status: dict[KernelStatus, _Ids] = {status: {} for status in KernelStatus}
+        self._briefs: dict[str, KernelBrief] = {}
         self._statistics: dict[str, KernelStatistics] = {}
         self._benchmarks: dict[str, tuple[BenchmarkResult, ...]] = {}
         self._counted: _Ids = {}  # reports and benchmarks
@@ -52,7 +62,7 @@ class KernelIndex:
     def copy(self) -> KernelIndex:
         """One that goes its own way from here on."""
         other = KernelIndex()
-        for flat in ("_kernels", "_places", "_by_compile_key", "_statistics", "_benchmarks", "_counted"):
+        for flat in ("_kernels", "_briefs", "_places", "_by_compile_key", "_statistics", "_benchmarks", "_counted"):
             setattr(other, flat, dict(getattr(self, flat)))
         for nested in ("_by_signature", "_by_tag", "_by_status"):
             setattr(other, nested, {key: dict(ids) for key, ids in getattr(self, nested).items()})
@@ -66,6 +76,7 @@ class KernelIndex:
         if id_ in self._kernels:
             return
         self._kernels[id_] = kernel
+        self._briefs[id_] = KernelBrief.of(kernel)
         self._places[id_] = len(self._places)
         self._by_compile_key.setdefault(kernel.compile_key, id_)
         self._by_signature.setdefault(kernel.signature.key, {})[id_] = None
@@ -123,6 +134,12 @@ class KernelIndex:
     def by_signature(self, signature: SiteSignature) -> Iterable[str]:
         """The ids of a signature's kernels, oldest first."""
         return self._by_signature.get(signature.key, ())
+
+    def briefs(self, signature: SiteSignature, pipeline: Pipeline | None) -> list[KernelBrief]:
+        """Of a signature's validated kernels, by one pipeline or by any, oldest first."""
+        validated = self._by_status[KernelStatus.VALIDATED]
+        found = [self._briefs[id_] for id_ in self.by_signature(signature) if id_ in validated]
+        return found if pipeline is None else [brief for brief in found if brief.pipeline is pipeline]
 
     def ids(self) -> Iterable[str]:
         """All, oldest first."""

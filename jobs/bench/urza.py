@@ -36,6 +36,7 @@ from esper.leyline import (
     compile_key,
     now,
 )
+from esper.leyline.catalogue import KernelQuery
 from esper.storage import Storage
 from esper.urza.blobs import MemoryBlobs
 from esper.urza.events import DeltaLog, MemoryLog
@@ -157,9 +158,10 @@ def _measure(
     ids = [kernel.kernel_id for kernel in hub.kernels(signature=signatures[0])]
     inside = _timed(lambda i: hub.kernel(ids[i % len(ids)]), queries)
     yield _row(size, "kernel by id, inside", inside), _at_most(f"by id, inside, at {size:,}, p99 ms", inside, 1.0, 99)
-    inside = _timed(lambda i: hub.kernels(signature=signatures[i % len(signatures)]), queries)
-    row = _row(size, "kernels of a signature, inside", inside)
-    yield row, _at_most(f"of a signature, inside, at {size:,}, p99 ms", inside, 1.0, 99)
+    for what, ask in _queries(hub, signatures):
+        inside = _timed(ask, queries)
+        goal = None if what == WHOLE else _at_most(f"{what}, inside, at {size:,}, p99 ms", inside, 1.0, 99)
+        yield _row(size, f"{what}, inside", inside), goal
     every = list(itertools.islice((k for sig in signatures[1:] for k in hub.kernels(signature=sig)), changes))
     marked = _timed(lambda i: hub.mark_kernel(every[i].kernel_id, KernelStatus.RETIRED, "bench"), len(every))
     yield _row(size, "durable status change", marked), None
@@ -168,9 +170,27 @@ def _measure(
     through = _timed(lambda i: handle.kernel(ids[i % len(ids)]), queries)
     row = _row(size, "kernel by id, through the actor", through)
     yield row, _at_most(f"by id, through the actor, at {size:,}, p99 ms", through, 5.0, 99)
-    through = _timed(lambda i: handle.kernels(signature=signatures[i % len(signatures)]), max(10, queries // 10))
-    row = _row(size, "kernels of a signature, through the actor", through)
-    yield row, _at_most(f"of a signature, through the actor, at {size:,}, p99 ms", through, 5.0, 99)
+    for what, ask in _queries(handle, signatures):
+        through = _timed(ask, max(10, queries // 10) if what == WHOLE else queries)
+        goal = None if what == WHOLE else _at_most(f"{what}, through the actor, at {size:,}, p99 ms", through, 5.0, 99)
+        yield _row(size, f"{what}, through the actor", through), goal
+
+
+WHOLE = "whole records of a signature"
+"""All of them at once; nobody who is in a hurry asks so, and it has no goal."""
+
+
+def _queries(hub: Any, signatures: Sequence[SiteSignature]) -> list[tuple[str, Callable[[int], object]]]:
+    """The questions about the kernels of a signature, each for another one at each call."""
+
+    def of(i: int) -> SiteSignature:
+        return signatures[i % len(signatures)]
+
+    return [
+        ("briefs of a signature", lambda i: hub.kernel_briefs(of(i))),
+        ("a page of 100 of a signature", lambda i: hub.search_kernels(KernelQuery(signature=of(i)))),
+        (WHOLE, lambda i: hub.kernels(signature=of(i))),
+    ]
 
 
 def _fetches(spawn: Any, say: Say) -> tuple[list[dict[str, Any]], list[Goal]]:

@@ -31,6 +31,7 @@ from esper.leyline.catalogue import (
     BlueprintQuery,
     Census,
     Ids,
+    KernelBrief,
     KernelOrder,
     KernelQuery,
 )
@@ -64,6 +65,22 @@ class HubConformance:
         fetched = hub.fetch(record.kernel_id)
         assert bytes(fetched) == container
         assert fetched.readonly
+
+    def test_briefs_are_what_one_chooses_by(self, hub):
+        wide = compiled(hub, "wide", target=WIDE, tags=("small",))
+        first = compiled(hub, "first", risk_score=0.25)
+        second = compiled(hub, "second")
+        retired = compiled(hub, "retired")
+        hub.mark_kernel(retired.kernel_id, KernelStatus.RETIRED, "bench")
+        assert hub.kernel_briefs(VECTOR) == [KernelBrief.of(first), KernelBrief.of(second)]
+        assert hub.kernel_briefs(WIDE, pipeline=Pipeline.FAST) == [KernelBrief.of(wide)]
+        assert hub.kernel_briefs(WIDE, pipeline=Pipeline.OPTIMIZED) == hub.kernel_briefs(IMAGE) == []
+        [brief] = hub.kernel_briefs(WIDE)
+        assert (type(brief), brief.blueprint, brief.tags, brief.pipeline) == (
+            KernelBrief, "wide", ("small",), Pipeline.FAST,
+        )  # fmt: skip
+        assert hub.count_kernels([VECTOR, WIDE, VECTOR]) == 3
+        assert hub.count_kernels([VECTOR], pipeline=Pipeline.OPTIMIZED) == hub.count_kernels([]) == 0
 
     def test_submitting_again_is_the_same_blueprint_and_compiles_nothing_again(self, hub):
         first = hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
