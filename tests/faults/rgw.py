@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "monmaptool")
+PROGRAMS = ("setpriv", "radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "monmaptool")
 KEY, SECRET = "testkey", "testsecret"
 START_S = 60.0
 
@@ -121,8 +121,9 @@ def serve(root: Path) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def _daemon(command: list[str], output: Path) -> Iterator[None]:
+    until_killed = ["setpriv", "--pdeathsig", "KILL", "--"]  # it ends with this process, however that ends
     with output.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([*until_killed, *command], stdout=file, stderr=subprocess.STDOUT)
     try:
         yield
     finally:
