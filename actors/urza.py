@@ -178,22 +178,31 @@ class UrzaActor:
             return upkeep.maintain(self._open_hub(), self._storage, kept_hours=kept_hours, grace_hours=grace_hours)
 
     def _keep_up(self, every_s: float) -> None:
-        """The loop of the maintenance thread. What went wrong is logged; the next round tries again."""
-        while not self._closing.wait(every_s):
+        """The loop of the maintenance thread. What went wrong is logged; the next round tries again.
+
+        It begins with the tables for other readers: they may lack what the one before made durable, and no request
+        waits for them.
+        """
+        deed: Callable[[], object] = self._project
+        while not self._closing.is_set():
             try:
-                self.maintain()
+                deed()
             except FencedError as error:
                 _LOG.error("urza.fenced", extra={"reason": str(error)})
                 return
             except EsperError as error:
                 _LOG.warning("urza.unmaintained", extra={"reason": str(error)})
+            deed = self.maintain
+            self._closing.wait(every_s)
+
+    def _project(self) -> None:
+        self._open_hub().project(self._storage)
 
     def _open_hub(self) -> Hub:
         """The hub; a new one takes over where a commit failed, unless another Urza has done so."""
         with self._lock:
             if self._hub is None:
                 self._hub = Hub.open(self._storage, faults=self._faults)
-                self._hub.project(self._storage)
                 gc.freeze()  # what was read stays: no later collection, and no query during one, waits for it
                 if self._config.maintain_every_s is not None:
                     every_s = (self._config.maintain_every_s,)

@@ -48,7 +48,9 @@ def maintain(
 def told(report: MaintenanceReport) -> str:
     """A round of maintenance in words."""
     files = f"{report.files_after} files, before in {report.files_before}; {report.files_removed} replaced ones removed"
-    freed = f"{report.blobs_removed} removed ({report.bytes_removed / 1024:.0f} KiB)"
+    freed = (
+        f"{report.blobs_set_aside} set aside, {report.blobs_removed} removed ({report.bytes_removed / 1024:.0f} KiB)"
+    )
     words = [
         f"{report.num_events} events (schema {report.schema_version}) in {files}",
         f"{report.blobs_kept} blobs kept, {freed}; {report.uses_written} fetches written down; {report.seconds:.1f} s",

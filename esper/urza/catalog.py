@@ -481,10 +481,13 @@ class Catalog:
             self._open[target.job_id] = None
         else:
             self._open.pop(target.job_id, None)
-        progress = self._progress.setdefault(target.blueprint_id, _Progress())
-        progress.take(old, target)
+        progress = self._progress.get(target.blueprint_id)
+        if progress is None:
+            progress = self._progress[target.blueprint_id] = _Progress()
+        fits_elsewhere = progress.take(old, target)
         blueprint = self.blueprint(target.blueprint_id)
-        self._set_status(blueprint, progress.status, progress.reason, tuple(progress.fitting))
+        fitting = tuple(progress.fitting) if fits_elsewhere else None  # of thousands, at every step of each of them
+        self._set_status(blueprint, progress.status, progress.reason, fitting)
 
     def _set_status(
         self,
@@ -495,6 +498,8 @@ class Catalog:
     ) -> None:
         if status is not blueprint.status:
             check_blueprint_transition(blueprint.status, status)
+        elif targets is None and reason == blueprint.reason:
+            return
         changes = {"status": status, "reason": reason} | ({} if targets is None else {"targets": targets})
         self._blueprints[blueprint.blueprint_id] = blueprint.model_copy(update=changes)
 
@@ -508,8 +513,8 @@ class _Progress:
         self._failed: dict[str, str] = {}  # job -> reason
         self._num_with_kernels = 0
 
-    def take(self, old: Target | None, new: Target) -> None:
-        """Counts a target in its new state instead of in the old one."""
+    def take(self, old: Target | None, new: Target) -> bool:
+        """Counts a target in its new state instead of in the old one; returns whether `fitting` has changed."""
         if old is not None:
             self._states[old.state] -= 1
             self._num_with_kernels -= bool(old.kernel_ids)
@@ -520,12 +525,13 @@ class _Progress:
             self._failed[new.job_id] = f"{new.signature.key}: {new.reason}"
         was_fitting = old is not None and old.state is not TargetState.UNFIT
         if was_fitting is (new.state is not TargetState.UNFIT):
-            return
+            return False
         number = self.fitting.get(new.signature, 0) + (-1 if was_fitting else 1)
         if number:
             self.fitting[new.signature] = number
         else:
             del self.fitting[new.signature]
+        return True
 
     def copy(self) -> _Progress:
         """One that goes its own way from here on."""

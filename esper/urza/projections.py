@@ -14,7 +14,7 @@ import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError
 
-from esper.leyline import Blueprint, Outcome
+from esper.leyline import Blueprint, CompiledKernelArtifact, Contract, Outcome
 from esper.leyline.catalogue import KernelEntry
 from esper.storage import Storage
 from esper.urza import events
@@ -136,18 +136,28 @@ def _replace(storage: Storage, name: str, schema: pa.Schema, rows: Iterable[dict
 
 def _blueprint_row(blueprint: Blueprint) -> dict[str, Any]:
     own = {"targets": [target.key for target in blueprint.targets], "record": blueprint.model_dump_json()}
-    return blueprint.model_dump(mode="json", include=set(BLUEPRINTS.names)) | own
+    return _plain(blueprint, _PLAIN_OF_BLUEPRINTS) | own
 
 
 def _kernel_row(entry: KernelEntry) -> dict[str, Any]:
     kernel, statistics = entry.kernel, entry.statistics
     own = {
         "signature": kernel.signature.key,
-        "risk_score": kernel.risk_score,
         "performance": entry.performance,
         "num_fetches": statistics.num_fetches,
         "mean_gain": statistics.mean_gain,
         "record": kernel.model_dump_json(),
     }
     ended = {outcome.value: statistics.outcomes.get(outcome, 0) for outcome in Outcome}
-    return kernel.model_dump(mode="json", include=set(KERNELS.names)) | own | ended
+    return _plain(kernel, _PLAIN_OF_KERNELS) | own | ended
+
+
+_PLAIN_OF_BLUEPRINTS = [name for name in BLUEPRINTS.names if name in Blueprint.model_fields and name != "targets"]
+_PLAIN_OF_KERNELS = [
+    name for name in KERNELS.names if name in CompiledKernelArtifact.model_fields and name != "signature"
+]
+"""Columns that hold a field as it is; `model_dump` of a hundred thousand records would take most of the time."""
+
+
+def _plain(record: Contract, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in names}

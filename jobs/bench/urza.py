@@ -13,6 +13,8 @@ import hashlib
 import itertools
 import json
 import logging
+import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -175,6 +177,14 @@ def _measure(
         goal = None if what == WHOLE else _at_most(f"{what}, through the actor, at {size:,}, p99 ms", through, 5.0, 99)
         yield _row(size, f"{what}, through the actor", through), goal
 
+    os.kill(handle.ready(), signal.SIGKILL)
+    restarts = [_ms(lambda: handle.kernel(ids[0]))]
+    row = _row(size, "restart: kill -9 of the actor until it answers", restarts)
+    goal = (
+        _at_most(f"kill -9 until answered at {size:,}, s", [restarts[0] / 1e3], 15.0, 50) if size >= 100_000 else None
+    )
+    yield row, goal
+
 
 WHOLE = "whole records of a signature"
 """All of them at once; nobody who is in a hurry asks so, and it has no goal."""
@@ -304,7 +314,7 @@ def _cluster() -> Iterator[Callable[[Storage], Any]]:
     running: list[Any] = []  # an actor ends with its last handle
 
     def spawn(storage: Storage) -> Any:
-        running[:] = [urza.spawn(storage.uri)]
+        running[:] = [urza.spawn(storage.uri, deadline_s=300.0)]
         return running[0]
 
     try:

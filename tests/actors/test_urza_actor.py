@@ -345,9 +345,9 @@ def test_maintenance_keeps_what_the_configuration_says(address):
     when = time.time() - 5 * 3600
     os.utime(storage.local / "blobs" / unnamed[:2] / unnamed, (when, when))
     patient = urza.UrzaActor(storage, config=UrzaConfig(maintain_every_s=None, grace_hours=6.0)).maintain()
-    assert (patient.blobs_kept, patient.blobs_removed) == (1, 0)
+    assert (patient.blobs_kept, patient.blobs_set_aside) == (1, 0)
     hasty = urza.UrzaActor(storage, config=UrzaConfig(maintain_every_s=None, grace_hours=4.0)).maintain()
-    assert (hasty.blobs_kept, hasty.blobs_removed) == (0, 1)
+    assert (hasty.blobs_kept, hasty.blobs_set_aside) == (0, 1)
 
 
 def test_maintenance_through_the_handle(hub):
