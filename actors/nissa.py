@@ -13,9 +13,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from actors.metrics import Reporter
 from esper.leyline.contract import new_id
 from esper.leyline.errors import UnavailableError
-from esper.leyline.ports import Bus, Subscription
+from esper.leyline.ports import AssetHub, Bus, Subscription
 from esper.nissa.live import TOPICS, Live
 from esper.nissa.logs import configure
 from esper.nissa.viewmodel import LiveView
@@ -27,6 +28,7 @@ NAME = "nissa"
 NUM_CPUS = 0.05
 POLL_S = 0.1
 MAX_BACKOFF_S = 5.0
+METRICS_EVERY_S = 5.0
 
 
 class NissaActor:
@@ -71,6 +73,11 @@ class NissaActor:
         """The runs it remembers, the most recently heard of last."""
         with self._changed:
             return self._live.run_ids()
+
+    def views(self) -> list[LiveView]:
+        """All of them."""
+        with self._changed:
+            return [view for run_id in self._live.run_ids() if (view := self._live.view(run_id)) is not None]
 
     def state(self) -> str:
         """What it is doing: `connecting`, `following`, `stopped`, or `reconnecting` with the reason."""
@@ -136,11 +143,31 @@ class NissaActor:
 
 
 class Nissa(NissaActor):
-    """NissaActor in a process of its own, with logging set up for it."""
+    """NissaActor in a process of its own, with logging set up for it, and the metrics it exports.
 
-    def __init__(self, bus_factory: Callable[[], Bus]) -> None:
+    Args:
+        bus_factory: see `NissaActor`.
+        hub_factory: connects to Urza, whose compile queue is among the metrics; None leaves it out.
+        metrics_every_s: from one export of the metrics to the next; None exports none.
+    """
+
+    def __init__(
+        self,
+        bus_factory: Callable[[], Bus],
+        hub_factory: Callable[[], AssetHub] | None = None,
+        metrics_every_s: float | None = METRICS_EVERY_S,
+    ) -> None:
         configure(actor=NAME)
         super().__init__(bus_factory)
+        self._reporter = (
+            Reporter(self.views, bus=bus_factory, hub=hub_factory, every_s=metrics_every_s) if metrics_every_s else None
+        )
+
+    def stop(self) -> None:
+        """Leaves the bus, ends the consumer and the metrics."""
+        super().stop()
+        if self._reporter is not None:
+            self._reporter.stop()
 
 
 class NissaHandle:
@@ -196,9 +223,18 @@ class NissaHandle:
 
 
 def spawn(
-    bus_factory: Callable[[], Bus], *, name: str = NAME, namespace: str = NAMESPACE, detached: bool = False
+    bus_factory: Callable[[], Bus],
+    hub_factory: Callable[[], AssetHub] | None = None,
+    *,
+    name: str = NAME,
+    namespace: str = NAMESPACE,
+    detached: bool = False,
+    metrics_every_s: float | None = METRICS_EVERY_S,
 ) -> NissaHandle:
-    """Starts Nissa, or joins the one of this name. Returns at once; it may take seconds until it answers."""
+    """Starts Nissa, or joins the one of this name. Returns at once; it may take seconds until it answers.
+
+    The first two and `metrics_every_s` are as for `Nissa`.
+    """
     import ray
 
     actor = (
@@ -213,7 +249,7 @@ def spawn(
             max_concurrency=8,
             enable_task_events=False,
         )
-        .remote(bus_factory)
+        .remote(bus_factory, hub_factory, metrics_every_s)
     )
     return NissaHandle(actor)
 

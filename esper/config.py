@@ -330,6 +330,8 @@ class NissaConfig(Section):
     """`auto`: live in a terminal, plain lines elsewhere."""
     dashboard: bool = True
     """Start Ray's dashboard (on loopback) when the run starts Ray itself."""
+    metrics_every_s: PositiveFloat | None = 5.0
+    """Seconds between two exports of metrics for Prometheus, through Ray's agents; null exports none."""
 
 
 class Budget(Section):

@@ -1,0 +1,151 @@
+"""Nissa's metrics on Ray's own endpoint, read by a real Prometheus."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from functools import partial
+from pathlib import Path
+
+import pytest
+import ray
+from test_nissa_metrics import DASHBOARD, queries
+
+from actors import nissa, oona, urza
+from esper.config import OonaConfig
+from esper.leyline import EpochRecord, FieldReport, LifecycleEvent, OonaMessage, Outcome, SeedStage, Topic
+from esper.leyline.kernels import SiteKind, SiteSignature
+
+pytestmark = pytest.mark.ray
+
+RUN = "run-metrics"
+SITE = SiteSignature(kind=SiteKind.VECTOR, channels=4)
+WAIT_S = 120.0
+
+
+def published():
+    for epoch in range(3):
+        yield Topic.EPOCH, EpochRecord(
+            run_id=RUN, epoch=epoch, num_epochs=3, step=10 * (epoch + 1), train_loss=0.5, val_loss=0.25, params=77,
+            val_metric=0.75, metric_name="accuracy", total_flops=1000 * (epoch + 1),
+        )  # fmt: skip
+    yield Topic.LIFECYCLE, LifecycleEvent(
+        run_id=RUN, step=10, epoch=1, site="a", seed="s", from_stage=SeedStage.FINE_TUNING,
+        to_stage=SeedStage.FOSSILIZED, reason="proven",
+    )  # fmt: skip
+    yield Topic.FIELD_REPORTS, FieldReport(
+        run_id=RUN, site="a", seed_id="s", signature=SITE, blueprint_id="b", blueprint="b", kernel_id="k",
+        outcome=Outcome.FOSSILIZED,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory):
+    """The address of Ray's metrics on this node, where a Nissa exports what is on a bus."""
+    context = ray.init(
+        num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False, namespace="esper"
+    )
+    try:
+        handle = oona.spawn(OonaConfig(), tmp_path_factory.mktemp("oona"), prefix="oona-metrics")
+        address = str(tmp_path_factory.mktemp("urza"))
+        hub = urza.spawn(address)
+        view = nissa.spawn(handle.bus, partial(urza.connect, address), metrics_every_s=0.5)
+        bus = handle.bus()
+        bus.publish([OonaMessage.of(topic, body, sender_id="t", key=RUN) for topic, body in published()])
+        bus.flush()
+        assert view.drain(RUN, timeout_s=WAIT_S) is not None
+        [node] = ray.nodes()
+        yield f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+        bus.close()
+        del hub, context
+    finally:
+        ray.shutdown()
+
+
+def get(url):
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return response.read().decode()
+
+
+def until(condition, what):
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        try:
+            if found := condition():
+                return found
+        except (urllib.error.URLError, ConnectionError):
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"not within {WAIT_S:.0f} s: {what}")
+
+
+def test_ray_exports_what_nissa_knows(endpoint):
+    text = until(lambda: (t := get(f"http://{endpoint}/metrics")) and "ray_esper_run_loss{" in t and t, "the metrics")
+    lines = [line for line in text.splitlines() if line.startswith("ray_esper_") and f'run="{RUN}"' in line]
+    values = {line.split("{")[0] + ("val" if 'split="val"' in line else ""): float(line.split()[-1]) for line in lines}
+    assert values["ray_esper_run_lossval"] == 0.25
+    assert values["ray_esper_run_scoreval"] == 0.75
+    assert values["ray_esper_run_parameters"] == 77
+    assert values["ray_esper_run_epochs_total"] == 3
+    assert values["ray_esper_run_flops_total"] == 3000
+    assert values["ray_esper_adaptations_total"] == 1
+
+
+@pytest.fixture
+def prometheus(endpoint, tmp_path):
+    """The address of a Prometheus that scrapes the node."""
+    if shutil.which("prometheus") is None:
+        pytest.skip("prometheus is not installed (Debian: prometheus)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rules = Path(DASHBOARD).parents[1] / "prometheus" / "alerts.yml"
+    (tmp_path / "prometheus.yml").write_text(
+        json.dumps(
+            {
+                "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+                "rule_files": [str(rules)],
+                "scrape_configs": [{"job_name": "ray", "static_configs": [{"targets": [endpoint]}]}],
+            }
+        )
+    )
+    settings = {
+        "config.file": tmp_path / "prometheus.yml",
+        "storage.tsdb.path": tmp_path / "data",
+        "web.listen-address": f"127.0.0.1:{port}",
+    }
+    with (tmp_path / "log").open("w") as log:
+        command = ["prometheus", *(f"--{name}={value}" for name, value in settings.items())]
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    yield f"http://127.0.0.1:{port}"
+    server.terminate()
+    server.wait(30)
+
+
+def test_prometheus_answers_every_query_of_the_dashboard(prometheus):
+    def ask(query):
+        return json.loads(get(f"{prometheus}/api/v1/query?{urllib.parse.urlencode({'query': query})}"))["data"][
+            "result"
+        ]
+
+    [found] = until(lambda: ask(f'ray_esper_run_loss{{run="{RUN}", split="val"}}'), "a scrape")
+    assert float(found["value"][1]) == 0.25
+    for query in queries(json.loads(DASHBOARD.read_text())):
+        if not query.startswith("label_values("):  # Grafana's own
+            ask(query.replace("$run", ".*"))  # a query that does not parse is an HTTP error
+    [progress] = ask(f'ray_esper_run_epochs_total{{run="{RUN}"}} / on (run) group_left () '
+                     f'max by (run) (ray_esper_run_planned_epochs{{run="{RUN}"}})')  # fmt: skip
+    assert float(progress["value"][1]) == 1.0
+    states = {
+        rule["name"]: rule["health"]
+        for group in json.loads(get(f"{prometheus}/api/v1/rules"))["data"]["groups"]
+        for rule in group["rules"]
+    }
+    assert len(states) == 5
+    assert set(states.values()) <= {"ok", "unknown"}

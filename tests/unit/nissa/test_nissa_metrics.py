@@ -1,0 +1,116 @@
+"""What is exported follows from what Nissa knows; the dashboard and the alerts ask for nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from nissa_story import messages
+
+from esper.leyline.bus import BusStats, GroupStats, TopicStats
+from esper.leyline.catalogue import Backlog
+from esper.nissa.live import Live
+from esper.nissa.metrics import METRICS, Kind, Sample, of_backlog, of_bus, of_run, vanished
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+DASHBOARD, ALERTS = CONFIGS / "grafana" / "esper.json", CONFIGS / "prometheus" / "alerts.yml"
+NAME = re.compile(r"ray_esper_[a-z_]+")
+
+
+def told():
+    live = Live()
+    for message in messages():
+        live.apply(message)
+    [run_id] = live.run_ids()
+    return live.view(run_id)
+
+
+def by_key(samples):
+    found = {}
+    for sample in samples:
+        assert sample.key not in found, f"two values for {sample}"
+        found[sample.key] = sample.value
+    return found
+
+
+def value(found, name, /, **labels):
+    return found[name, frozenset(labels.items())]
+
+
+def test_a_run_is_told_in_figures():
+    view = told()
+    found = by_key(of_run(view))
+    run = view.run_id
+    assert value(found, "esper_run_epochs", run=run) == view.epochs_done > 0
+    assert value(found, "esper_run_loss", run=run, split="val") == view.last.val_loss
+    assert value(found, "esper_run_score", run=run, split="val", metric=view.last.metric_name) == view.last.val_metric
+    assert value(found, "esper_run_parameters", run=run) == view.params
+    stages = [number for (metric, _), number in found.items() if metric == "esper_seeds"]
+    assert sum(stages) == len(view.seeds) > 0
+    assert {
+        site for metric, labels in found if metric == "esper_seed_alpha" for key, site in labels if key == "site"
+    } == {seed.site for seed in view.seeds.values()}
+
+
+def test_every_sample_is_of_the_table():
+    stats = BusStats(
+        num_shards=1,
+        topics=(TopicStats(topic="t", published=3, kept_bytes=5),),
+        groups=(GroupStats(group="g", topics=("t",), pending=2, delivered=1),),
+    )
+    samples = [*of_run(told()), *of_bus(stats), *of_backlog(Backlog(queued={"cpu": 2}, leased={"cpu": 1}))]
+    for sample in samples:
+        assert set(sample.labels) == set(METRICS[sample.metric].labels), sample
+        assert all(isinstance(label, str) for label in sample.labels.values())
+        assert math.isfinite(sample.value)
+    assert {sample.metric for sample in samples} >= set(METRICS) - {"esper_seed_train_loss"}
+
+
+def test_what_is_gone_is_none_of_what_is_counted_and_unknown_of_what_is_measured():
+    counted = Sample("esper_seeds", 2.0, {"run": "r", "stage": "training"})
+    measured = Sample("esper_run_loss", 0.5, {"run": "r", "split": "val"})
+    total = Sample("esper_run_steps", 7.0, {"run": "r"})
+    kept = Sample("esper_run_parameters", 9.0, {"run": "r"})
+    gone = list(vanished([counted, measured, total, kept], [kept._replace(value=10.0)]))
+    assert [(sample.metric, sample.key) for sample in gone] == [(s.metric, s.key) for s in (counted, measured)]
+    assert gone[0].value == 0.0
+    assert math.isnan(gone[1].value)
+
+
+def test_names_are_as_prometheus_wants_them():
+    for metric in METRICS.values():
+        assert re.fullmatch(r"esper_[a-z_]+[a-z]", metric.name)
+        assert not metric.name.endswith("_total")  # Ray adds it
+        assert metric.help.endswith(".")
+        assert (metric.kind is Kind.COUNTER) == metric.exported.endswith("_total")
+
+
+def queries(dashboard):
+    for panel in dashboard["panels"]:
+        yield from (target["expr"] for target in panel.get("targets", ()))
+    yield from (annotation["expr"] for annotation in dashboard["annotations"]["list"])
+    yield from (v["query"]["query"] for v in dashboard["templating"]["list"] if v["type"] == "query")
+
+
+def test_the_dashboard_asks_for_what_is_exported_and_for_all_of_it():
+    exported = {metric.exported for metric in METRICS.values()}
+    asked = {name for query in queries(json.loads(DASHBOARD.read_text())) for name in NAME.findall(query)}
+    assert asked - exported == set()
+    assert exported - asked <= {"ray_esper_bus_delivered_total"}
+
+
+def test_the_alerts_ask_for_what_is_exported():
+    asked = set(NAME.findall(ALERTS.read_text()))
+    assert asked
+    assert asked <= {metric.exported for metric in METRICS.values()}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
+def test_prometheus_takes_the_alert_rules():
+    checked = subprocess.run(["promtool", "check", "rules", ALERTS], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr + checked.stdout
