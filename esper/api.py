@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from esper.urza.library import Design
+    from esper.urza.named import Lookup, NamedDesign
 
 RUNTIME_GROUP, RUNTIME = "esper.runtime", "ray"
 
@@ -455,13 +455,14 @@ def check_workload(workload: Workload, config: RunConfig) -> None:
     """Refuses at once what a run would only find out when systems are up and files are written. Changes nothing.
 
     Raises:
-        ConfigError: if a named blueprint is not in the library or fits no site, a scheduled graft cannot be made, or
-            the trainer of this process has no GPU.
+        ConfigError: if a named blueprint is neither in the library nor in the storage's catalogue, or fits no site, a
+            scheduled graft cannot be made, or the trainer of this process has no GPU.
         SiteError: if a site does not exist or cannot carry a seed.
     """
-    from esper.urza.library import load_library
+    from esper.urza import named
 
-    library, names, schedule = load_library(), config.tezzeret.blueprints, config.tamiyo.schedule
+    names, schedule = config.tezzeret.blueprints, config.tamiyo.schedule
+    submitted = named.in_storage(Storage.at(config.storage, config.storage_options))
     if config.tolaria.num_workers == 0:
         _device(config)
     trial = replace(workload, model=copy.deepcopy(workload.model))
@@ -470,23 +471,23 @@ def check_workload(workload: Workload, config: RunConfig) -> None:
     except SiteError as error:  # its field is an argument's name; people write the setting
         raise SiteError(error.message, field="kasmina.sites", remedy=error.remedy) from error
     for name in () if names == "library" else names:
-        _fitting(library, name, sites.values(), field="tezzeret.blueprints")
+        _fitting(name, submitted, sites.values(), field="tezzeret.blueprints")
     for index, graft in enumerate(schedule if config.tamiyo.policy == "schedule" else ()):
         field = f"tamiyo.schedule.{index}"
         if graft.site not in sites:
             raise ConfigError(
                 f"no site {graft.site!r}", field=f"{field}.site", remedy=f"sites here: {', '.join(sites)}"
             )
-        _fitting(library, graft.blueprint, [sites[graft.site]], field=f"{field}.blueprint")
+        _fitting(graft.blueprint, submitted, [sites[graft.site]], field=f"{field}.blueprint")
         if names != "library" and graft.blueprint not in names:
             raise ConfigError(
                 f"{graft.blueprint} is not built", field=f"{field}.blueprint", remedy="add it to tezzeret.blueprints"
             )
 
 
-def _fitting(library: Mapping[str, Design], name: str, sites: Iterable[SiteSignature], *, field: str) -> None:
-    """Refuses a name that is not in the library, or a design that fits none of the sites."""
-    design = _named(library, name, field=field)
+def _fitting(name: str, submitted: Lookup, sites: Iterable[SiteSignature], *, field: str) -> None:
+    """Refuses a name that stands for no design, or for one that fits none of the sites."""
+    design = _named(name, submitted, field=field)
     reasons = [fits(design.ir, signature) for signature in sites]
     if None not in reasons:
         why = reasons[0] or "there is no site"
@@ -495,12 +496,16 @@ def _fitting(library: Mapping[str, Design], name: str, sites: Iterable[SiteSigna
         )
 
 
-def _named(library: Mapping[str, Design], name: str, *, field: str) -> Design:
-    if name not in library:
-        close = difflib.get_close_matches(name, library, n=1)
-        remedy = f"did you mean {close[0]}?" if close else "see esper blueprints ls --library"
-        raise ConfigError(f"no blueprint {name!r} in the library", field=field, remedy=remedy)
-    return library[name]
+def _named(name: str, submitted: Lookup, *, field: str) -> NamedDesign:
+    from esper.urza import named
+    from esper.urza.library import load_library
+
+    design = named.find(name, submitted)
+    if design is None:
+        close = difflib.get_close_matches(name, load_library(), n=1)
+        remedy = f"did you mean {close[0]}?" if close else "see esper blueprints ls, and ls --library"
+        raise ConfigError(f"no blueprint {name!r}, shipped or submitted", field=field, remedy=remedy)
+    return design
 
 
 def export_checkpoint(workload: Workload, config: RunConfig, *, directory: str, best: bool = False) -> nn.Module:
@@ -568,30 +573,30 @@ def request_kernels(hub: AssetHub, signatures: Iterable[SiteSignature], config: 
     again. Submissions go out together, so that the hub can write them together.
 
     Raises:
-        ConfigError: if a configured blueprint is not in the library.
+        ConfigError: if a configured blueprint is neither in the library nor in the hub.
         UnavailableError: if the hub does not answer.
     """
-    from esper.urza.library import designs_for, load_library
+    from esper.urza import named
+    from esper.urza.library import load_library
 
-    library, names = load_library(), config.tezzeret.blueprints
-    for name in () if names == "library" else names:
-        _named(library, name, field="tezzeret.blueprints")
+    configured = config.tezzeret.blueprints
+    names = dict.fromkeys(load_library() if configured == "library" else configured)
+    if config.tamiyo.policy == "schedule":
+        names |= dict.fromkeys(graft.blueprint for graft in config.tamiyo.schedule)
+    submitted = named.in_hub(hub)
+    designs = [_named(name, submitted, field="tezzeret.blueprints") for name in names]
     sites = tuple(dict.fromkeys(signatures))
     hub.register_sites(sites, run_id=submitted_by)
-    targets: dict[str, list[SiteSignature]] = {}
-    for signature in sites:
-        for design in designs_for(signature, library):
-            if names == "library" or design.name in names:
-                targets.setdefault(design.name, []).append(signature)
 
-    def submit(name: str) -> None:
-        design = library[name]
-        hub.submit_blueprint(
-            design.ir, name=name, targets=targets[name], tags=design.tags, priority=9, submitted_by=submitted_by
-        )
+    def submit(design: NamedDesign) -> None:
+        targets = [signature for signature in sites if fits(design.ir, signature) is None]
+        if targets:
+            hub.submit_blueprint(
+                design.ir, name=design.name, targets=targets, tags=design.tags, priority=9, submitted_by=submitted_by
+            )
 
     with ThreadPoolExecutor(8, thread_name_prefix="submit") as pool:
-        list(pool.map(submit, targets))
+        list(pool.map(submit, designs))
 
 
 def new_run_id(config: RunConfig) -> str:

@@ -292,7 +292,8 @@ def _targets(view: BlueprintView) -> str:
         }
         for target in view.targets
     ]
-    return table(rows, "no targets: submit it again with --target")
+    logs = [f"log of {one.signature.key}, {one.pipeline.value}:\n{one.log}" for one in view.targets if one.log]
+    return "\n\n".join([table(rows, "no targets: submit it again with --target"), *logs])
 
 
 def _graph(ir: Any) -> Iterator[str]:

@@ -123,7 +123,7 @@ class Submitted(Contract):
 
 
 class TargetView(Contract):
-    """One signature and pipeline of a blueprint; worker and deadline are those of the last lease."""
+    """One signature and pipeline of a blueprint; see `catalog.Target`. Worker, deadline, log: of the last lease."""
 
     signature: SiteSignature
     pipeline: Pipeline
@@ -131,8 +131,11 @@ class TargetView(Contract):
     worker: str
     deadline: Finite
     attempts: int
+    errors: int
+    deaths: int
     kernel_ids: tuple[str, ...]
     reason: str
+    log: str
 
 
 class BlueprintView(Contract):

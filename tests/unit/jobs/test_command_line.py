@@ -59,7 +59,10 @@ def schedule(site, blueprint):
         (["seed"], ("'seed' is no KEY=VALUE", "then overrides")),
         (["kasmina.sites=[nowhere]"], ("kasmina.sites", "nowhere", "stages.0.0")),
         (["tezzeret.blueprints=[conv_lite]"], ("tezzeret.blueprints: no blueprint 'conv_lite'", "conv_light?")),
-        (["tezzeret.blueprints=[zzz]"], ("tezzeret.blueprints: no blueprint 'zzz'", "esper blueprints ls --library")),
+        (
+            ["tezzeret.blueprints=[zzz]"],
+            ("tezzeret.blueprints: no blueprint 'zzz'", "esper blueprints ls, and ls --library"),
+        ),
         (["tezzeret.blueprints=[mlp_2x]"], ("tezzeret.blueprints: mlp_2x:", "declared for vector", "--dry-run")),
         (schedule("nowhere", "conv_light"), ("tamiyo.schedule.0.site: no site 'nowhere'", "stages.0.0")),
         (schedule("stages.0.0", "conv_lite"), ("tamiyo.schedule.0.blueprint:", "did you mean conv_light?")),

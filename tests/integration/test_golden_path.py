@@ -1,0 +1,155 @@
+"""The golden path from outside: `curl` posts a design, and a run grafts its kernel by name.
+
+A platform on a head of its own; who speaks with the gateway knows its address and its token and nothing of Esper.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import urllib.parse
+
+import pytest
+from ray_head import free_ports, head, wait_for
+
+from esper.leyline import RunStatus, RunSummary
+from esper.leyline.container import unpack
+from esper.leyline.keys import load, public_hex
+
+pytestmark = pytest.mark.ray
+
+NAME = "golden"
+PIPELINES = ("fast",)
+LIMIT_S = 120.0
+SIGNATURE = {"kind": "feature_map", "channels": 4, "extent": [8, 8]}
+IR = {
+    "fit": ["feature_map"],
+    "nodes": [
+        {"id": "conv", "op": "conv2d", "params": {"out": "C", "kernel": 3}},
+        {"id": "act", "op": "relu", "inputs": ["conv"]},
+        {"id": "back", "op": "conv2d", "inputs": ["act"], "params": {"out": "C", "kernel": 1, "init": "zeros"}},
+    ],
+    "output": "back",
+    "zero_at_birth": True,
+}
+CONFIG = """
+name: golden
+seed: 3
+data: {type: digits, layout: image}
+host: {type: cnn, channels: [4], blocks_per_stage: 1}
+budget: {params: 20.0, flops: 20.0}
+tolaria: {epochs: 8}
+kasmina: {sites: [stages.0.0], evidence_z: 0.0, min_training_epochs: 1, harm_tolerance: 5.0}
+tamiyo: {policy: schedule, schedule: [{epoch: 0, site: stages.0.0, blueprint: golden}]}
+tezzeret: {blueprints: [golden]}
+nissa: {view: plain}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("golden")
+    (path / "golden.yaml").write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with head() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def curl(cluster, folder):
+    """Asks the gateway of a platform that is up; gives the status and the body."""
+    [port] = free_ports(1)
+    token = folder / "token"
+    up = cluster.run(
+        "esper", "platform", "up", "--storage", folder / "store", f"urza.http.port={port}",
+        "urza.http.always_token=true", f"urza.http.token_file={token}", f"tezzeret.key_file={folder / 'key.pem'}",
+    )  # fmt: skip
+    assert up.returncode == 0, up.stdout + up.stderr
+    assert f"http://127.0.0.1:{port} (bearer token required)" in up.stdout
+
+    def ask(path, *options, with_token=True):
+        header = ["-H", f"Authorization: Bearer {token.read_text().strip()}"] if with_token else []
+        command = ["curl", "-sS", "-w", "\n%{http_code}", *header, *options, f"http://127.0.0.1:{port}{path}"]
+        done = subprocess.run(command, capture_output=True, timeout=60, check=True)
+        body, _, status = done.stdout.rpartition(b"\n")
+        return int(status), body
+
+    yield ask
+    down = cluster.run("esper", "platform", "down", "--storage", folder / "store")
+    assert down.returncode == 0, down.stderr
+
+
+@pytest.fixture(scope="module")
+def kernel(curl):
+    """The record of the posted design's kernel, found by its tag."""
+    body = {"ir": IR, "name": NAME, "tags": ["from-outside"], "targets": [SIGNATURE], "pipelines": PIPELINES}
+    post = ["-X", "POST", "-H", "Content-Type: application/json", "--data", json.dumps(body)]
+    status, answer = curl("/api/v1/blueprints", *post)
+    assert status == 201, answer
+    submitted = json.loads(answer)
+
+    def compiled():
+        status, answer = curl(f"/api/v1/blueprints/{submitted['id']}")
+        assert status == 200, answer
+        view = json.loads(answer)
+        return view if view["outlook"]["num_open"] == 0 else None
+
+    view = wait_for(compiled, "the kernel", timeout_s=LIMIT_S)
+    assert view["blueprint"]["status"] == "VALIDATED", view
+    query = urllib.parse.urlencode({"tags": "from-outside", "pipeline": PIPELINES[-1]})
+    status, answer = curl(f"/api/v1/kernels/search?{query}")
+    [entry] = json.loads(answer)["kernels"]
+    assert entry["kernel"]["status"] == "VALIDATED"
+    assert entry["kernel"]["signature"] | SIGNATURE == entry["kernel"]["signature"]
+    return entry["kernel"]
+
+
+def test_nobody_gets_in_without_the_token(curl):
+    for path in ("/health", "/api/v1/kernels", "/docs"):
+        assert curl(path, with_token=False)[0] == 401
+    status, health = curl("/health")
+    assert (status, json.loads(health)["status"]) == (200, "ok")
+
+
+def test_what_is_downloaded_is_what_was_signed(cluster, curl, kernel, folder):
+    out = folder / "downloaded.kernel"
+    status, _ = curl(f"/api/v1/kernels/{kernel['kernel_id']}/artifact", "-o", str(out))
+    assert status == 200
+    data = out.read_bytes()
+    assert hashlib.sha256(data).hexdigest() == kernel["kernel_id"]
+    key = public_hex(load(folder / "key.pem"))
+    assert unpack(data, key).manifest.blueprint_name == NAME
+    fetched = cluster.run(
+        "esper", "kernels", "fetch", kernel["kernel_id"][:12], "--out", folder / "fetched.kernel", "--public-key", key,
+        "--storage", folder / "store",
+    )  # fmt: skip
+    assert fetched.returncode == 0, fetched.stderr
+    assert (folder / "fetched.kernel").read_bytes() == data
+
+
+def test_a_run_grafts_it_by_name(cluster, curl, kernel, folder):
+    run = cluster.run(
+        "esper", "train", folder / "golden.yaml", "--json", f"storage={folder / 'store'}",
+        f"tezzeret.key_file={folder / 'key.pem'}", timeout_s=280.0,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    summary = RunSummary.model_validate_json(run.stdout)
+    assert summary.status is RunStatus.FINISHED
+    own = [event for event in summary.events if event.blueprint == NAME]
+    assert own[-1].to_stage == "FOSSILIZED"
+    assert {event.kernel_id for event in own if event.kernel_id} == {kernel["kernel_id"]}
+    status, answer = curl(f"/api/v1/kernels/{kernel['kernel_id']}")
+    assert json.loads(answer)["statistics"]["outcomes"] == {"fossilized": 1}
+    # the run has registered its site: a design without targets is compiled for it
+    body = {"ir": IR | {"zero_at_birth": False}, "name": "later", "pipelines": ["fast"]}
+    status, answer = curl(
+        "/api/v1/blueprints", "-X", "POST", "-H", "Content-Type: application/json", "--data", json.dumps(body)
+    )
+    assert status == 201, answer
+    [target] = json.loads(answer)["targets"]
+    assert target | SIGNATURE == target
