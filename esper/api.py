@@ -364,7 +364,7 @@ class Grown:
             hub, public_key = local_hub(self.host.sites.values(), config)
         elif public_key is None:
             raise ConfigError("a hub comes with its signer's key", field="public_key")
-        self.host.attach(hub, public_key, wait=config.deterministic)
+        self.host.attach(hub, public_key, wait=config.deterministic, native=not config.deterministic)
         ports = Ports(hub=hub, bus=bus, controller=controller or LocalController(config.tamiyo, seed=config.seed))
         first = next(self.parameters(), None)
         device = torch.device("cpu") if first is None else first.device
@@ -425,7 +425,8 @@ def train_local(
         host = _wrap_workload(workload, config, device)
         if hub is not None and public_key is not None:
             # several ranks must hold a kernel at the same step: none may depend on its own loader's pace
-            host.attach(hub, public_key, wait=config.deterministic or ranks.world > 1)
+            wait = config.deterministic or ranks.world > 1
+            host.attach(hub, public_key, wait=wait, native=not config.deterministic)
         ports = Ports(
             hub=hub,
             bus=bus,

@@ -301,6 +301,10 @@ class TezzeretConfig(Section):
     lease_s: PositiveFloat = 60.0
     key_file: str = "~/.config/esper/signing_key.pem"
     """The signer's private key; made with mode 0600 where there is none. Compile nodes of a cluster share one."""
+    optimize: Literal["auto", "grafted", "never"] = "auto"
+    """Whether native code is compiled for kernels that a run has grafted; it takes the kernel's place once it is there
+    and measured faster. `auto`: where the compilers have cores that the trainers do not use. Deterministic runs never
+    do, since when it comes depends on the clock."""
     blueprints: Literal["library"] | tuple[str, ...] = "library"
     """Names from the library that are compiled for the run's sites, or all that fit."""
     limits: IRLimits = IRLimits()

@@ -141,6 +141,10 @@ class Host:
             self._observe(observe)
         return change
 
+    def request_native(self, seed_id: str, kernel_id: str) -> None:
+        layer, seed = self._life.find(seed_id)
+        self._life.request_native(layer, seed, kernel_id)
+
     def train_shadows(
         self,
         args: tuple[Any, ...],
@@ -201,16 +205,17 @@ class Host:
 
     # ---- kernels
 
-    def attach(self, hub: AssetHub, public_key: bytes, *, wait: bool) -> None:
+    def attach(self, hub: AssetHub, public_key: bytes, *, wait: bool, native: bool = True) -> None:
         """Says where kernels come from and whose signature they must bear.
 
         Args:
             hub: the asset hub.
             public_key: Ed25519, the raw 32 bytes, from the run's configuration.
             wait: GERMINATE loads at once and within the call (deterministic mode, DDP), not in the background.
+            native: whether kernels may run native code (not in deterministic mode).
         """
         self.close()
-        self._life.loader = KernelLoader(hub, public_key, self.cache)
+        self._life.loader = KernelLoader(hub, public_key, self.cache, native=native)
         self._life.wait = wait
         self._life.restore_requests()
 

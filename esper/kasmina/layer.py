@@ -22,6 +22,7 @@ from esper.kasmina.table import SeedTable
 from esper.leyline.errors import NotFoundError
 from esper.leyline.growth import PREFIX
 from esper.leyline.kernels import SiteSignature
+from esper.leyline.runtime import NativeKernel, NativeModule
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import BlendStrategy
 
@@ -38,6 +39,7 @@ class Layer(nn.Module):
         observing: whether the next training forward takes health.
         reach: norm of what the seed in GRAFTING would add at alpha = 1, as a share of the norm of h; taken at the first
             training forward after it was set to None, where the strategy goes by it.
+        natives: by seed id, the native code that computes its kernel; it owns no parameters.
     """
 
     def __init__(self, site: str, signature: SiteSignature) -> None:
@@ -49,6 +51,7 @@ class Layer(nn.Module):
         self.observer = Observer(site, signature)
         self.observing = False
         self.reach: torch.Tensor | None = None
+        self.natives: dict[str, NativeModule] = {}
         self._shadow: Seed | None = None
         self._handle: RemovableHandle | None = None
 
@@ -91,13 +94,23 @@ class Layer(nn.Module):
     def put_kernel(self, seed: Seed, facts: KernelFacts, module: nn.Module) -> None:
         """Gives a seed its kernel, closed to autograd and in the host's training mode."""
         seed.facts = facts
+        self.put_native(seed, None)
         self.add_module(seed.seed_id, module.requires_grad_(requires_grad=False).train(self.training))
+
+    def put_native(self, seed: Seed, kernel: NativeKernel | None) -> None:
+        """Lets native code compute the seed's kernel from the next forward on; None: its module does, from its IR."""
+        if kernel is None:
+            self.natives.pop(seed.seed_id, None)
+        else:
+            self.natives[seed.seed_id] = NativeModule(kernel, self.kernel(seed))
+        seed.native = None if kernel is None else kernel.name
 
     def take_kernel(self, seed: Seed) -> tuple[nn.Parameter, ...]:
         """Removes a seed's kernel, if it has one, and returns the parameters that were open to the optimizer."""
         if not self.has_kernel(seed):
             return ()
         parameters = tuple(p for p in self.kernel(seed).parameters() if p.requires_grad)
+        self.put_native(seed, None)
         del self._modules[seed.seed_id]
         return parameters
 
@@ -105,6 +118,7 @@ class Layer(nn.Module):
         """Forgets all seeds and kernels, without a word to anyone: what follows is a restore."""
         self.seeds = []
         self.reach = None
+        self.natives.clear()
         self._modules.clear()
 
     def blended(self) -> list[Seed]:
@@ -151,7 +165,8 @@ class Layer(nn.Module):
 
     def _through(self, seed: Seed, h: torch.Tensor, alpha: float) -> torch.Tensor:
         assert seed.facts is not None
-        y = self.get_submodule(seed.seed_id)(h)
+        native = self.natives.get(seed.seed_id)
+        y = self.get_submodule(seed.seed_id)(h) if native is None else native(h)
         if self.reach is None and self.training and torch.is_grad_enabled() and _goes_by_drift(seed):
             added = y.detach() - h.detach() if seed.facts.replaces else y.detach()
             self.reach = added.double().norm() / h.detach().double().norm().clamp_min(1e-12)

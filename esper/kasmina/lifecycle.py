@@ -17,6 +17,7 @@ from esper.kasmina.blending import alpha_at
 from esper.kasmina.gates import Gate, GateFacts, gate, target_of
 from esper.kasmina.layer import Layer, Layers, all_layers, layer_at
 from esper.kasmina.loader import KernelLoader, LoadedKernel
+from esper.kasmina.native import Natives, Notice
 from esper.kasmina.neighbour import copy_neighbours
 from esper.kasmina.seed import Retirement, Seed
 from esper.kasmina.shadow import AllReduce
@@ -30,6 +31,7 @@ from esper.leyline.errors import (
     UserError,
 )
 from esper.leyline.growth import Change
+from esper.leyline.native import RungChange
 from esper.leyline.seeds import TRANSITIONS, SeedStage
 from esper.leyline.signals import (
     Action,
@@ -85,6 +87,8 @@ class Lifecycle:
         self.val_loss: float | None = None
         self.pending: list[LifecycleEvent] = []
         self._loading: dict[str, Future[LoadedKernel]] = {}
+        self._natives = Natives(layers)
+        self._notices: list[Notice] = []
         self.shadows: list[tuple[Layer, Seed]] = []
         self._busy = False
 
@@ -146,7 +150,7 @@ class Lifecycle:
         """
         self.moment = moment
         layer, seed, target = self._target(command)
-        told = Change(events=self._take_pending())
+        told = self._take_pending()
         refusal = self._refusal(layer, seed, command, target)
         if refusal is not None:
             reason = f"refused: {refusal} (asked for: {command.reason})"
@@ -267,6 +271,7 @@ class Lifecycle:
         pending = self._loading.pop(seed.seed_id, None)
         if pending is not None:
             pending.cancel()
+        self._natives.forget(seed)
         event = self._enter(layer, seed, to, reason, moment)
         left = layer.take_kernel(seed)
         seed.drop_kernel()
@@ -296,8 +301,24 @@ class Lifecycle:
         seed.requested = kernel_id
         reason = "a kernel was loaded by hand"
         self.pending.append(self._enter(layer, seed, SeedStage.GERMINATED, reason, self.moment))
-        layer.put_kernel(seed, loaded.facts, loaded.module)
+        self._put(layer, seed, loaded)
         self._refresh(layer)
+
+    def request_native(self, layer: Layer, seed: Seed, kernel_id: str) -> None:
+        """Asks for native code for a seed's kernel; see `Growable.request_native`."""
+        layer.kernel(seed)
+        assert seed.facts is not None
+        if self.loader is None:
+            raise NotFoundError("no asset hub is attached", remedy="call attach() first")
+        if kernel_id in (seed.native, seed.native_wanted):
+            return
+        seed.native_wanted = kernel_id
+        self._natives.expect(layer, seed, self.loader.request_native(kernel_id, seed.facts, self.device()))
+
+    def _put(self, layer: Layer, seed: Seed, loaded: LoadedKernel) -> None:
+        layer.put_kernel(seed, loaded.facts, loaded.module)
+        if loaded.native is not None or loaded.no_native:
+            self._notices.append(self._natives.place(layer, seed, loaded.native, loaded.no_native, self.mean))
 
     def _request(self, layer: Layer, seed: Seed) -> None:
         if self.loader is not None and seed.requested is not None:
@@ -312,8 +333,8 @@ class Lifecycle:
     def _take_in(self, layer: Layer, seed: Seed, outcome: LoadedKernel | EsperError, moment: Moment) -> Change:
         if isinstance(outcome, EsperError):
             return self._remove(layer, seed, SeedStage.CANCELLED, f"kernel refused: {outcome}", moment)
-        layer.put_kernel(seed, outcome.facts, outcome.module)
-        return Change()
+        self._put(layer, seed, outcome)
+        return Change(rungs=self._take_rungs())
 
     # ---- at a step
 
@@ -321,7 +342,8 @@ class Lifecycle:
         """Takes in finished kernels and moves every ramp by one step."""
         self.moment = moment
         self.clock += 1
-        change = Change(events=self._take_pending())
+        self._notices += self._natives.step(self.mean)
+        change = self._take_pending()
         if not self._busy:
             return change
         for layer in all_layers(self.layers):
@@ -448,6 +470,10 @@ class Lifecycle:
             seed = layer.current
             if seed.stage is SeedStage.GERMINATED and seed.facts is None and seed.seed_id not in self._loading:
                 self._request(layer, seed)
+            for seed in layer.seeds:
+                if self.loader is not None and seed.facts is not None and seed.native_wanted and not seed.native:
+                    wanted, seed.native_wanted = seed.native_wanted, None
+                    self.request_native(layer, seed, wanted)
         self._refresh()
 
     def forget_requests(self) -> None:
@@ -455,6 +481,7 @@ class Lifecycle:
         for future in self._loading.values():
             future.cancel()
         self._loading.clear()
+        self._natives.forget_all()
 
     def _refresh(self, layer: Layer | None = None) -> None:
         if layer is not None:
@@ -470,9 +497,26 @@ class Lifecycle:
         parameter = next(self.module.parameters(), None)
         return parameter.device if parameter is not None else torch.device("cpu")
 
-    def _take_pending(self) -> tuple[LifecycleEvent, ...]:
+    def _take_pending(self) -> Change:
         events, self.pending = tuple(self.pending), []
-        return events
+        return Change(events, rungs=self._take_rungs())
+
+    def _take_rungs(self) -> tuple[RungChange, ...]:
+        notices, self._notices = self._notices, []
+        return tuple(
+            RungChange(
+                run_id=self.moment.run_id,
+                step=self.moment.step,
+                epoch=self.moment.epoch,
+                site=notice.layer.site,
+                seed=notice.seed.seed_id,
+                blueprint=notice.seed.facts.blueprint if notice.seed.facts else None,
+                kernel_id=notice.seed.facts.kernel_id if notice.seed.facts else None,
+                rung=notice.rung,
+                reason=notice.reason,
+            )
+            for notice in notices
+        )
 
     def _enter(self, layer: Layer, seed: Seed, stage: SeedStage, reason: str, moment: Moment) -> LifecycleEvent:
         event = self._event(layer, seed, seed.stage, stage, reason, moment)

@@ -52,6 +52,8 @@ class Seed:
         harm: the last comparison with the pre-graft level in the present stage.
         baseline: validation loss before its graft.
         val_finite: whether the last validation loss since its graft was finite.
+        native: id of the kernel whose native code computes it; None where it runs from its IR.
+        native_wanted: id of the one that was asked for.
         optimizer: of the kernel, while it is in TRAINING.
         losses: sum and count of the shadow's losses since the last interval.
     """
@@ -71,6 +73,8 @@ class Seed:
         self.baseline: float | None = None
         self.val_finite = True
         self.retirement: Retirement | None = None
+        self.native: str | None = None
+        self.native_wanted: str | None = None
         self.optimizer: torch.optim.AdamW | None = None
         self.losses: tuple[float, int] = (0.0, 0)
         self.reason = ""
@@ -138,6 +142,7 @@ class Seed:
             spans=tuple(self.spans),
             evidence=self.evidence,
             reason=self.reason,
+            native=self.native,
         )
 
     def begin_training(self, module: nn.Module, learning_rate: float) -> None:
@@ -150,6 +155,7 @@ class Seed:
         """Lets go of all that belongs to a blended or trained kernel, but keeps what people read."""
         self.optimizer = None
         self.retirement = None
+        self.native = self.native_wanted = None
         self.alpha = 0.0
         self.put("ramp_done", 0)
         self.put("ramp_total", 0)

@@ -79,6 +79,7 @@ def _save_seed(seed: Seed, *, has_kernel: bool) -> dict[str, Any]:
     return {
         "seed_id": seed.seed_id,
         "strategy": seed.strategy.value,
+        "native": seed.native or seed.native_wanted,
         "requested": [seed.requested, seed.requested_blueprint],
         "facts": seed.facts.model_dump(mode="json") if seed.facts else None,
         "has_kernel": has_kernel,
@@ -110,6 +111,7 @@ def _restore_layer(life: Lifecycle, layer: Layer, entry: Mapping[str, Any]) -> N
 def _restore_seed(seed: Seed, saved: Mapping[str, Any]) -> None:
     seed.strategy = BlendStrategy(saved["strategy"])
     seed.requested, seed.requested_blueprint = saved["requested"]
+    seed.native_wanted = saved.get("native")  # asked for again: until it is back the IR computes the same
     seed.facts = KernelFacts.model_validate(saved["facts"]) if saved["facts"] else None
     seed.spans = [StageSpan.model_validate(span) for span in saved["spans"]]
     seed.evidence = Evidence.model_validate(saved["evidence"]) if saved["evidence"] else None

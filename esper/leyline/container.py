@@ -34,6 +34,7 @@ from esper.leyline.contract import Contract, Name, Sha256
 from esper.leyline.errors import BlueprintError, KernelRejectedError, TamperedError, excerpt
 from esper.leyline.kernels import Pipeline, SiteSignature, ValidationReport, compile_key
 from esper.leyline.keys import public_key as parse_public_key
+from esper.leyline.native import NativeFacts, Timing
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -67,6 +68,8 @@ class KernelManifest(Contract):
 
     Attributes:
         members: filled in by `pack`.
+        native: what the payload is; None for a kernel that runs from its IR.
+        dropped: timing of native code that was tried and not kept.
         The others are as in `CompiledKernelArtifact`.
     """
 
@@ -88,6 +91,8 @@ class KernelManifest(Contract):
     needs_neighbour: bool
     tags: tuple[Name, ...] = ()
     report: ValidationReport
+    native: NativeFacts | None = None
+    dropped: Timing | None = None
     members: dict[str, Member] = Field(default_factory=dict)
 
 

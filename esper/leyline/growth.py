@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from esper.leyline.kernels import SiteSignature
+from esper.leyline.native import RungChange
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import (
     BlendStrategy,
@@ -41,7 +42,11 @@ PROBE_FEATURES = 32
 
 @dataclass(frozen=True, slots=True)
 class SeedView:
-    """One seed as others see it. Costs are those of its kernel, 0 without one."""
+    """One seed as others see it. Costs are those of its kernel, 0 without one.
+
+    Attributes:
+        native: id of the kernel whose native code computes it; None where it runs from its IR.
+    """
 
     seed_id: str
     site: str
@@ -58,6 +63,7 @@ class SeedView:
     spans: tuple[StageSpan, ...] = ()
     evidence: Evidence | None = None
     reason: str = ""
+    native: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +75,14 @@ class Change:
         joined: (seed_id, parameters) that entered the live path and must enter the optimizer (and DDP).
         left: parameters that left the live path and must leave the optimizer.
         path_changed: whether the live path computes something else from now on (a graft or a removal).
+        rungs: kernels that run from native code, or no longer do, from now on: the same function, up to rounding.
     """
 
     events: tuple[LifecycleEvent, ...] = ()
     joined: tuple[tuple[str, tuple[nn.Parameter, ...]], ...] = ()
     left: tuple[nn.Parameter, ...] = ()
     path_changed: bool = False
+    rungs: tuple[RungChange, ...] = ()
 
     def __add__(self, other: Change) -> Change:
         return Change(
@@ -82,6 +90,7 @@ class Change:
             self.joined + other.joined,
             self.left + other.left,
             self.path_changed or other.path_changed,
+            self.rungs + other.rungs,
         )
 
 
@@ -142,6 +151,16 @@ class Growable(Protocol):
             args: positional inputs of the host.
             loss_of: outputs of the host to a scalar loss.
             all_reduce: averages kernel gradients over ranks in place, under DDP.
+        """
+        ...
+
+    def request_native(self, seed_id: str, kernel_id: str) -> None:
+        """Asks for the native code of kernel `kernel_id`, which is of the same design and signature as the seed's. It
+        is loaded and tried in the background; `prepare` puts it in place once it is ready, on all ranks at one step,
+        or tells why not. Parameters stay the same objects.
+
+        Raises:
+            NotFoundError: if there is no such seed, or it has no kernel.
         """
         ...
 

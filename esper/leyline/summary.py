@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from esper.leyline.contract import API_VERSION, Contract, Finite, now
+from esper.leyline.native import RungChange
 from esper.leyline.signals import EpochRecord, FieldReport, LifecycleEvent
 
 SUMMARY_FILE = "summary.json"
@@ -121,6 +122,8 @@ class RunSummary(Contract):
     metrics: Metrics = Metrics()
     params: Params
     events: tuple[LifecycleEvent, ...] = ()
+    rungs: tuple[RungChange, ...] = ()
+    """When a kernel began to run from native code, or had to run from its IR, and why."""
     field_reports: tuple[FieldReport, ...] = ()
     ledger: Ledger = Ledger()
     steps: StepTimes = StepTimes()

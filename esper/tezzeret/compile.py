@@ -4,13 +4,15 @@ examines it.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from esper.leyline import (
     BlueprintIR,
+    Check,
     CompiledKernelArtifact,
     CompileJob,
     KernelRejectedError,
@@ -20,9 +22,11 @@ from esper.leyline import (
     compile_key,
 )
 from esper.leyline.canonical import canonical_hash
+from esper.leyline.catalogue import BenchmarkResult
 from esper.leyline.container import KernelManifest, kernel_id_of, pack
 from esper.leyline.kernels import merged_tags
 from esper.leyline.limits import DEFAULT_LIMITS, IRLimits, screen
+from esper.leyline.native import NativeFacts, NativeVerdict, Timing
 from esper.leyline.ops import count_flops, count_parameters, memory_bytes, needs_neighbour
 
 if TYPE_CHECKING:
@@ -30,8 +34,13 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from torch import nn
 
+    from esper.leyline.runtime import NativeKernel
+
 Examine = Callable[["nn.Module", BlueprintIR, SiteSignature], ValidationReport]
 """Urabrask's part: a lowered module with its initial weights to a report."""
+
+ExamineNative = Callable[["nn.Module", SiteSignature, "NativeKernel"], NativeVerdict]
+"""Urabrask's part too: the same module, and native code for it, to a verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,12 @@ class Unsigned:
     report: ValidationReport
     compile_s: float
 
+    @property
+    def timing(self) -> Timing | None:
+        """Of the native code that was tried, kept or not; None where there was none."""
+        native = self.manifest.native
+        return self.manifest.dropped if native is None else native.timing
+
 
 def compile_kernel(
     job: CompileJob,
@@ -60,6 +75,7 @@ def compile_kernel(
     fingerprint: str,
     private_key: Ed25519PrivateKey,
     examine: Examine,
+    examine_native: ExamineNative | None = None,
     limits: IRLimits = DEFAULT_LIMITS,
 ) -> tuple[CompiledKernelArtifact, bytes]:
     """Lowers, initialises, examines and signs: `build`, then `sign`.
@@ -69,22 +85,39 @@ def compile_kernel(
 
     Raises:
         BlueprintError: if the IR is malformed or does not fit the signature.
-        KernelRejectedError: if it is above a limit, a check fails, or the pipeline is not FAST.
+        KernelRejectedError: if it is above a limit, a check fails, or this compiler does not make such kernels.
     """
-    return sign(build(job, fingerprint=fingerprint, examine=examine, limits=limits), private_key)
+    built = build(job, fingerprint=fingerprint, examine=examine, examine_native=examine_native, limits=limits)
+    return sign(built, private_key)
 
 
-def build(job: CompileJob, *, fingerprint: str, examine: Examine, limits: IRLimits = DEFAULT_LIMITS) -> Unsigned:
+def build(
+    job: CompileJob,
+    *,
+    fingerprint: str,
+    examine: Examine,
+    examine_native: ExamineNative | None = None,
+    limits: IRLimits = DEFAULT_LIMITS,
+) -> Unsigned:
     """Screens, lowers, initialises and examines; needs no key, and so may run where none is to be.
 
-    Manifest, weights and payload depend on the job and the fingerprint alone, so that a job done twice gives the same
-    kernel id: the report in the manifest carries no timings.
+    By the FAST pipeline manifest and weights depend on the job and the fingerprint alone, so that a job done twice
+    gives the same kernel id: the report in the manifest carries no timings. OPTIMIZED adds native code where it is
+    right and measured faster; where it is not, the kernel runs from its IR (optimization level 0), and the report says
+    why.
+
+    Args:
+        job: what to build.
+        fingerprint: of this build.
+        examine: Urabrask's gauntlet.
+        examine_native: Urabrask's judgement of native code; without it only FAST kernels are made.
+        limits: static ones, looked at before anything is built.
 
     Raises:
         BlueprintError: if the IR is malformed or does not fit the signature.
-        KernelRejectedError: if it is above a limit, a check fails, or the pipeline is not FAST.
+        KernelRejectedError: if it is above a limit, a check fails, or this compiler does not make such kernels.
     """
-    if job.pipeline is not Pipeline.FAST:
+    if job.pipeline is not Pipeline.FAST and examine_native is None:
         raise KernelRejectedError(
             f"this compiler does not make {job.pipeline.value} kernels", field="pipeline", remedy="ask for fast"
         )
@@ -101,12 +134,17 @@ def build(job: CompileJob, *, fingerprint: str, examine: Examine, limits: IRLimi
     report = report.model_copy(update={"checks": (*screened, *report.checks)})
     if not report.passed:
         raise KernelRejectedError(report.reason, field=blueprint.name)
+    native = _Native()
+    if examine_native is not None and job.pipeline is Pipeline.OPTIMIZED:
+        native = _native(module, signature, examine_native)
+        report = report.model_copy(update={"checks": (*report.checks, *native.checks)})
     manifest = KernelManifest(
         ir=ir,
         ir_hash=ir_hash,
         compile_key=key,
         signature=signature,
         pipeline=job.pipeline,
+        optimization_level=int(native.facts is not None),
         fingerprint=fingerprint,
         blueprint_id=blueprint.blueprint_id,
         blueprint_name=blueprint.name,
@@ -118,8 +156,10 @@ def build(job: CompileJob, *, fingerprint: str, examine: Examine, limits: IRLimi
         needs_neighbour=needs_neighbour(ir),
         tags=merged_tags(blueprint.tags, report.tags),
         report=report.repeatable(),
+        native=native.facts,
+        dropped=native.dropped,
     )
-    return Unsigned(manifest, _weights(module), {}, report, time.perf_counter() - started)
+    return Unsigned(manifest, _weights(module), native.payload, report, time.perf_counter() - started)
 
 
 def sign(unsigned: Unsigned, private_key: Ed25519PrivateKey) -> tuple[CompiledKernelArtifact, bytes]:
@@ -154,6 +194,62 @@ def sign(unsigned: Unsigned, private_key: Ed25519PrivateKey) -> tuple[CompiledKe
         compile_s=unsigned.compile_s,
     )
     return artifact, data
+
+
+def benchmark(artifact: CompiledKernelArtifact, timing: Timing) -> BenchmarkResult:
+    """The measurement for Urza. A kernel whose native code was not kept runs as the eager module: its speed is 1, and
+    what the code would have made of it is among the figures.
+    """
+    kept = artifact.optimization_level > 0
+    return BenchmarkResult(
+        benchmark_id=f"train_step-{artifact.kernel_id}",
+        kernel_id=artifact.kernel_id,
+        name="train_step",
+        speed=1.0 / timing.ratio if kept else 1.0,
+        spread=timing.spread / timing.ratio**2 if kept else 0.0,
+        batch=timing.batch,
+        figures={
+            "native_ratio": timing.ratio,
+            "native_ratio_spread": timing.spread,
+            "native_ms": timing.native_ms,
+            "eager_ms": timing.eager_ms,
+            "num_threads": timing.num_threads,
+        },
+        machine=artifact.fingerprint,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Native:
+    """What came of an attempt at native code; by default, none was made."""
+
+    facts: NativeFacts | None = None
+    payload: Mapping[str, bytes] = field(default_factory=dict)
+    checks: tuple[Check, ...] = ()
+    dropped: Timing | None = None
+
+
+def _native(module: nn.Module, signature: SiteSignature, examine_native: ExamineNative) -> _Native:
+    """Compiles, examines and times native code, and keeps it if it is right and faster."""
+    from esper.leyline.runtime import open_native
+    from esper.tezzeret.native import compile_native
+
+    try:
+        code = compile_native(module, signature)
+        name = hashlib.sha256(b"".join(code.payload.values())).hexdigest()
+        verdict = examine_native(module, signature, open_native(name, code.facts, code.payload))
+    except KernelRejectedError as error:
+        return _Native(checks=(_dropped(str(error)),))
+    if verdict.reason:
+        # what was found wrong is in the words: the kernel itself, which runs from its IR, has failed nothing
+        told = tuple(check for check in verdict.checks if check.passed)
+        return _Native(checks=(*told, _dropped(verdict.reason)), dropped=verdict.timing)
+    facts = code.facts.model_copy(update={"tolerance": verdict.tolerance, "timing": verdict.timing})
+    return _Native(facts, code.payload, verdict.checks)
+
+
+def _dropped(reason: str) -> Check:
+    return Check(name="native", passed=True, detail=f"no native code, it runs from its IR: {reason}")
 
 
 def _initial(ir: BlueprintIR, signature: SiteSignature, key: str) -> nn.Module:

@@ -68,6 +68,8 @@ class Adaptation:
             self.path_changed()
         for event in change.events:
             self._chronicle.tell(event)
+        for rung in change.rungs:
+            self._chronicle.tell_rung(rung)
         if change.events:
             self._chronicle.look()
 

@@ -6,6 +6,7 @@ import logging
 
 from esper.leyline.growth import SeedView
 from esper.leyline.messages import Topic
+from esper.leyline.native import RungChange
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import LifecycleEvent, Outcome
 from esper.tolaria.course import Course
@@ -79,6 +80,14 @@ class Chronicle:
         outcome = _OUTCOMES.get(event.to_stage)
         if outcome is not None and not event.refused:
             self._report(event.seed, outcome, event.reason)
+
+    def tell_rung(self, change: RungChange) -> None:
+        """Records what a kernel runs from, and logs it."""
+        self.recorder.rung(change)
+        log.info(
+            "seed.rung",
+            extra={"site": change.site, "seed": change.seed, "rung": change.rung.value, "reason": change.reason},
+        )
 
     def close(self, reason: str) -> None:
         """Ends what is still under way as UNFINISHED."""

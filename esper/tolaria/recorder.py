@@ -12,6 +12,7 @@ from typing import Any
 
 from esper.leyline.contract import now
 from esper.leyline.growth import SeedView
+from esper.leyline.native import RungChange
 from esper.leyline.signals import EpochRecord, FieldReport, LifecycleEvent, Outcome
 from esper.leyline.summary import (
     BusCounts,
@@ -57,6 +58,7 @@ class Recorder:
         self._graft_steps: list[int] = []
         self._decisions: list[tuple[int, str]] = []
         self._events: list[LifecycleEvent] = []
+        self._rungs: list[RungChange] = []
         self._reports: list[FieldReport] = []
         self._spent: dict[str, tuple[int, float]] = {}
 
@@ -89,6 +91,10 @@ class Recorder:
     def event(self, event: LifecycleEvent) -> None:
         """Adds a transition."""
         self._events.append(event)
+
+    def rung(self, change: RungChange) -> None:
+        """Adds what a kernel runs from."""
+        self._rungs.append(change)
 
     def spend(self, seed_id: str, *, flops: int, seconds: float) -> None:
         """Books what a seed cost behind the host."""
@@ -154,6 +160,7 @@ class Recorder:
             metrics=metrics,
             params=params,
             events=tuple(self._events),
+            rungs=tuple(self._rungs),
             field_reports=tuple(self._reports),
             ledger=ledger,
             steps=step_times(self._step_ms, self._graft_steps),
@@ -171,6 +178,7 @@ class Recorder:
             "started_at": self._started_at,
             "history": self.history().model_dump(mode="json"),
             "events": [event.model_dump(mode="json") for event in self._events],
+            "rungs": [change.model_dump(mode="json") for change in self._rungs],
             "reports": [report.model_dump(mode="json") for report in self._reports],
             "spent": {seed: [flops, seconds] for seed, (flops, seconds) in self._spent.items()},
         }
@@ -184,6 +192,7 @@ class Recorder:
         self._graft_steps = list(history.graft_steps)
         self._decisions = list(history.decisions)
         self._events = [LifecycleEvent.model_validate(event) for event in state["events"]]
+        self._rungs = [RungChange.model_validate(change) for change in state.get("rungs", ())]
         self._reports = [FieldReport.model_validate(report) for report in state["reports"]]
         self._spent = {seed: (int(flops), float(seconds)) for seed, (flops, seconds) in state["spent"].items()}
 

@@ -38,6 +38,7 @@ from esper.tolaria.course import Course, Ports
 from esper.tolaria.deciding import Deciding
 from esper.tolaria.evidence import Evaluation, compare, evaluate
 from esper.tolaria.guard import Guard
+from esper.tolaria.native import Optimizing
 from esper.tolaria.numerics import rng_state, set_rng_state
 from esper.tolaria.optim import Optimization
 from esper.tolaria.outbox import Outbox
@@ -115,6 +116,7 @@ class Session:
         self._chronicle = Chronicle(self.course, recorder=self.recorder, outbox=self.outbox, reach=self.reach)
         self._adaptation = Adaptation(self.course, chronicle=self._chronicle, reach=self.reach, limits=limits)
         self._guard = Guard(self.course, adaptation=self._adaptation, chronicle=self._chronicle, limits=limits)
+        self._optimizing = Optimizing(self.course, chronicle=self._chronicle, reach=self.reach)
         self._deciding = Deciding(self.course, reach=self.reach, commands=commands)
         self._costs = HostCosts(growable, task.loss_fn)
         self.host_size = HostSize(live_params(growable), self._costs.forward(example) // len(example[0]))
@@ -328,6 +330,7 @@ class Session:
                     governor=guard.words,
                 )
                 self._obey(signal)
+                self._optimizing.look()
         course.ports.faults.at("control", course.epoch)
         self._boundary = None
         course.epoch += 1

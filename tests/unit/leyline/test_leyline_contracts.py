@@ -84,7 +84,10 @@ def limits(metadata: list[Any]) -> dict[str, Any]:
 
 def numbers(kind: type, limit: dict[str, Any]) -> st.SearchStrategy[Any]:
     low, high = limit.get("ge", -1000), limit.get("le", 1000)
-    assert not {"gt", "lt"} & limit.keys()
+    assert "lt" not in limit
+    if "gt" in limit:
+        assert kind is float
+        return st.floats(limit["gt"], high, allow_nan=False, exclude_min=True)
     low = min(low, high)
     return st.integers(low, high) if kind is int else st.floats(low, high, allow_nan=False)
 
