@@ -210,6 +210,7 @@ def _compilers(
             hub=partial(urza.connect, config.storage, config.storage_options),
             bus=make_bus,
             private_key=partial(_signer, config.tezzeret.key_file, public_key),
+            builder=partial(tezzeret.make_builder, config.tezzeret),
             lease_s=config.tezzeret.lease_s,
             limits=config.tezzeret.limits,
         )

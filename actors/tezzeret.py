@@ -1,7 +1,8 @@
-"""A compiler of the pool as an actor: waits for news of submitted blueprints and works until nothing is left.
+"""A worker of the compile pool as an actor: waits for news of submitted blueprints and works until nothing is left.
 
 News comes over Oona, so a submission is taken up at once. Between news it looks at the hub once in `wake_s`, for work
-whose compiler died with the lease. What a compilation is lies in `esper.tezzeret`.
+whose worker died with the lease. It compiles nothing itself: that is done by a process of its own, which may crash.
+The worker claims, keeps the lease, signs and hands over. What a compilation is lies in `esper.tezzeret`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,23 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from esper.leyline import AssetHub, Bus, Contract, Delivery, KernelCharacterized, OonaMessage, Subscription, Topic
-from esper.leyline.limits import DEFAULT_LIMITS, IRLimits
+from esper.config import TezzeretConfig
+from esper.leyline import (
+    AssetHub,
+    Bus,
+    Contract,
+    Delivery,
+    KernelCharacterized,
+    OonaMessage,
+    Subscription,
+    Topic,
+    new_id,
+)
+from esper.tezzeret.builder import Builder
 from esper.tezzeret.worker import Compiled, Idle, Rejected, work_once
 
 if TYPE_CHECKING:
@@ -22,9 +35,20 @@ if TYPE_CHECKING:
 GROUP = "tezzeret"
 """Consumer group of the pool: each submission wakes one worker."""
 
+GAUNTLET = "esper.urabrask.gauntlet:examine"
+"""What examines kernels, by name: it is imported in the compiler's process."""
+
 MAX_BACKOFF_S = 5.0
 
 _LOG = logging.getLogger(__name__)
+
+
+def make_builder(config: TezzeretConfig, device: str = "cpu") -> Builder:
+    """A compiler of the pool, in a process of its own."""
+    from esper.tezzeret.process import CompilerProcess, Limits
+
+    limits = Limits(timeout_s=config.job_timeout_s, memory_mb=config.job_memory_mb)
+    return CompilerProcess(GAUNTLET, device=device, limits=limits, num_threads=config.num_threads)
 
 
 class CompileWorker:
@@ -35,10 +59,11 @@ class CompileWorker:
         hub: connects to Urza; called in the worker's thread, again after a loss.
         bus: connects to Oona; likewise.
         private_key: gives the signer's key.
-        lease_s: seconds a compilation may take.
+        builder: makes what compiles; called once.
+        device: what it compiles for.
+        lease_s: seconds of a lease, which is renewed while the work goes on.
         wake_s: longest pause between looks at the hub.
-        num_threads: of torch in this process; None leaves torch's setting.
-        limits: what one kernel may cost.
+        idle_s: after so long without work the builder is let go of, until there is some.
     """
 
     def __init__(
@@ -48,19 +73,23 @@ class CompileWorker:
         hub: Callable[[], AssetHub],
         bus: Callable[[], Bus],
         private_key: Callable[[], Ed25519PrivateKey],
+        builder: Callable[[], Builder],
+        device: str = "cpu",
         lease_s: float = 60.0,
         wake_s: float = 15.0,
-        num_threads: int | None = 1,
-        limits: IRLimits = DEFAULT_LIMITS,
+        idle_s: float = 60.0,
     ) -> None:
         self._name = name
+        self._life = f"{name}#{new_id()[:8]}"  # a process that comes after this one is another worker to the hub
         self._connect_hub = hub
         self._connect_bus = bus
         self._private_key = private_key
         self._lease_s = lease_s
         self._wake_s = wake_s
-        self._num_threads = num_threads
-        self._limits = limits
+        self._idle_s = idle_s
+        self._device = device
+        self._builder = builder()
+        self._worked_at = time.monotonic()
         self._num_compiled = 0
         self._num_rejected = 0
         self._state = "starting"
@@ -86,7 +115,7 @@ class CompileWorker:
         return self._num_compiled, self._num_rejected
 
     def stop(self, *, timeout_s: float = 10.0) -> bool:
-        """Ends after the job under way; returns whether it ended within `timeout_s`."""
+        """Ends, giving back the job under way; returns whether it ended within `timeout_s`."""
         self._stopped.set()
         self._close_bus()  # ends the wait for news
         self._thread.join(timeout_s)
@@ -107,14 +136,11 @@ class CompileWorker:
                 _LOG.warning("tezzeret.lost", exc_info=True, extra={"worker": self._name})
                 self._stopped.wait(backoff_s)
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+        self._builder.close()
         self._state = "stopped"
 
     def _serve(self) -> None:
         """One life on bus and hub. It joins the group before it first looks, so that nothing falls between."""
-        if self._num_threads is not None:
-            import torch
-
-            torch.set_num_threads(self._num_threads)
         private_key = self._private_key()
         hub = self._connect_hub()
         bus = self._open_bus()
@@ -126,6 +152,8 @@ class CompileWorker:
                 news = self._wait(subscription)
                 self._drain(hub, bus, private_key, news)
                 subscription.ack(news)
+                if time.monotonic() - self._worked_at > self._idle_s:
+                    self._builder.close()
         finally:
             self._close_bus()
 
@@ -147,23 +175,21 @@ class CompileWorker:
 
     def _drain(self, hub: AssetHub, bus: Bus, private_key: Ed25519PrivateKey, news: Sequence[Delivery]) -> None:
         """Works until there is nothing to claim."""
-        from esper.tezzeret.fingerprint import target_fingerprint
-        from esper.urabrask.gauntlet import examine
-
         traces = {delivery.message.key: delivery.message.trace_id for delivery in news}
         self._state = "working"
         while not self._stopped.is_set():
             outcome = work_once(
                 hub,
-                worker=self._name,
-                fingerprint=target_fingerprint(),
+                self._builder,
+                worker=self._life,
                 private_key=private_key,
-                examine=examine,
+                device=self._device,
                 lease_s=self._lease_s,
-                limits=self._limits,
+                should_end=self._stopped.is_set,
             )
             if isinstance(outcome, Idle):
                 return
+            self._worked_at = time.monotonic()
             if isinstance(outcome, Rejected):
                 self._num_rejected += 1
             if isinstance(outcome, Compiled):

@@ -546,7 +546,7 @@ def local_hub(
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from esper.tezzeret.fingerprint import target_fingerprint
+    from esper.tezzeret.builder import InProcess
     from esper.tezzeret.worker import Idle, work_once
     from esper.urabrask.gauntlet import examine
     from esper.urza.memory import MemoryHub
@@ -554,18 +554,11 @@ def local_hub(
     key = private_key or Ed25519PrivateKey.generate()
     hub = MemoryHub()
     request_kernels(hub, signatures, config, "local")
-    fingerprint = target_fingerprint()
+    builder = InProcess(examine)
     with torch.random.fork_rng(devices=[]):
         turn = None
         while not isinstance(turn, Idle):
-            turn = work_once(
-                hub,
-                worker="local",
-                fingerprint=fingerprint,
-                private_key=key,
-                examine=examine,
-                limits=config.tezzeret.limits,
-            )
+            turn = work_once(hub, builder, worker="local", private_key=key)
     return hub, key.public_key().public_bytes_raw()
 
 

@@ -299,6 +299,13 @@ class TezzeretConfig(Section):
     num_workers: PositiveInt = 1
     cpus_per_worker: PositiveFloat = 0.2
     lease_s: PositiveFloat = 60.0
+    """A worker that is silent for so long loses its job to another; it renews the lease while it works."""
+    job_timeout_s: PositiveFloat = 600.0
+    """One job may run so long, pauses not counted; then its compiler is killed."""
+    job_memory_mb: Annotated[int, Field(ge=512)] = 4096
+    """Resident memory that a compiler and all it starts may take together; beyond it they are killed."""
+    num_threads: PositiveInt = 1
+    """Threads of a compiler."""
     key_file: str = "~/.config/esper/signing_key.pem"
     """The signer's private key; made with mode 0600 where there is none. Compile nodes of a cluster share one."""
     optimize: Literal["auto", "grafted", "never"] = "auto"

@@ -1,21 +1,26 @@
-"""One turn of a compiler: claim a job, compile it, hand the kernel over. Waiting for the next is the actor's."""
+"""One turn of a compiler: claim a job, have it built, hand the kernel over. Waiting for the next is the actor's."""
 
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from esper.leyline import (
     AssetHub,
-    BlueprintError,
     CompiledKernelArtifact,
     CompileJob,
-    KernelRejectedError,
+    EsperError,
+    Fault,
     LeaseLostError,
+    TransientError,
+    UnavailableError,
 )
-from esper.leyline.limits import DEFAULT_LIMITS, IRLimits
-from esper.tezzeret.compile import Examine, compile_kernel
+from esper.tezzeret.builder import Builder, Verdict
+from esper.tezzeret.compile import Unsigned, sign
+from esper.tezzeret.wire import Broken, Refused
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -38,7 +43,15 @@ class Compiled:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The job has no kernel, and why; the hub knows."""
+    """The job has no kernel and will have none, and why; the hub knows."""
+
+    job: CompileJob
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The compiler failed, and why; the hub lets the job be tried again."""
 
     job: CompileJob
     reason: str
@@ -46,70 +59,127 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Overtaken:
-    """The lease ran out meanwhile and the job is another worker's."""
+    """The lease was lost meanwhile and the job is another worker's."""
 
     job: CompileJob
 
 
-Outcome = Idle | Compiled | Rejected | Overtaken
+Outcome = Idle | Compiled | Rejected | Returned | Overtaken
 """How one turn ended."""
 
 
 def work_once(
     hub: AssetHub,
+    builder: Builder,
     *,
     worker: str,
-    fingerprint: str,
     private_key: Ed25519PrivateKey,
-    examine: Examine,
+    device: str = "cpu",
     lease_s: float = 60.0,
-    limits: IRLimits = DEFAULT_LIMITS,
+    should_end: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Claims at most one job and sees it through.
+    """Claims at most one job and sees it through, renewing its lease meanwhile.
 
-    A blueprint that is at fault is reported to the hub with the reason. Any other error (no hub, no disk) is raised
-    and leaves the lease to run out, so that another worker tries.
+    A blueprint that is at fault is reported to the hub with the reason, and so is a compiler that failed. If this
+    worker cannot go on (no hub, no compiler, or it has to end), the job is given back, or else its lease runs out.
 
     Args:
         hub: Urza.
-        worker: this worker's name.
-        fingerprint: this worker's build.
+        builder: who builds.
+        worker: this worker's name, and life; see `AssetHub.claim`.
         private_key: the signer's.
-        examine: Urabrask's gauntlet.
-        lease_s: seconds the job may take.
-        limits: what one kernel may cost.
+        device: what the builder compiles for.
+        lease_s: seconds of a lease; it is renewed when a third of it has passed.
+        should_end: asked while the work goes on.
 
     Raises:
-        TransientError: if the hub does not answer.
+        TransientError: if the hub does not answer, the builder cannot build, or the worker should end.
     """
-    job = hub.claim(worker, fingerprint=fingerprint, lease_s=lease_s)
+    fingerprint = builder.fingerprint()
+    job = hub.claim(worker, fingerprint=fingerprint, device=device, lease_s=lease_s)
     if job is None:
         return Idle()
+    lease = _Lease(hub, job, lease_s)
+
+    def tick() -> None:
+        if should_end():
+            raise UnavailableError("the worker ends")
+        lease.keep()
+
     try:
-        artifact, data = compile_kernel(
-            job, fingerprint=fingerprint, private_key=private_key, examine=examine, limits=limits
-        )
-    except (BlueprintError, KernelRejectedError) as error:
-        return _reject(hub, job, str(error))
-    except RuntimeError as error:
-        # torch's own refusal, such as no memory for the weights; the next worker would meet it too
-        return _reject(hub, job, f"torch: {' '.join(str(error).split())[:300]}")
-    try:
-        stored = hub.complete(job, artifact, data)
+        verdict = builder.build(job, tick)
+        if isinstance(verdict, Unsigned):
+            verdict = _as_ordered(verdict, job, fingerprint)
+        return _hand_over(hub, job, verdict, private_key)
     except LeaseLostError:
-        _log.warning("kernel.overtaken", extra={"job": job.job_id, "blueprint": job.blueprint.name})
+        _log.warning("kernel.overtaken", extra=_about(job))
         return Overtaken(job)
-    _log.info(
-        "kernel.compiled",
-        extra={"job": job.job_id, "blueprint": job.blueprint.name, "kernel_id": stored.kernel_id},
-    )
+    except TransientError as error:
+        _give_back(hub, job, Fault.NONE, error)
+        raise
+    except Exception as error:
+        # whatever it is, it must not come again for ever
+        _give_back(hub, job, Fault.ERROR, error)
+        raise
+
+
+def _hand_over(hub: AssetHub, job: CompileJob, verdict: Verdict, private_key: Ed25519PrivateKey) -> Outcome:
+    """Tells the hub what became of a job."""
+    if isinstance(verdict, Refused):
+        hub.fail(job, verdict.reason, log=verdict.log)
+        return _rejected(job, verdict.reason)
+    if isinstance(verdict, Broken):
+        if not hub.release(job, verdict.fault, verdict.reason, log=verdict.log):
+            return _rejected(job, verdict.reason)
+        _log.warning("kernel.returned", extra=_about(job) | {"reason": verdict.reason})
+        return Returned(job, verdict.reason)
+    artifact, data = sign(verdict, private_key)
+    stored = hub.complete(job, artifact, data)
+    _log.info("kernel.compiled", extra=_about(job) | {"kernel_id": stored.kernel_id})
     return Compiled(job, stored)
 
 
-def _reject(hub: AssetHub, job: CompileJob, reason: str) -> Outcome:
+class _Lease:
+    """Keeps a lease while the work goes on."""
+
+    def __init__(self, hub: AssetHub, job: CompileJob, lease_s: float) -> None:
+        self._hub, self._job, self._lease_s = hub, job, lease_s
+        self._renewed = time.monotonic()
+
+    def keep(self) -> None:
+        """Renews it when it is time; raises `LeaseLostError` if it was lost."""
+        if time.monotonic() - self._renewed < self._lease_s / 3:
+            return
+        self._renewed = time.monotonic()
+        try:
+            self._job = self._hub.renew(self._job, lease_s=self._lease_s)
+        except LeaseLostError:
+            raise
+        except TransientError as error:
+            # the hub may be back before the lease runs out; a result that comes late counts as well
+            _log.warning("lease.not_renewed", extra=_about(self._job) | {"reason": str(error)})
+
+
+def _as_ordered(built: Unsigned, job: CompileJob, fingerprint: str) -> Unsigned | Broken:
+    """What was built, if it is what was ordered: a signature must vouch for nothing else."""
+    manifest, blueprint = built.manifest, job.blueprint
+    found = (manifest.ir, manifest.signature, manifest.pipeline, manifest.fingerprint, manifest.blueprint_id)
+    if found == (blueprint.ir, job.signature, job.pipeline, fingerprint, blueprint.blueprint_id):
+        return built
+    return Broken(fault=Fault.ERROR, reason="the compiler built something else than was ordered")
+
+
+def _give_back(hub: AssetHub, job: CompileJob, fault: Fault, why: Exception) -> None:
     try:
-        hub.fail(job, reason)
-    except LeaseLostError:
-        return Overtaken(job)
-    _log.warning("kernel.rejected", extra={"job": job.job_id, "blueprint": job.blueprint.name, "reason": reason})
+        hub.release(job, fault, f"the worker could not go on: {type(why).__name__}: {why}")
+    except EsperError as error:
+        _log.warning("lease.left", extra=_about(job) | {"reason": str(error)})
+
+
+def _rejected(job: CompileJob, reason: str) -> Rejected:
+    _log.warning("kernel.rejected", extra=_about(job) | {"reason": reason})
     return Rejected(job, reason)
+
+
+def _about(job: CompileJob) -> dict[str, str]:
+    return {"job": job.job_id, "blueprint": job.blueprint.name}

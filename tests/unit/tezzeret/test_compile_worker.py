@@ -25,8 +25,9 @@ from esper.leyline import (
 )
 from esper.leyline.container import unpack
 from esper.oona.memory import MemoryBus
+from esper.tezzeret.builder import InProcess
 from esper.tezzeret.fingerprint import target_fingerprint
-from esper.tezzeret.worker import Compiled, Idle, Overtaken, Rejected, work_once
+from esper.tezzeret.worker import Compiled, Idle, Overtaken, Rejected, Returned, work_once
 from esper.urabrask.gauntlet import examine
 from esper.urza.memory import MemoryHub
 
@@ -42,7 +43,7 @@ LIAR = GOOD.model_copy(update={"nodes": (Node(id="lin", op="linear"),)})  # decl
 
 
 def turn(hub, worker: str = "w1"):
-    return work_once(hub, worker=worker, fingerprint=target_fingerprint(), private_key=KEY, examine=examine)
+    return work_once(hub, InProcess(examine), worker=worker, private_key=KEY)
 
 
 def test_a_turn_compiles_one_job_and_hands_it_over():
@@ -82,21 +83,22 @@ def test_a_worker_whose_lease_ran_out_gives_way(ir: BlueprintIR):
         assert hub.claim("faster", fingerprint=target_fingerprint()) is not None
         return examine(module, ir, signature)
 
-    outcome = work_once(hub, worker="slow", fingerprint=target_fingerprint(), private_key=KEY, examine=slowly)
+    outcome = work_once(hub, InProcess(slowly), worker="slow", private_key=KEY)
     assert isinstance(outcome, Overtaken)
     assert hub.kernels() == []
 
 
-def test_what_torch_refuses_is_a_rejection_not_a_crash():
+def test_what_torch_refuses_is_tried_again_and_then_a_rejection_not_a_crash():
     hub = MemoryHub()
     hub.submit_blueprint(GOOD, name="good", targets=SITES[:1])
 
     def no_memory(module, ir, signature):
         raise RuntimeError("not enough\nmemory")
 
-    outcome = work_once(hub, worker="w1", fingerprint=target_fingerprint(), private_key=KEY, examine=no_memory)
-    assert isinstance(outcome, Rejected)
-    assert outcome.reason == "torch: not enough memory"
+    outcomes = [work_once(hub, InProcess(no_memory), worker="w1", private_key=KEY) for _ in range(3)]
+    assert [type(outcome) for outcome in outcomes] == [Returned, Returned, Rejected]
+    assert outcomes[-1].reason == "torch: not enough memory"
+    assert hub.blueprints()[0].status is BlueprintStatus.INVALID
 
 
 @dataclass
@@ -111,8 +113,13 @@ class Pool:
         self.heard = self.bus.subscribe((Topic.KERNEL_READY, Topic.KERNEL_CHARACTERIZED), group="listener")
 
     def start(self, name: str, **changes) -> CompileWorker:
-        factories = {"hub": lambda: self.hub, "bus": lambda: SharedBus(self.bus), "private_key": lambda: KEY}
-        worker = CompileWorker(name, **{**factories, **changes}, num_threads=None)
+        factories = {
+            "hub": lambda: self.hub,
+            "bus": lambda: SharedBus(self.bus),
+            "private_key": lambda: KEY,
+            "builder": lambda: InProcess(examine),
+        }
+        worker = CompileWorker(name, **{**factories, **changes})
         self.workers.append(worker)
         return worker
 
