@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from actors import gateway, nissa, oona, serving, tamiyo, tezzeret, urza
+from actors import gateway, nissa, oona, pool, serving, tamiyo, urza
 from actors.cluster import NAMESPACE
 from esper.config import RunConfig
 from esper.leyline import Bus, ConflictError, EsperError, NotFoundError, UnavailableError
@@ -40,7 +40,7 @@ class Platform:
         storage: what it serves.
         bus: Oona; `bus.bus()` makes a bus for the calling process.
         hub: Urza.
-        compilers: Tezzeret's workers; while a handle is held their actors live.
+        compilers: Tezzeret's pool; while a handle is held its actor lives.
         view: Nissa.
         public_key: whose signature its kernels carry, 64 hexadecimal digits.
     """
@@ -48,7 +48,7 @@ class Platform:
     storage: Storage
     bus: oona.OonaHandle
     hub: urza.UrzaHandle
-    compilers: tuple[Any, ...]
+    compilers: Any
     view: nissa.NissaHandle
     public_key: str
 
@@ -100,14 +100,8 @@ def up(config: RunConfig, *, detached: bool, wait_for_serve: bool = False) -> Pl
         detached=detached,
         config=config.urza,
     )
-    compilers = _compilers(storage, config, make_bus, public_hex(key), detached=detached)
-    view = nissa.spawn(
-        make_bus,
-        partial(urza.connect, config.storage, config.storage_options),
-        name=f"nissa-{storage.key}",
-        detached=detached,
-        metrics_every_s=config.nissa.metrics_every_s,
-    )
+    compilers = _pool(storage, config, make_bus, public_hex(key), detached=detached)
+    view = nissa.spawn(make_bus, name=f"nissa-{storage.key}", detached=detached)
     if wait_for_serve:
         serving.deploy(storage, http, timeout_s=config.tamiyo.startup_s)
     return Platform(storage, bus, hub, compilers, view, public_hex(key))
@@ -184,38 +178,17 @@ def _oona(storage: Storage, config: RunConfig, *, detached: bool) -> oona.OonaHa
         return oona.connect(prefix)
 
 
-def _compilers(
-    storage: Storage,
-    config: RunConfig,
-    make_bus: Callable[[], Bus],
-    public_key: str,
-    *,
-    detached: bool,
-) -> tuple[Any, ...]:
-    """Starts the pool; workers that run already are left as they are."""
-    import ray
-
-    def start(name: str) -> Any:
-        actor = ray.remote(tezzeret.CompileWorker).options(
-            name=name,
-            namespace=NAMESPACE,
-            get_if_exists=True,
-            lifetime="detached" if detached else None,
-            num_cpus=config.tezzeret.cpus_per_worker,
-            max_restarts=-1,
-            max_concurrency=4,
-        )
-        return actor.remote(
-            name,
-            hub=partial(urza.connect, config.storage, config.storage_options),
-            bus=make_bus,
-            private_key=partial(_signer, config.tezzeret.key_file, public_key),
-            builder=partial(tezzeret.make_builder, config.tezzeret),
-            lease_s=config.tezzeret.lease_s,
-            limits=config.tezzeret.limits,
-        )
-
-    return tuple(start(f"tezzeret-{storage.key}-{index}") for index in range(config.tezzeret.num_workers))
+def _pool(storage: Storage, config: RunConfig, make_bus: Callable[[], Bus], public_key: str, *, detached: bool) -> Any:
+    """Starts the pool; one that runs already is left as it is."""
+    plan = pool.Plan(
+        prefix=f"tezzeret-{storage.key}",
+        address=config.storage,
+        options=config.storage_options,
+        config=config.tezzeret,
+        make_bus=make_bus,
+        private_key=partial(_signer, config.tezzeret.key_file, public_key),
+    )
+    return pool.spawn(f"compilers-{storage.key}", plan, detached=detached)
 
 
 def _bus(prefix: str) -> Bus:
@@ -255,7 +228,7 @@ def _stop_consumers(platform: Platform) -> None:
     """Lets those who wait for news leave, so that no question is open when Oona ends."""
     import ray
 
-    leaving = [actor.stop.remote() for actor in (*platform.compilers, platform.view.actor)]
-    _done, late = ray.wait(leaving, num_returns=len(leaving), timeout=5.0)
+    leaving = [actor.stop.remote() for actor in (platform.compilers, platform.view.actor)]
+    _done, late = ray.wait(leaving, num_returns=len(leaving), timeout=10.0)
     if late:
         _LOG.warning("platform.end.failed", extra={"system": "consumers", "reason": f"{len(late)} did not leave"})

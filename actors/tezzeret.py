@@ -110,6 +110,10 @@ class CompileWorker:
         """`starting`, `working`, `waiting`, `stopped`, or `reconnecting` with the reason."""
         return self._state
 
+    def idle_s(self) -> float:
+        """Seconds without work; 0 while there is some, or while it is not known."""
+        return time.monotonic() - self._worked_at if self._state == "waiting" else 0.0
+
     def counts(self) -> tuple[int, int]:
         """Kernels compiled and jobs rejected since the start."""
         return self._num_compiled, self._num_rejected

@@ -296,8 +296,15 @@ class UrzaConfig(Section):
 class TezzeretConfig(Section):
     """The compile pool."""
 
-    num_workers: PositiveInt = 1
+    min_workers: Annotated[int, Field(ge=0)] = 1
+    """Workers that stay without work."""
+    max_workers: PositiveInt = 2
+    """The pool grows to so many, for each device, while each would have seconds of work before it."""
+    idle_s: PositiveFloat = 60.0
+    """A worker beyond the least goes after so long without work."""
     cpus_per_worker: PositiveFloat = 0.2
+    gpus_per_worker: PositiveFloat = 0.25
+    """Share of a GPU that a worker asks for, where native code for CUDA is to be compiled."""
     lease_s: PositiveFloat = 60.0
     """A worker that is silent for so long loses its job to another; it renews the lease while it works."""
     job_timeout_s: PositiveFloat = 600.0
@@ -316,6 +323,12 @@ class TezzeretConfig(Section):
     """Names from the library that are compiled for the run's sites, or all that fit."""
     limits: IRLimits = IRLimits()
     """What one kernel may cost; more is refused before it is built."""
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> TezzeretConfig:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than max_workers {self.max_workers}")
+        return self
 
 
 class OonaConfig(Section):

@@ -222,10 +222,12 @@ class Backlog(Contract):
     Attributes:
         queued: jobs that wait for a worker.
         leased: jobs that a worker has, those of workers that died lately among them.
+        work_s: seconds that one worker would take for all of them, from the compile times so far.
     """
 
     queued: dict[str, Count] = Field(default_factory=dict)
     leased: dict[str, Count] = Field(default_factory=dict)
+    work_s: dict[str, Finite] = Field(default_factory=dict)
 
     def open(self, device: str) -> int:
         """Both together."""

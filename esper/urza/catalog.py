@@ -113,6 +113,10 @@ class Target:
         return (-self.priority, self.pipeline is not Pipeline.FAST, self.errors + self.deaths, self.seq)
 
 
+GUESSED_S = {Pipeline.FAST: 0.1, Pipeline.OPTIMIZED: 30.0}
+"""Seconds of a compilation by each pipeline where none was seen yet."""
+
+
 def target_id(blueprint_id: str, signature: SiteSignature, pipeline: Pipeline) -> str:
     """The name of a target."""
     return f"{blueprint_id}.{signature.key}.{pipeline.value}"
@@ -243,9 +247,12 @@ class Catalog:
     def backlog(self) -> Backlog:
         """How much is to be compiled."""
         queued, leased = Counter[str](), Counter[str]()
+        work_s: dict[str, float] = {}
         for target in self.open_targets():
             (queued if target.state is TargetState.QUEUED else leased)[target.device] += 1
-        return Backlog(queued=dict(queued), leased=dict(leased))
+            seconds = self._compile_s.get(target.pipeline, GUESSED_S[target.pipeline])
+            work_s[target.device] = work_s.get(target.device, 0.0) + seconds
+        return Backlog(queued=dict(queued), leased=dict(leased), work_s=work_s)
 
     def census(self) -> Census:
         """How much there is, and what waits."""

@@ -286,9 +286,14 @@ class HubConformance:
         assert hub.backlog() == Backlog()
         gpu = VECTOR.model_copy(update={"device": "cuda"})
         hub.submit_blueprint(design(), name="adapter", targets=[VECTOR, gpu], pipelines=tuple(Pipeline))
-        hub.claim("w", fingerprint=BUILD)
-        assert hub.backlog() == Backlog(queued={"cpu": 2, "cuda": 1}, leased={"cpu": 1})
-        assert [hub.backlog().open("cpu"), hub.backlog().open("cuda")] == [3, 1]
+        job = hub.claim("w", fingerprint=BUILD)
+        backlog = hub.backlog()
+        assert (backlog.queued, backlog.leased) == ({"cpu": 2, "cuda": 1}, {"cpu": 1})
+        assert [backlog.open("cpu"), backlog.open("cuda")] == [3, 1]
+        assert backlog.work_s["cpu"] > backlog.work_s["cuda"] > 0.0
+        hub.complete(job, *artifact_of(job, compile_s=7.0))
+        native, quick = hub.backlog().work_s["cuda"], hub.backlog().work_s["cpu"]
+        assert (native, quick) == (backlog.work_s["cuda"], native + 7.0)
 
     def test_designs_of_the_same_ir_share_one_kernel(self, hub):
         one = hub.submit_blueprint(design(), name="one", targets=[VECTOR])
