@@ -45,10 +45,14 @@ _LOG = logging.getLogger(__name__)
 
 def make_builder(config: TezzeretConfig, device: str = "cpu") -> Builder:
     """A compiler of the pool, in a process of its own."""
+    from esper.tezzeret.neighbours import Watch
+    from esper.tezzeret.pace import Pace
     from esper.tezzeret.process import CompilerProcess, Limits
 
     limits = Limits(timeout_s=config.job_timeout_s, memory_mb=config.job_memory_mb)
-    return CompilerProcess(GAUNTLET, device=device, limits=limits, num_threads=config.num_threads)
+    compiler = CompilerProcess(GAUNTLET, device=device, limits=limits, num_threads=config.num_threads)
+    compiler.may_run = Pace(config.yields, config.yield_share, Watch(compiler.family).look)
+    return compiler
 
 
 class CompileWorker:

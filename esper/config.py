@@ -313,6 +313,11 @@ class TezzeretConfig(Section):
     """Resident memory that a compiler and all it starts may take together; beyond it they are killed."""
     num_threads: PositiveInt = 1
     """Threads of a compiler."""
+    yields: Literal["auto", "between_epochs", "never"] = "auto"
+    """What a compiler does while a trainer takes steps on its cores. `auto`: it works where a core is left over, by
+    measurement, else for `yield_share` of the time; `between_epochs`: it waits; `never`: it works on."""
+    yield_share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Of the time, where a trainer leaves no core: so that a compilation ends."""
     key_file: str = "~/.config/esper/signing_key.pem"
     """The signer's private key; made with mode 0600 where there is none. Compile nodes of a cluster share one."""
     optimize: Literal["auto", "grafted", "never"] = "auto"

@@ -88,10 +88,15 @@ class CompilerProcess:
         self._device = device
         self._limits = limits
         self._num_threads = num_threads
-        self._may_run = may_run
+        self.may_run = may_run
         self._child: _Child | None = None
         self._fingerprint: str | None = None
         self._num_jobs = 0
+
+    def family(self) -> list[int]:
+        """The process and all that it started."""
+        child = self._child
+        return [] if child is None else _family(child.pid)
 
     @property
     def pid(self) -> int | None:
@@ -175,7 +180,7 @@ class CompilerProcess:
             if child.resident_mb() > self._limits.memory_mb:
                 return self._died(child, f"took more than {self._limits.memory_mb} MB")
             tick()
-            child.pause(not self._may_run())
+            child.pause(not self.may_run())
 
     def _died(self, child: _Child, how: str) -> wire.Broken:
         self.close()  # what it started may still run

@@ -20,6 +20,7 @@ from esper.config import RunConfig
 from esper.leyline.errors import ConfigError, EsperError, UnavailableError
 from esper.leyline.growth import Growable
 from esper.leyline.messages import Topic
+from esper.leyline.presence import Presence
 from esper.leyline.signals import EpochRecord, RunStarted
 from esper.leyline.summary import HISTORY_FILE, SUMMARY_FILE, RunStatus, RunSummary
 from esper.storage import Storage
@@ -126,6 +127,7 @@ class Trainer:
             device=self._device,
             commands=commands,
         )
+        self._presence = Presence()
         self._best = Best()
         self._resumed_from: int | None = None
         if resume:
@@ -140,8 +142,9 @@ class Trainer:
             EsperError: what made the run fail; the summary says so too.
         """
         try:
-            self._announce()
-            self._epochs()
+            with self._presence.shown():
+                self._announce()
+                self._epochs()
         except Interrupted as stop:
             return self._interrupt(str(stop))
         except UnavailableError as error:
@@ -163,7 +166,8 @@ class Trainer:
             session.begin()
         last = self._config.tolaria.epochs
         while session.course.epoch < last and not self._out_of_patience():
-            metrics = self._train_epoch()
+            with self._presence.busy():
+                metrics = self._train_epoch()
             record = session.measure(metrics)
             self._save(record, final=False)
             session.control()

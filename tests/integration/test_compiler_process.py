@@ -83,7 +83,7 @@ def shared(search_path):
 @pytest.fixture
 def compiler(shared):
     """The compiler of this module; one that a test ended is replaced, as it always is."""
-    shared._limits, shared._may_run = LIMITS, lambda: True
+    shared._limits, shared.may_run = LIMITS, lambda: True
     return shared
 
 
@@ -229,7 +229,7 @@ def test_while_it_may_not_run_it_is_stopped_and_its_clock_too(compiler):
         states.append(stat.rpartition(")")[2].split()[0])
         return time.monotonic() - began > 2.0
 
-    compiler._may_run = may_run
+    compiler.may_run = may_run
     verdict = compiler.build(job(examiners.HANG), never)
     assert "T" in states
     assert states[-1] != "T"
