@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 GROUP = "tezzeret"
 """Consumer group of the pool: each submission wakes one worker."""
 
-GAUNTLET = "esper.urabrask.gauntlet:examine"
-"""What examines kernels, by name: it is imported in the compiler's process."""
+GAUNTLET, NATIVE = "esper.urabrask.gauntlet:examine", "esper.urabrask.native:examine_native"
+"""What examines kernels and native code, by name: it is imported in the compiler's process."""
 
 MAX_BACKOFF_S = 5.0
 
@@ -50,7 +50,9 @@ def make_builder(config: TezzeretConfig, device: str = "cpu") -> Builder:
     from esper.tezzeret.process import CompilerProcess, Limits
 
     limits = Limits(timeout_s=config.job_timeout_s, memory_mb=config.job_memory_mb)
-    compiler = CompilerProcess(GAUNTLET, device=device, limits=limits, num_threads=config.num_threads)
+    compiler = CompilerProcess(
+        GAUNTLET, examine_native=NATIVE, device=device, limits=limits, num_threads=config.num_threads
+    )
     compiler.may_run = Pace(config.yields, config.yield_share, Watch(compiler.family).look)
     return compiler
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from esper.leyline.blueprints import Blueprint, BlueprintIR
 from esper.leyline.bus import BusStats
-from esper.leyline.catalogue import Backlog, KernelBrief
+from esper.leyline.catalogue import Backlog, BenchmarkResult
 from esper.leyline.contract import Contract, Finite
 from esper.leyline.kernels import (
     BlueprintStatus,
@@ -280,6 +280,10 @@ class AssetHub(Protocol):
 
     def report(self, report: FieldReport) -> None:
         """Adds what became of a kernel to its statistics."""
+        ...
+
+    def benchmark(self, result: BenchmarkResult) -> None:
+        """Adds a measurement to a kernel; repeating it is harmless."""
         ...
 
 

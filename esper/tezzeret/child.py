@@ -29,6 +29,7 @@ class Settings(BaseModel):
 
     Attributes:
         examine: Urabrask's gauntlet, as `module:function`.
+        examine_native: its judgement of native code, likewise; None: only FAST kernels are made.
         device: what is compiled for.
         memory_mb: of private memory that this process may ask for, and every other that it starts; None: any.
         num_threads: of torch, and of what it starts.
@@ -38,6 +39,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     examine: str
+    examine_native: str | None = None
     device: str = "cpu"
     memory_mb: int | None = None
     num_threads: int = 1
@@ -66,21 +68,26 @@ def _serve(settings: Settings, orders: queue.Queue[Any], answers: BinaryIO) -> N
     from esper.tezzeret.fingerprint import target_fingerprint
 
     torch.set_num_threads(settings.num_threads)
-    module, _, name = settings.examine.partition(":")
-    examine = getattr(importlib.import_module(module), name)
-    _say(answers, wire.Ready(fingerprint=target_fingerprint()))
+    examine = _named(settings.examine)
+    examine_native = None if settings.examine_native is None else _named(settings.examine_native)
+    _say(answers, wire.Ready(fingerprint=target_fingerprint(settings.device)))
     while True:
         order: wire.Order = orders.get()
-        _say(answers, _answer(order, examine))
+        _say(answers, _answer(order, examine, examine_native))
 
 
-def _answer(order: Any, examine: Any) -> Any:
+def _named(function: str) -> Any:
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _answer(order: Any, examine: Any, examine_native: Any) -> Any:
     from esper.leyline import BlueprintError, Fault, KernelRejectedError
     from esper.tezzeret import wire
     from esper.tezzeret.compile import build
 
     try:
-        return build(order.job, fingerprint=order.fingerprint, examine=examine)
+        return build(order.job, fingerprint=order.fingerprint, examine=examine, examine_native=examine_native)
     except (BlueprintError, KernelRejectedError) as error:
         return wire.Refused(reason=str(error))
     except Exception as error:  # noqa: BLE001 -- the process's loop edge: logged, and an answer

@@ -69,6 +69,7 @@ class CompilerProcess:
 
     Args:
         examine: Urabrask's gauntlet, as `module:function`; it is imported in the process.
+        examine_native: its judgement of native code, likewise; None: only FAST kernels are made.
         device: what is compiled for.
         limits: of each job.
         num_threads: of torch in the process.
@@ -79,12 +80,14 @@ class CompilerProcess:
         self,
         examine: str,
         *,
+        examine_native: str | None = None,
         device: str = "cpu",
         limits: Limits = Limits(),
         num_threads: int = 1,
         may_run: Callable[[], bool] = always,
     ) -> None:
         self._examine = examine
+        self._examine_native = examine_native
         self._device = device
         self._limits = limits
         self._num_threads = num_threads
@@ -136,6 +139,7 @@ class CompilerProcess:
         self.close()
         settings = Settings(
             examine=self._examine,
+            examine_native=self._examine_native,
             device=self._device,
             memory_mb=self._limits.memory_mb if self._device == "cpu" else None,  # CUDA reserves far more than it uses
             num_threads=self._num_threads,

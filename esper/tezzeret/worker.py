@@ -19,7 +19,7 @@ from esper.leyline import (
     UnavailableError,
 )
 from esper.tezzeret.builder import Builder, Verdict
-from esper.tezzeret.compile import Unsigned, sign
+from esper.tezzeret.compile import Unsigned, benchmark, sign
 from esper.tezzeret.wire import Broken, Refused
 
 if TYPE_CHECKING:
@@ -135,6 +135,8 @@ def _hand_over(hub: AssetHub, job: CompileJob, verdict: Verdict, private_key: Ed
         return Returned(job, verdict.reason)
     artifact, data = sign(verdict, private_key)
     stored = hub.complete(job, artifact, data)
+    if verdict.timing is not None and stored.kernel_id == artifact.kernel_id:
+        hub.benchmark(benchmark(stored, verdict.timing))
     _log.info("kernel.compiled", extra=_about(job) | {"kernel_id": stored.kernel_id})
     return Compiled(job, stored)
 

@@ -19,7 +19,7 @@ from esper.leyline.catalogue import BenchmarkResult
 from esper.leyline.container import unpack
 from esper.leyline.keys import load_or_create, public_hex
 from esper.storage import Storage
-from esper.tezzeret.fingerprint import target_fingerprint
+from esper.tezzeret.builder import InProcess
 from esper.tezzeret.worker import Idle, work_once
 from esper.urabrask.gauntlet import examine
 from esper.urza.hub import Hub
@@ -87,7 +87,7 @@ def compile_all(storage):
     key = load_or_create("~/.config/esper/signing_key.pem")
     turn = None
     while not isinstance(turn, Idle):
-        turn = work_once(hub, worker="w", fingerprint=target_fingerprint(), private_key=key, examine=examine)
+        turn = work_once(hub, InProcess(examine), worker="w", private_key=key)
     hub.project(storage)
     return hub
 
