@@ -51,7 +51,12 @@ def make_builder(config: TezzeretConfig, device: str = "cpu") -> Builder:
 
     limits = Limits(timeout_s=config.job_timeout_s, memory_mb=config.job_memory_mb)
     compiler = CompilerProcess(
-        GAUNTLET, examine_native=NATIVE, device=device, limits=limits, num_threads=config.num_threads
+        GAUNTLET,
+        examine_native=NATIVE,
+        device=device,
+        limits=limits,
+        ir_limits=config.limits,
+        num_threads=config.num_threads,
     )
     compiler.may_run = Pace(config.yields, config.yield_share, Watch(compiler.family).look)
     return compiler

@@ -554,7 +554,7 @@ def local_hub(
     key = private_key or Ed25519PrivateKey.generate()
     hub = MemoryHub()
     request_kernels(hub, signatures, config, "local")
-    builder = InProcess(examine)
+    builder = InProcess(examine, config.tezzeret.limits)
     with torch.random.fork_rng(devices=[]):
         turn = None
         while not isinstance(turn, Idle):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from esper.leyline import BlueprintError, CompileJob, Fault, KernelRejectedError
+from esper.leyline.limits import DEFAULT_LIMITS, IRLimits
 from esper.tezzeret.compile import Examine, Unsigned, build
 from esper.tezzeret.wire import Broken, Refused
 
@@ -42,10 +43,12 @@ class InProcess:
 
     Args:
         examine: Urabrask's gauntlet.
+        limits: what one kernel may cost.
     """
 
-    def __init__(self, examine: Examine) -> None:
+    def __init__(self, examine: Examine, limits: IRLimits = DEFAULT_LIMITS) -> None:
         self._examine = examine
+        self._limits = limits
 
     def fingerprint(self) -> str:
         from esper.tezzeret.fingerprint import target_fingerprint
@@ -55,7 +58,7 @@ class InProcess:
     def build(self, job: CompileJob, tick: Callable[[], None]) -> Verdict:
         del tick
         try:
-            return build(job, fingerprint=self.fingerprint(), examine=self._examine)
+            return build(job, fingerprint=self.fingerprint(), examine=self._examine, limits=self._limits)
         except (BlueprintError, KernelRejectedError) as error:
             return Refused(reason=str(error))
         except RuntimeError as error:  # torch's own refusal, such as no memory for the weights

@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict
 
+from esper.leyline.limits import DEFAULT_LIMITS, IRLimits
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -33,6 +35,7 @@ class Settings(BaseModel):
         device: what is compiled for.
         memory_mb: of private memory that this process may ask for, and every other that it starts; None: any.
         num_threads: of torch, and of what it starts.
+        limits: what one kernel may cost.
         parent: process id of the worker.
     """
 
@@ -43,6 +46,7 @@ class Settings(BaseModel):
     device: str = "cpu"
     memory_mb: int | None = None
     num_threads: int = 1
+    limits: IRLimits = DEFAULT_LIMITS
     parent: int
 
 
@@ -73,7 +77,7 @@ def _serve(settings: Settings, orders: queue.Queue[Any], answers: BinaryIO) -> N
     _say(answers, wire.Ready(fingerprint=target_fingerprint(settings.device)))
     while True:
         order: wire.Order = orders.get()
-        _say(answers, _answer(order, examine, examine_native))
+        _say(answers, _answer(order, examine, examine_native, settings.limits))
 
 
 def _named(function: str) -> Any:
@@ -81,13 +85,15 @@ def _named(function: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _answer(order: Any, examine: Any, examine_native: Any) -> Any:
+def _answer(order: Any, examine: Any, examine_native: Any, limits: IRLimits) -> Any:
     from esper.leyline import BlueprintError, Fault, KernelRejectedError
     from esper.tezzeret import wire
     from esper.tezzeret.compile import build
 
     try:
-        return build(order.job, fingerprint=order.fingerprint, examine=examine, examine_native=examine_native)
+        return build(
+            order.job, fingerprint=order.fingerprint, examine=examine, examine_native=examine_native, limits=limits
+        )
     except (BlueprintError, KernelRejectedError) as error:
         return wire.Refused(reason=str(error))
     except Exception as error:  # noqa: BLE001 -- the process's loop edge: logged, and an answer

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from esper.leyline import CompileJob, Fault, UnavailableError
+from esper.leyline.limits import DEFAULT_LIMITS, IRLimits
 from esper.tezzeret import wire
 from esper.tezzeret.builder import Verdict
 from esper.tezzeret.child import Settings
@@ -72,6 +73,7 @@ class CompilerProcess:
         examine_native: its judgement of native code, likewise; None: only FAST kernels are made.
         device: what is compiled for.
         limits: of each job.
+        ir_limits: what one kernel may cost.
         num_threads: of torch in the process.
         may_run: asked many times a second while a job is under way: while it says no, the process is stopped.
     """
@@ -83,6 +85,7 @@ class CompilerProcess:
         examine_native: str | None = None,
         device: str = "cpu",
         limits: Limits = Limits(),
+        ir_limits: IRLimits = DEFAULT_LIMITS,
         num_threads: int = 1,
         may_run: Callable[[], bool] = always,
     ) -> None:
@@ -90,6 +93,7 @@ class CompilerProcess:
         self._examine_native = examine_native
         self._device = device
         self._limits = limits
+        self._ir_limits = ir_limits
         self._num_threads = num_threads
         self.may_run = may_run
         self._child: _Child | None = None
@@ -143,6 +147,7 @@ class CompilerProcess:
             device=self._device,
             memory_mb=self._limits.memory_mb if self._device == "cpu" else None,  # CUDA reserves far more than it uses
             num_threads=self._num_threads,
+            limits=self._ir_limits,
             parent=os.getpid(),
         )
         self._child = child = _Child(settings)

@@ -38,7 +38,7 @@ def optimizes(config: RunConfig, *, num_trainers: int, num_cores: int) -> bool:
     if config.deterministic or wish == "never":
         return False
     spare = num_cores - num_trainers * config.tolaria.num_threads
-    return wish == "grafted" or spare >= config.tezzeret.num_workers
+    return wish == "grafted" or spare >= max(1, config.tezzeret.min_workers)
 
 
 class Optimizing:
