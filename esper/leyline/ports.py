@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from esper.leyline.blueprints import Blueprint, BlueprintIR
 from esper.leyline.bus import BusStats
-from esper.leyline.catalogue import Backlog, BenchmarkResult
+from esper.leyline.catalogue import Backlog, BenchmarkResult, KernelBrief
 from esper.leyline.contract import Contract, Finite
 from esper.leyline.kernels import (
     BlueprintStatus,
