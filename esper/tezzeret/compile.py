@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from esper.leyline.runtime import NativeKernel
+    from esper.tezzeret.native import NativeCode
 
 Examine = Callable[["nn.Module", BlueprintIR, SiteSignature], ValidationReport]
 """Urabrask's part: a lowered module with its initial weights to a report."""
@@ -134,7 +135,7 @@ def build(
     report = report.model_copy(update={"checks": (*screened, *report.checks)})
     if not report.passed:
         raise KernelRejectedError(report.reason, field=blueprint.name)
-    native = _Native()
+    native = Native()
     if examine_native is not None and job.pipeline is Pipeline.OPTIMIZED:
         native = _native(module, signature, examine_native)
         report = report.model_copy(update={"checks": (*report.checks, *native.checks)})
@@ -220,8 +221,14 @@ def benchmark(artifact: CompiledKernelArtifact, timing: Timing) -> BenchmarkResu
 
 
 @dataclass(frozen=True, slots=True)
-class _Native:
-    """What came of an attempt at native code; by default, none was made."""
+class Native:
+    """What came of an attempt at native code; by default, none was made.
+
+    Attributes:
+        facts, payload: of code that is kept.
+        checks: for the report of the kernel, which passes them all: without code it runs from its IR.
+        dropped: timing of code that was not kept.
+    """
 
     facts: NativeFacts | None = None
     payload: Mapping[str, bytes] = field(default_factory=dict)
@@ -229,7 +236,7 @@ class _Native:
     dropped: Timing | None = None
 
 
-def _native(module: nn.Module, signature: SiteSignature, examine_native: ExamineNative) -> _Native:
+def _native(module: nn.Module, signature: SiteSignature, examine_native: ExamineNative) -> Native:
     """Compiles, examines and times native code, and keeps it if it is right and faster."""
     from esper.leyline.runtime import open_native
     from esper.tezzeret.native import compile_native
@@ -239,13 +246,18 @@ def _native(module: nn.Module, signature: SiteSignature, examine_native: Examine
         name = hashlib.sha256(b"".join(code.payload.values())).hexdigest()
         verdict = examine_native(module, signature, open_native(name, code.facts, code.payload))
     except KernelRejectedError as error:
-        return _Native(checks=(_dropped(str(error)),))
+        return Native(checks=(_dropped(str(error)),))
+    return settle(code, verdict)
+
+
+def settle(code: NativeCode, verdict: NativeVerdict) -> Native:
+    """Keeps native code if it is right and faster."""
     if verdict.reason:
         # what was found wrong is in the words: the kernel itself, which runs from its IR, has failed nothing
         told = tuple(check for check in verdict.checks if check.passed)
-        return _Native(checks=(*told, _dropped(verdict.reason)), dropped=verdict.timing)
+        return Native(checks=(*told, _dropped(verdict.reason)), dropped=verdict.timing)
     facts = code.facts.model_copy(update={"tolerance": verdict.tolerance, "timing": verdict.timing})
-    return _Native(facts, code.payload, verdict.checks)
+    return Native(facts, code.payload, verdict.checks)
 
 
 def _dropped(reason: str) -> Check:
