@@ -28,6 +28,7 @@ from jobs.options import (
 from jobs.tables import fields, table
 
 if TYPE_CHECKING:
+    from esper.leyline import ValidationReport
     from esper.leyline.catalogue import KernelEntry, KernelPage
 
 KEY_FILE = "~/.config/esper/signing_key.pem"
@@ -93,6 +94,7 @@ def search(
     min_performance: Annotated[
         float | None, typer.Option(help="At least so many times as fast as the eager module.")
     ] = None,
+    max_risk: Annotated[float | None, typer.Option(help="With a risk score of at most this, from 0 to 1.")] = None,
     blueprint: BlueprintOption = None,
     signature: SignatureOption = None,
     status: StatusOption = "validated",
@@ -104,7 +106,7 @@ def search(
     storage: Storage = DEFAULT_STORAGE,
     as_json: Json = False,
 ) -> None:
-    """Find kernels by tags and measured speed, the fastest first."""
+    """Find kernels by tags, measured speed and risk, the fastest first."""
     page = _search(
         storage,
         blueprint=blueprint,
@@ -116,6 +118,7 @@ def search(
         limit=limit,
         offset=offset,
         min_performance=min_performance,
+        max_risk=max_risk,
         **{"tags_any" if any_tag else "tags_all": tuple(tag or ())},
     )
     _print(page, as_json=as_json)
@@ -276,6 +279,7 @@ def shown(entry: KernelEntry) -> str:
         "compiled in": f"{kernel.compile_s:.2f} s",
         "built by": kernel.fingerprint,
         "speed": None if entry.performance is None else f"{entry.performance:.2f} times eager",
+        "risk": _risk(kernel.report),
         "fetches": statistics.num_fetches,
         "outcomes": ", ".join(f"{number} {outcome.value}" for outcome, number in statistics.outcomes.items()),
         "mean gain": statistics.mean_gain,
@@ -303,3 +307,12 @@ def shown(entry: KernelEntry) -> str:
     ]
     parts = [fields(facts), table(checks, "no checks")]
     return "\n\n".join(parts + ([table(benchmarks, "")] if benchmarks else []))
+
+
+def _risk(report: ValidationReport) -> str | None:
+    """The score and what it is made of, the largest first."""
+    if report.risk_score is None:
+        return None
+    terms = sorted(report.risk_terms.items(), key=lambda term: -term[1])
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in terms if value)
+    return f"{report.risk_score:.2f}" + (f" ({parts})" if parts else "")

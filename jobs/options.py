@@ -11,7 +11,13 @@ import typer
 from esper.leyline.errors import ConfigError, EsperError
 
 Query = TypeVar("Query")
-_OPTIONS = {"tags_all": "tag", "tags_any": "tag", "min_performance": "min-performance", "blueprint_id": "blueprint"}
+_OPTIONS = {
+    "tags_all": "tag",
+    "tags_any": "tag",
+    "min_performance": "min-performance",
+    "max_risk": "max-risk",
+    "blueprint_id": "blueprint",
+}
 """What an option is called where the query calls it otherwise."""
 DEFAULT_STORAGE = "~/.esper"
 

@@ -5,7 +5,7 @@
     GET  /api/v1/blueprints/{id}            with its targets and what it waits for
     GET  /api/v1/blueprints/{id}/lineage    from the design to its root
     GET  /api/v1/kernels                    ?blueprint_id= &status= &signature= &pipeline= and the page, as above
-    GET  /api/v1/kernels/search             ?tags= &match= &min_performance= and the above
+    GET  /api/v1/kernels/search             ?tags= &match= &min_performance= &max_risk= and the above
     GET  /api/v1/kernels/{id}               with statistics and benchmarks
     GET  /api/v1/kernels/{id}/artifact      the signed container's bytes; verify them before you use them
     GET  /health                            503 unless Urza answers
@@ -38,7 +38,7 @@ from esper.leyline.catalogue import (
     KernelQuery,
     parse_signature,
 )
-from esper.leyline.contract import API_VERSION, Finite
+from esper.leyline.contract import API_VERSION, Finite, Fraction
 from esper.urza import problems
 from esper.urza.guard import Guard, Limits
 from esper.urza.submission import Assets, BlueprintSubmission, BlueprintView, Submitted, submit, view_of
@@ -182,17 +182,19 @@ class SearchParameters(KernelParameters):
         tags: separated by commas.
         match: whether all of them must be there, or any.
         min_performance: times as fast as the eager module, at least.
+        max_risk: risk score, at most.
     """
 
     tags: str = ""
     match: Literal["all", "any"] = "all"
     min_performance: Finite | None = None
+    max_risk: Fraction | None = None
 
     def search(self) -> KernelQuery:
         """As the hub is asked."""
         tags = tuple(tag for tag in self.tags.split(",") if tag)
         named = {"tags_all": tags} if self.match == "all" else {"tags_any": tags}
-        return self.query(**named, min_performance=self.min_performance)
+        return self.query(**named, min_performance=self.min_performance, max_risk=self.max_risk)
 
 
 def _add_kernels(app: FastAPI, hub: Callable[[], Assets]) -> None:

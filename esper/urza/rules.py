@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 
 from esper.leyline import (
     Blueprint,
@@ -31,6 +32,7 @@ from esper.leyline import (
     SiteSignature,
     compile_key,
 )
+from esper.leyline.blueprints import parse_ir
 from esper.leyline.canonical import canonical_hash
 from esper.leyline.catalogue import BenchmarkResult
 from esper.leyline.errors import excerpt
@@ -83,6 +85,7 @@ def submit(
         NotFoundError: if there is no such parent.
         ConflictError: if the blueprint is retired.
     """
+    ir = _read_again(ir)
     ir_hash = canonical_hash(ir)
     id_ = blueprint_id(name, ir_hash)
     if parent_id is not None:
@@ -122,6 +125,14 @@ def submit(
             )
             facts.append(Fact(EventKind.TARGET_UNFIT if misfit else EventKind.TARGET_QUEUED, job_id, body))
     return id_, facts
+
+
+def _read_again(ir: BlueprintIR) -> BlueprintIR:
+    """The IR as the log will give it back: what another process pickled need not be what its class says."""
+    try:
+        return parse_ir(ir.model_dump_json(warnings="none"))
+    except (PydanticSerializationError, AttributeError) as error:
+        raise BlueprintError(f"is no IR: {str(error)[:100]}", field="ir") from error
 
 
 def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,6 +121,8 @@ def test_a_design_goes_the_whole_way(esper, answer, storage, file, tmp_path):
     assert answer("kernels", "search", "--tag", "own", "--tag", "nothing")["total"] == 0
     assert answer("kernels", "search", "--tag", "own", "--tag", "nothing", "--any")["total"] == 1
     assert answer("kernels", "search", "--min-performance", 1.5)["total"] == 0
+    assert answer("kernels", "search", "--max-risk", kernel.risk_score)["total"] == 1
+    assert answer("kernels", "search", "--max-risk", kernel.risk_score - 0.01)["total"] == 0
     assert answer("kernels", "show", kernel.kernel_id[:10])["performance"] == 1.4
     out = tmp_path / "out.kernel"
     fetched = answer("kernels", "fetch", kernel.kernel_id, "--out", out)

@@ -7,6 +7,7 @@ from urza_samples import BUILD, IMAGE, NEXT_BUILD, VECTOR, WIDE, artifact_of, co
 
 from esper.leyline import (
     BlueprintError,
+    BlueprintIR,
     BlueprintStatus,
     Check,
     ConflictError,
@@ -21,6 +22,7 @@ from esper.leyline import (
     NotFoundError,
     Outcome,
     Pipeline,
+    SiteKind,
     TamperedError,
     ValidationReport,
 )
@@ -448,6 +450,20 @@ class HubConformance:
         assert found(min_performance=1.2) == [quick]
         assert found(order=KernelOrder.PERFORMANCE) == [eager, quick, unknown]
         assert found(order=KernelOrder.PERFORMANCE, descending=True) == [quick, eager, unknown]
+
+    def test_objects_that_are_no_ir_are_refused(self, hub):
+        """What no parser lets through, but a pickle does: fields that are not what they say."""
+        node = Node.model_construct(id="a", op="linear", inputs=("a",), params={"out": object})
+        for fields in (
+            {"fit": (SiteKind.VECTOR,), "nodes": (node,), "output": "a"},
+            {"fit": None, "nodes": 7, "output": []},
+            {"fit": (SiteKind.VECTOR,), "nodes": ("x" * 10_000,) * 100, "output": "a"},
+            {},
+        ):
+            with pytest.raises(BlueprintError) as caught:
+                hub.submit_blueprint(BlueprintIR.model_construct(**fields), name="garbage", targets=[VECTOR])
+            assert len(str(caught.value)) < 500
+        assert hub.blueprints() == []
 
     def test_risk_is_kept_searched_and_ordered_by(self, hub):
         def report(risk, *tags):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 from urza_samples import BUILD, IMAGE, VECTOR, WIDE, artifact_of, compiled, design, report_of
 
-from esper.leyline import KernelStatus, SiteKind, SiteSignature, UnavailableError
+from esper.leyline import Check, KernelStatus, SiteKind, SiteSignature, UnavailableError, ValidationReport
 from esper.leyline.catalogue import BenchmarkResult, parse_signature
 from esper.leyline.errors import BlueprintError
 from esper.storage import Storage
@@ -58,7 +58,8 @@ def test_a_posted_design_is_compiled_found_and_downloaded(client, hub):
     job = hub.claim("w", fingerprint=BUILD)
     view = client.get(f"{API}/blueprints/{blueprint_id}").json()
     assert (view["blueprint"]["status"], view["targets"][0]["worker"]) == ("COMPILING", "w")
-    record, container = artifact_of(job, tags=("small",))
+    report = ValidationReport(checks=(Check(name="shape", passed=True),), risk_score=0.25)
+    record, container = artifact_of(job, tags=("small",), report=report)
     hub.complete(job, record, container)
     hub.benchmark(BenchmarkResult(kernel_id=record.kernel_id, name="step", speed=1.4))
     hub.report(report_of(record))
@@ -68,6 +69,7 @@ def test_a_posted_design_is_compiled_found_and_downloaded(client, hub):
         f"{API}/kernels?signature={VECTOR.key}&pipeline=fast",
         f"{API}/kernels/search?tags=small&min_performance=1.2",
         f"{API}/kernels/search?tags=small,nothing&match=any",
+        f"{API}/kernels/search?max_risk=0.25&order=risk",
     ):
         page = client.get(path).json()
         assert (page["total"], page["kernels"][0]["kernel"]["kernel_id"]) == (1, record.kernel_id), path
@@ -76,6 +78,7 @@ def test_a_posted_design_is_compiled_found_and_downloaded(client, hub):
         f"{API}/kernels?pipeline=optimized",
         f"{API}/kernels/search?tags=small,nothing",
         f"{API}/kernels/search?min_performance=2",
+        f"{API}/kernels/search?max_risk=0.2",
         f"{API}/kernels?signature={WIDE.key}",
     ):
         assert client.get(path).json() == {"total": 0, "kernels": []}, path
