@@ -33,7 +33,7 @@ test-ray: $(STAMP)  ## the tests that start Ray
 	$(BIN)/coverage run -m pytest tests/architecture tests/actors tests/integration tests/faults -m "not soak"
 	@$(BIN)/coverage combine --quiet --append && $(BIN)/coverage report
 
-soak: $(STAMP)  ## the long tests
+soak: $(STAMP)  ## the long tests; the kills of Urza keep their results in ESPER_SOAK_DIR (.soak) and go on there
 	$(BIN)/python -m pytest tests -m soak
 
 check: $(STAMP)  ## lint, types, and who may import whom
