@@ -99,10 +99,11 @@ def start_serve(http: HttpConfig, *, timeout_s: float = 60.0) -> None:
     _within(timeout_s, bring_up, "Ray Serve")
 
 
-def deploy(storage: Storage, http: HttpConfig, *, timeout_s: float = 60.0) -> str:
+def deploy(storage: Storage, http: HttpConfig, *, replace: bool = True, timeout_s: float = 60.0) -> str:
     """Deploys the gateway of a storage address and returns where it listens.
 
-    One that runs with the same limits stays as it is; one with other limits is replaced.
+    One that runs with the same limits stays as it is; one with other limits is replaced if `replace` says so. A run
+    must not: its configuration knows nothing of the token that somebody asked for when the platform came up.
 
     Raises:
         ConflictError: if Serve runs without HTTP or more openly than `http` says, or another platform has the routes.
@@ -117,6 +118,8 @@ def deploy(storage: Storage, http: HttpConfig, *, timeout_s: float = 60.0) -> st
         with tamiyo.DEPLOYING:
             status = serve.status()
             check_place(http, _listens_at() if status.proxies else None)
+            if not replace and app_name(storage) in status.applications:
+                return
             if limits == _limits_in_force(storage):
                 return
             _check_routes(storage, status)

@@ -32,8 +32,8 @@ def wanted_http(config: RunConfig, *, is_shared: bool) -> HttpConfig | None:
     return http if (is_shared if http.enabled is None else http.enabled) else None
 
 
-def deploy(storage: Storage, http: HttpConfig | None, *, timeout_s: float) -> None:
-    """Deploys both, each within `timeout_s`; what runs already stays as it is.
+def deploy(storage: Storage, http: HttpConfig | None, *, timeout_s: float, replace: bool = True) -> None:
+    """Deploys both, each within `timeout_s`; what runs already stays as it is, see `gateway.deploy` for `replace`.
 
     Raises:
         EsperError: the first thing that failed; Tamiyo is deployed even if the gateway cannot be.
@@ -44,7 +44,7 @@ def deploy(storage: Storage, http: HttpConfig | None, *, timeout_s: float) -> No
     finally:
         tamiyo.deploy(timeout_s=timeout_s)
     if http is not None:
-        gateway.deploy(storage, http, timeout_s=timeout_s)
+        gateway.deploy(storage, http, timeout_s=timeout_s, replace=replace)
 
 
 def deploy_beside(storage: Storage, http: HttpConfig | None, *, timeout_s: float) -> None:
@@ -52,7 +52,7 @@ def deploy_beside(storage: Storage, http: HttpConfig | None, *, timeout_s: float
 
     def attempt() -> None:
         try:
-            deploy(storage, http, timeout_s=timeout_s)
+            deploy(storage, http, timeout_s=timeout_s, replace=False)
         except EsperError as error:
             _LOG.warning("serve.deploy.failed", extra={"reason": str(error)})
 

@@ -113,6 +113,8 @@ def test_deploying_again_changes_nothing_but_what_is_let_in(base, storage, http,
         assert gateway.deploy(storage, strict, timeout_s=120.0) == f"{base} (bearer token required)"
         assert ask(f"{base}/health")[0] == 401
         assert ask(f"{base}/health", token=path.read_text().strip())[0] == 200
+        gateway.deploy(storage, http, replace=False, timeout_s=120.0)  # as a run does that knows of no token
+        assert ask(f"{base}/health")[0] == 401
     finally:
         assert gateway.deploy(storage, http, timeout_s=120.0) == base
     assert ask(f"{base}/health")[0] == 200
