@@ -20,9 +20,11 @@ from esper.kasmina.cache import KernelCache
 from esper.kasmina.layer import Layers, all_layers, layer_at, own_parameters, unobserved
 from esper.kasmina.lifecycle import Lifecycle, Moment
 from esper.kasmina.loader import KernelLoader
+from esper.kasmina.neighbour import has_neighbours
 from esper.kasmina.reports import layer_report
 from esper.kasmina.shadow import AllReduce, train_shadow
 from esper.kasmina.sites import find_sites
+from esper.leyline.blueprints import BlueprintIR
 from esper.leyline.errors import ConflictError
 from esper.leyline.growth import PREFIX, Change, SeedView, ShadowStep
 from esper.leyline.kernels import SiteSignature
@@ -140,6 +142,9 @@ class Host:
         if observe != self._observing:
             self._observe(observe)
         return change
+
+    def has_neighbours(self, site: str, ir: BlueprintIR) -> bool:
+        return has_neighbours(self.module, site, ir, self.sites[site])
 
     def request_native(self, seed_id: str, kernel_id: str) -> None:
         layer, seed = self._life.find(seed_id)

@@ -14,6 +14,8 @@ from torch import nn
 from esper.leyline.blueprints import BlueprintIR
 from esper.leyline.errors import KernelRejectedError
 from esper.leyline.growth import PREFIX
+from esper.leyline.kernels import SiteSignature
+from esper.leyline.lower import lower
 from esper.leyline.ops import neighbour_nodes
 
 
@@ -29,8 +31,24 @@ def copy_neighbours(host: nn.Module, site: str, kernel: nn.Module, ir: Blueprint
     Raises:
         KernelRejectedError: if the host has no layer of the same kind and shape for one of them.
     """
+    for theirs, ours in _pairs(host, site, kernel, ir):
+        _copy(theirs, ours)
+
+
+def has_neighbours(host: nn.Module, site: str, ir: BlueprintIR, signature: SiteSignature) -> bool:
+    """Whether `copy_neighbours` would find them all."""
+    try:
+        _pairs(host, site, lower(ir, signature), ir)
+    except KernelRejectedError:
+        return False
+    return True
+
+
+def _pairs(host: nn.Module, site: str, kernel: nn.Module, ir: BlueprintIR) -> list[tuple[nn.Module, nn.Module]]:
+    """What is copied: the host's layer, and the kernel's."""
     nodes = neighbour_nodes(ir)
     used: set[str] = set()
+    pairs: list[tuple[nn.Module, nn.Module]] = []
     # the last node takes the nearest layer, so that a stack of several keeps the host's order
     for node in reversed(nodes):
         layer = kernel.get_submodule(node)
@@ -44,7 +62,8 @@ def copy_neighbours(host: nn.Module, site: str, kernel: nn.Module, ir: Blueprint
                 f"node {node} starts from a neighbour, and the host has no {type(layer).__name__} of shape {shape}"
             )
         used.add(found[0])
-        _copy(found[1], layer)
+        pairs.append((found[1], layer))
+    return pairs
 
 
 def _nearest(host: nn.Module, site: str) -> Iterator[tuple[str, nn.Module]]:

@@ -136,6 +136,7 @@ class KernelBrief(NamedTuple):
     num_parameters: int
     flops_per_sample: int
     zero_at_birth: bool
+    needs_neighbour: bool
     tags: tuple[str, ...]
     risk: float | None
 
@@ -150,6 +151,7 @@ class KernelBrief(NamedTuple):
             kernel.num_parameters,
             kernel.flops_per_sample,
             kernel.zero_at_birth,
+            kernel.needs_neighbour,
             kernel.tags,
             kernel.risk_score,
         )

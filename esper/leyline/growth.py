@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from esper.leyline.blueprints import BlueprintIR
 from esper.leyline.kernels import SiteSignature
 from esper.leyline.native import RungChange
 from esper.leyline.seeds import SeedStage
@@ -152,6 +153,10 @@ class Growable(Protocol):
             loss_of: outputs of the host to a scalar loss.
             all_reduce: averages kernel gradients over ranks in place, under DDP.
         """
+        ...
+
+    def has_neighbours(self, site: str, ir: BlueprintIR) -> bool:
+        """Whether the host has, for every node of a design that starts from a neighbour, a layer to copy from."""
         ...
 
     def request_native(self, seed_id: str, kernel_id: str) -> None:

@@ -39,6 +39,7 @@ class Deciding:
         self.memory: dict[str, Any] = {}
         self._request: threading.Thread | None = None
         self._has_settled = False
+        self._neighbours: dict[tuple[str, str], bool] = {}
 
     def begin(self) -> None:
         """Asks for the kernels that the sites may need. They are built beside the training."""
@@ -153,7 +154,16 @@ class Deciding:
             return ()
         allowed = None if names == "library" else names
         sites = self._course.growable.sites
-        return self._reach.ask("Urza", lambda: kernel_options(hub, sites, blueprints=allowed)) or ()
+        return self._reach.ask("Urza", lambda: kernel_options(hub, sites, blueprints=allowed, fits=self._fits)) or ()
+
+    def _fits(self, site: str, blueprint_id: str) -> bool:
+        """Whether the host has the layers that a design copies; looked up once, as the host's own never change."""
+        hub, place = self._course.ports.hub, (site, blueprint_id)
+        assert hub is not None
+        if place not in self._neighbours:
+            ir = hub.blueprint(blueprint_id).ir
+            self._neighbours[place] = self._course.growable.has_neighbours(site, ir)
+        return self._neighbours[place]
 
 
 def _require_compiled(hub: AssetHub, signatures: Sequence[SiteSignature]) -> bool:

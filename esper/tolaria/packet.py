@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from esper.config import Budget
@@ -41,7 +41,11 @@ def budget_state(budget: Budget, host: HostSize, *, params_used: int, flops_used
 
 
 def kernel_options(
-    hub: AssetHub, sites: Mapping[str, SiteSignature], *, blueprints: Sequence[str] | None
+    hub: AssetHub,
+    sites: Mapping[str, SiteSignature],
+    *,
+    blueprints: Sequence[str] | None,
+    fits: Callable[[str, str], bool],
 ) -> tuple[KernelOption, ...]:
     """The validated kernels that fit each site, in an order that depends on nothing but what they are.
 
@@ -49,6 +53,7 @@ def kernel_options(
         hub: where they are.
         sites: name to signature.
         blueprints: names that may be used; None for any.
+        fits: site and id of a blueprint that starts from a neighbouring layer, to whether the host has one there.
 
     Raises:
         UnavailableError: if the hub does not answer.
@@ -72,6 +77,7 @@ def kernel_options(
         for site, signature in sites.items()
         for kernel in kernels[signature]
         if blueprints is None or kernel.blueprint in blueprints
+        if not kernel.needs_neighbour or fits(site, kernel.blueprint_id)
     ]
     places = {site: place for place, site in enumerate(sites)}
     return tuple(sorted(options, key=lambda option: (places[option.site], option.blueprint, option.kernel_id)))

@@ -15,7 +15,7 @@ from torch import nn
 from esper.config import KasminaConfig
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.loader import KernelLoader
-from esper.kasmina.neighbour import copy_neighbours
+from esper.kasmina.neighbour import copy_neighbours, has_neighbours
 from esper.leyline import (
     Action,
     BlueprintIR,
@@ -283,3 +283,10 @@ def test_without_a_neighbour_the_kernel_is_refused():
     ir = load_library()["linear_stack"].ir
     with pytest.raises(KernelRejectedError, match="no Linear of shape"):
         copy_neighbours(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), "1", lower(ir, SITE), ir)
+
+
+def test_a_host_says_beforehand_whether_it_has_the_layers_that_a_design_copies():
+    host, designs = wrapped("mlp"), load_library()
+    assert host.has_neighbours("3", designs["linear_stack"].ir)
+    assert not has_neighbours(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), "1", designs["linear_stack"].ir, SITE)
+    assert host.has_neighbours("3", designs["mlp_adapter"].ir), "it copies nothing"
