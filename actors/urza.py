@@ -469,7 +469,7 @@ class UrzaHandle:
             return memoryview(array)
 
     def close(self) -> None:
-        """Asks Urza to write the tables for other readers; Urza goes on."""
+        """For before Urza is ended: it writes the tables for other readers and does no more maintenance."""
         self._ask("close")
 
     def _locate(self, kernel_id: str, timeout_s: float) -> ray.ObjectRef:
