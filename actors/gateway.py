@@ -279,7 +279,8 @@ def _listens_at() -> tuple[str, int]:
 
 def _within(timeout_s: float, call: Any, what: str) -> None:
     try:
-        tamiyo.within(timeout_s, call)
+        with tamiyo.serve_errors(what):
+            tamiyo.within(timeout_s, call)
     except TimeoutError as error:
         raise UnavailableError(
             f"{what} was not there after {timeout_s:g} s",

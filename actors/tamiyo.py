@@ -16,8 +16,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -126,7 +127,8 @@ def deploy(*, name: str = APP, timeout_s: float = 60.0) -> None:
 
     _require_ray()
     try:
-        within(timeout_s, bring_up)
+        with serve_errors("Tamiyo"):
+            within(timeout_s, bring_up)
     except TimeoutError as error:
         raise UnavailableError(
             f"Tamiyo was not up after {timeout_s:g} s",
@@ -161,7 +163,8 @@ def undeploy(*, name: str = APP, timeout_s: float = 30.0, stop_serve: bool = Fal
     if not _ray_is_up():
         return
     try:
-        within(timeout_s, take_down)
+        with serve_errors("the end of Tamiyo"):
+            within(timeout_s, take_down)
     except TimeoutError as error:
         raise UnavailableError(f"Tamiyo was not gone after {timeout_s:g} s") from error
 
@@ -295,6 +298,23 @@ def _require_ray() -> None:
     # Serve would start a Ray of its own here, with nothing of Esper's settings
     if not _ray_is_up():
         raise UnavailableError("this process is not connected to Ray", remedy="enter actors.cluster.connected() first")
+
+
+@contextmanager
+def serve_errors(what: str) -> Iterator[None]:
+    """Turns what Ray says of a Serve that ended meanwhile, or cannot deploy, into an `UnavailableError`."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        yield
+    except TimeoutError:
+        raise  # the caller's own deadline
+    except (RayError, RayServeException, RuntimeError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise UnavailableError(
+            f"{what}: Ray Serve ended or refused meanwhile: {said}", remedy="try again; see `esper platform status`"
+        ) from error
 
 
 def within(timeout_s: float, call: Callable[[], Result]) -> Result:

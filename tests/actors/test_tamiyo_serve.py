@@ -62,6 +62,16 @@ def packet(epoch: int, val_loss: float = 1.0) -> SystemStatePacket:
     )
 
 
+@pytest.mark.parametrize(
+    "error", [ray.exceptions.ActorDiedError(), RuntimeError("Deploying application tamiyo failed")]
+)
+def test_a_serve_that_ends_meanwhile_is_unavailable(error):
+    with pytest.raises(UnavailableError, match="Tamiyo: Ray Serve ended"), tamiyo.serve_errors("Tamiyo"):
+        raise error
+    with pytest.raises(TimeoutError), tamiyo.serve_errors("Tamiyo"):
+        raise TimeoutError  # the caller's own deadline
+
+
 @pytest.fixture(scope="module")
 def deployed():
     with connected(dashboard=False):
