@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import subprocess
+import time
 import urllib.parse
 
 import pytest
@@ -17,11 +19,12 @@ from esper.leyline import RunStatus, RunSummary
 from esper.leyline.container import unpack
 from esper.leyline.keys import load, public_hex
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]  # native code takes 20 s on idle cores, minutes on busy ones
 
+_LOG = logging.getLogger(__name__)
 NAME = "golden"
-PIPELINES = ("fast",)
-LIMIT_S = 120.0
+PIPELINES = ("fast", "optimized")
+LIMIT_S = 900.0
 SIGNATURE = {"kind": "feature_map", "channels": 4, "extent": [8, 8]}
 IR = {
     "fit": ["feature_map"],
@@ -68,6 +71,7 @@ def curl(cluster, folder):
     up = cluster.run(
         "esper", "platform", "up", "--storage", folder / "store", f"urza.http.port={port}",
         "urza.http.always_token=true", f"urza.http.token_file={token}", f"tezzeret.key_file={folder / 'key.pem'}",
+        "tamiyo.startup_s=300",
     )  # fmt: skip
     assert up.returncode == 0, up.stdout + up.stderr
     assert f"http://127.0.0.1:{port} (bearer token required)" in up.stdout
@@ -85,10 +89,11 @@ def curl(cluster, folder):
 
 
 @pytest.fixture(scope="module")
-def kernel(curl):
-    """The record of the posted design's kernel, found by its tag."""
-    body = {"ir": IR, "name": NAME, "tags": ["from-outside"], "targets": [SIGNATURE], "pipelines": PIPELINES}
+def kernels(curl):
+    """By pipeline, the records of the posted design's kernels, found by its tag."""
+    body = {"ir": IR, "name": NAME, "tags": ["from-outside"], "targets": [SIGNATURE]}
     post = ["-X", "POST", "-H", "Content-Type: application/json", "--data", json.dumps(body)]
+    began = time.monotonic()
     status, answer = curl("/api/v1/blueprints", *post)
     assert status == 201, answer
     submitted = json.loads(answer)
@@ -99,14 +104,18 @@ def kernel(curl):
         view = json.loads(answer)
         return view if view["outlook"]["num_open"] == 0 else None
 
-    view = wait_for(compiled, "the kernel", timeout_s=LIMIT_S)
+    view = wait_for(compiled, "the kernels", timeout_s=LIMIT_S)
+    _LOG.info("compiled by %s %.1f s after the post", ", ".join(PIPELINES), time.monotonic() - began)
     assert view["blueprint"]["status"] == "VALIDATED", view
-    query = urllib.parse.urlencode({"tags": "from-outside", "pipeline": PIPELINES[-1]})
-    status, answer = curl(f"/api/v1/kernels/search?{query}")
-    [entry] = json.loads(answer)["kernels"]
-    assert entry["kernel"]["status"] == "VALIDATED"
-    assert entry["kernel"]["signature"] | SIGNATURE == entry["kernel"]["signature"]
-    return entry["kernel"]
+    assert {target["pipeline"]: target["state"] for target in view["targets"]} == dict.fromkeys(PIPELINES, "compiled")
+    found = {}
+    for pipeline in PIPELINES:
+        query = urllib.parse.urlencode({"tags": "from-outside", "pipeline": pipeline})
+        [entry] = json.loads(curl(f"/api/v1/kernels/search?{query}")[1])["kernels"]
+        assert entry["kernel"]["status"] == "VALIDATED"
+        assert entry["kernel"]["signature"] | SIGNATURE == entry["kernel"]["signature"]
+        found[pipeline] = entry["kernel"]
+    return found
 
 
 def test_nobody_gets_in_without_the_token(curl):
@@ -116,34 +125,36 @@ def test_nobody_gets_in_without_the_token(curl):
     assert (status, json.loads(health)["status"]) == (200, "ok")
 
 
-def test_what_is_downloaded_is_what_was_signed(cluster, curl, kernel, folder):
-    out = folder / "downloaded.kernel"
-    status, _ = curl(f"/api/v1/kernels/{kernel['kernel_id']}/artifact", "-o", str(out))
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_what_is_downloaded_is_what_was_signed(cluster, curl, kernels, folder, pipeline):
+    kernel_id = kernels[pipeline]["kernel_id"]
+    out, fetched = folder / f"{pipeline}.downloaded", folder / f"{pipeline}.fetched"
+    status, _ = curl(f"/api/v1/kernels/{kernel_id}/artifact", "-o", str(out))
     assert status == 200
     data = out.read_bytes()
-    assert hashlib.sha256(data).hexdigest() == kernel["kernel_id"]
+    assert hashlib.sha256(data).hexdigest() == kernel_id
     key = public_hex(load(folder / "key.pem"))
-    assert unpack(data, key).manifest.blueprint_name == NAME
-    fetched = cluster.run(
-        "esper", "kernels", "fetch", kernel["kernel_id"][:12], "--out", folder / "fetched.kernel", "--public-key", key,
-        "--storage", folder / "store",
-    )  # fmt: skip
-    assert fetched.returncode == 0, fetched.stderr
-    assert (folder / "fetched.kernel").read_bytes() == data
+    manifest = unpack(data, key).manifest
+    assert (manifest.blueprint_name, manifest.pipeline.value) == (NAME, pipeline)
+    command = ["esper", "kernels", "fetch", kernel_id, "--out", fetched, "--public-key", key]
+    done = cluster.run(*command, "--storage", folder / "store")
+    assert done.returncode == 0, done.stderr
+    assert fetched.read_bytes() == data
 
 
-def test_a_run_grafts_it_by_name(cluster, curl, kernel, folder):
+def test_a_run_grafts_it_by_name(cluster, curl, kernels, folder):
     run = cluster.run(
         "esper", "train", folder / "golden.yaml", "--json", f"storage={folder / 'store'}",
-        f"tezzeret.key_file={folder / 'key.pem'}", timeout_s=280.0,
+        f"tezzeret.key_file={folder / 'key.pem'}", timeout_s=600.0,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     summary = RunSummary.model_validate_json(run.stdout)
     assert summary.status is RunStatus.FINISHED
     own = [event for event in summary.events if event.blueprint == NAME]
     assert own[-1].to_stage == "FOSSILIZED"
-    assert {event.kernel_id for event in own if event.kernel_id} == {kernel["kernel_id"]}
-    status, answer = curl(f"/api/v1/kernels/{kernel['kernel_id']}")
+    fast = kernels["fast"]["kernel_id"]  # a seed starts on it, native code comes after
+    assert next(event.kernel_id for event in own if event.kernel_id) == fast
+    status, answer = curl(f"/api/v1/kernels/{fast}")
     assert json.loads(answer)["statistics"]["outcomes"] == {"fossilized": 1}
     # the run has registered its site: a design without targets is compiled for it
     body = {"ir": IR | {"zero_at_birth": False}, "name": "later", "pipelines": ["fast"]}
