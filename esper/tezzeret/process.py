@@ -10,11 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,6 +25,7 @@ from esper.tezzeret import wire
 from esper.tezzeret.builder import Verdict
 from esper.tezzeret.child import Settings
 from esper.tezzeret.compile import Unsigned
+from esper.tezzeret.scratch import Scratch
 
 LOG_BYTES = 8_192
 """The end of what a compiler wrote that is kept."""
@@ -38,7 +37,7 @@ JOBS_A_PROCESS = 200
 _TICK_S = 0.1
 _MEMORY_EVERY_S = 0.25
 _KEPT = frozenset(
-    {"PATH", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "USER", "LOGNAME", "VIRTUAL_ENV"}
+    {"PATH", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ", "USER", "LOGNAME", "VIRTUAL_ENV"}
     | {"CC", "CXX", "CPATH", "LIBRARY_PATH", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_PATH"}
     | {"CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"}
 )
@@ -200,14 +199,14 @@ class _Child:
     """One process: its pipes, its log, its group."""
 
     def __init__(self, settings: Settings) -> None:
-        self._scratch = tempfile.mkdtemp(prefix="esper-compiler-")
+        self._scratch = Scratch()
         self._process = subprocess.Popen(  # noqa: S603 -- this very interpreter and a module of this package
             [sys.executable, "-m", "esper.tezzeret.child", settings.model_dump_json()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            cwd=self._scratch,
-            env=_environment(self._scratch, settings.num_threads),
+            cwd=self._scratch.path,
+            env=_environment(self._scratch.path, settings.num_threads),
             start_new_session=True,
         )
         self.pid = self._process.pid
@@ -286,20 +285,21 @@ class _Child:
             assert pipe is not None
             with suppress(BrokenPipeError):
                 pipe.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.close()
 
     def _signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
 
-def _environment(scratch: str, num_threads: int) -> dict[str, str]:
+def _environment(scratch: Path, num_threads: int) -> dict[str, str]:
     """What a compiler needs, and none of what its worker may do."""
     kept = {name: text for name, text in os.environ.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
     path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path if Path(entry or ".").exists())
     return {
         **kept,
-        "HOME": scratch,
+        "HOME": str(scratch),
+        "TMPDIR": str(scratch),
         "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(num_threads),

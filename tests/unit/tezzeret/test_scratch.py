@@ -1,0 +1,60 @@
+"""The folders of compilers: none outlives its worker for long, and none goes while its worker lives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from esper.tezzeret.scratch import SETTLED_S, Scratch, sweep
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from esper.tezzeret.scratch import Scratch
+print(Scratch(Path(sys.argv[1])).path, flush=True)
+time.sleep(60)
+"""
+
+
+def aged(path):
+    then = time.time() - 2 * SETTLED_S
+    os.utime(path, (then, then))
+    return path
+
+
+def test_a_folder_goes_with_its_compiler(tmp_path):
+    scratch = Scratch(tmp_path)
+    (scratch.path / "object.o").write_bytes(b"x")
+    scratch.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_worker_left_goes_with_the_next_compiler_and_not_while_it_lives(tmp_path):
+    worker = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert worker.stdout is not None
+        left = worker.stdout.readline().strip()
+        (tmp_path / left / "object.o").write_bytes(b"x")
+        aged(left)
+        assert sweep(tmp_path) == 0
+        os.kill(worker.pid, signal.SIGKILL)
+    finally:
+        worker.kill()
+        worker.communicate()
+    scratch = Scratch(tmp_path)
+    assert [str(path) for path in tmp_path.iterdir()] == [str(scratch.path)]
+    scratch.close()
+
+
+def test_a_folder_without_a_lock_goes_once_it_is_old(tmp_path):
+    young = tmp_path / "esper-compiler-young"
+    young.mkdir()
+    other = tmp_path / "somebody-elses"
+    for path in (tmp_path / "esper-compiler-old", other):
+        path.mkdir()
+        aged(path)
+    assert sweep(tmp_path) == 1
+    assert set(tmp_path.iterdir()) == {young, other}
