@@ -21,13 +21,12 @@ import torch
 from esper.config import RunConfig, dump_config, load_config
 from esper.data import DataSets, load_data
 from esper.leyline.errors import ConfigError
+from jobs.bench import Say
 from jobs.bench.arms import ARMS, Cell, cell, small, static, stopped_epochs
 from jobs.bench.harness import BenchResult, Estimate, Goal, goal_above, machine, mean_interval
 from jobs.environment import REPOSITORY
 
 HOSTS = {"cnn": "digits.yaml", "mlp": "digits_mlp.yaml"}
-
-Say = Callable[[str], None]
 
 
 def main(arguments: Sequence[str], say: Say) -> BenchResult:

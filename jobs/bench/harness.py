@@ -53,13 +53,15 @@ class BenchResult(_Model):
     Attributes:
         rows: one measurement each; all rows have the same keys.
         verdict: the result in words, where figures alone would mislead.
+        parts: the benchmarks that this one consists of, each with its own table.
     """
 
     name: str
     machine: dict[str, str]
-    rows: tuple[dict[str, Any], ...]
-    goals: tuple[Goal, ...]
+    rows: tuple[dict[str, Any], ...] = ()
+    goals: tuple[Goal, ...] = ()
     verdict: str = ""
+    parts: tuple[BenchResult, ...] = ()
 
 
 def interleaved(
@@ -146,7 +148,9 @@ def machine() -> dict[str, str]:
 
 
 def show(result: BenchResult) -> None:
-    """Prints the result as tables."""
+    """Prints the result as tables, those of its parts first."""
+    for part in result.parts:
+        show(part)
     from rich.console import Console
     from rich.table import Table
 
@@ -159,7 +163,8 @@ def show(result: BenchResult) -> None:
         table.add_column(key, no_wrap=True)
     for row in result.rows:
         table.add_row(*(_cell(value) for value in row.values()))
-    console.print(table)
+    if result.rows:
+        console.print(table)
     for goal in result.goals:
         state = "met" if goal.met else "not met"
         low, high = goal.interval

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str], progress: Say) -> BenchResult:
             (folder / f"{name}-{signature.key}.json").write_text(json.dumps(row))
         num_first += row["first ir ms"] is not None
         rows.append(row)
-    return BenchResult(name="native", machine=machine(), rows=tuple(rows), goals=(), verdict=_verdict(rows))
+    return BenchResult(name="native", machine=machine(), rows=tuple(rows), verdict=_verdict(rows))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

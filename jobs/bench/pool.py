@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +24,7 @@ from esper.tezzeret.builder import Builder
 from esper.tezzeret.worker import Compiled, Idle, Rejected, work_once
 from esper.urza.hub import Hub
 from esper.urza.library import designs_for, load_library
+from jobs.bench import Say
 from jobs.bench.harness import BenchResult, Goal, machine
 from jobs.bench.urza import design
 
@@ -33,7 +34,6 @@ SITES = (
     SiteSignature(kind=SiteKind.SEQUENCE, channels=32, extent=(16,)),
 )
 ACCEPTED_GOAL = 100
-Say = Callable[[str], None]
 
 
 def main(arguments: Sequence[str], say: Say) -> BenchResult:
@@ -46,8 +46,7 @@ def main(arguments: Sequence[str], say: Say) -> BenchResult:
     rows: list[dict[str, Any]] = []
     for number in map(int, options.workers.split(",")):
         rows += _rates(number, options.designs, say)
-    row, goal = _accepted(options.submissions)
-    say(f"{row['what']}: {row['kernels']} in {row['seconds']} s")
+    row, goal = accepted(options.submissions, say)
     return BenchResult(
         name="pool",
         machine=machine(),
@@ -104,7 +103,7 @@ def _work(hub: Hub, builders: Sequence[Builder]) -> int:
         return sum(threads.map(turn, range(len(builders))))
 
 
-def _accepted(number: int) -> tuple[dict[str, Any], Goal]:
+def accepted(number: int, say: Say) -> tuple[dict[str, Any], Goal]:
     """So many different designs are submitted at once; all of them are queued, durably, at the same time."""
     with tempfile.TemporaryDirectory(prefix="esper-bench-") as scratch:
         hub = Hub.open(Storage.at(scratch))
@@ -121,6 +120,7 @@ def _accepted(number: int) -> tuple[dict[str, Any], Goal]:
         name="compilations accepted at once", value=queued, goal=ACCEPTED_GOAL, met=queued >= ACCEPTED_GOAL,
         interval=(queued, queued),
     )  # fmt: skip
+    say(f"{queued} of {number} submissions accepted at once in {seconds:.2f} s")
     return _row("accepted at once", queued, seconds, compiled=0), goal
 
 

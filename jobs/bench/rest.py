@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 
 from esper.config import HttpConfig
 from esper.storage import Storage
+from jobs.bench import Say
 from jobs.bench.harness import Goal
 from jobs.bench.urza import populate
 
@@ -32,7 +33,6 @@ GOAL = 5_000.0
 """Requests a second that the seeds promise."""
 SIZE = 1_000
 """Kernels in the catalogue."""
-Say = Callable[[str], None]
 
 
 def measure(*, seconds: float, num_clients: int, say: Say) -> tuple[list[dict[str, Any]], list[Goal], str]:

@@ -43,6 +43,7 @@ from esper.storage import Storage
 from esper.urza.blobs import MemoryBlobs
 from esper.urza.events import DeltaLog, MemoryLog
 from esper.urza.hub import Hub
+from jobs.bench import Say
 from jobs.bench.harness import BenchResult, Goal, machine, median_interval
 
 SIZES = (1_000, 10_000, 100_000)
@@ -51,7 +52,6 @@ BUILD = "bench"
 FETCHED = {"256 KB": 256 << 10, "10 MB": 10 << 20}
 COMMIT_EVENTS = 20_000
 MLFLOW_SIZE = 200
-Say = Callable[[str], None]
 
 
 def main(arguments: Sequence[str], say: Say) -> BenchResult:

@@ -106,6 +106,14 @@ def test_json_alone_goes_to_the_output_and_progress_beside_it(paper, capsys):
     assert captured.err == "--seeds 2\n"
 
 
+def test_the_tables_of_its_parts_come_first_and_a_whole_without_rows_has_none(capsys):
+    part = RESULT.model_copy(update={"name": "part"})
+    show(BenchResult(name="whole", machine=machine(), parts=(part,), verdict="in all"))
+    shown = capsys.readouterr().out
+    assert shown.index("bench part") < shown.index("plainly [slower]") < shown.index("in all")
+    assert "bench whole" not in shown
+
+
 def test_table_shows_rows_goals_and_the_verdict(capsys):
     show(RESULT)
     shown = capsys.readouterr().out
