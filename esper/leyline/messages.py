@@ -12,6 +12,7 @@ from esper.leyline.blueprints import Blueprint
 from esper.leyline.bus import DeadLetter
 from esper.leyline.contract import Contract, Finite, new_id, now
 from esper.leyline.kernels import CompiledKernelArtifact
+from esper.leyline.native import RungChange
 from esper.leyline.signals import (
     AdaptationSignal,
     EpochRecord,
@@ -36,6 +37,7 @@ class Topic(StrEnum):
     RUN_STARTED = "system.events.run"
     EPOCH = "system.events.epoch"
     LIFECYCLE = "system.events.lifecycle"
+    RUNGS = "system.events.rung"
     FIELD_REPORTS = "innovation.field_reports"
     DEAD_LETTERS = "system.dead_letters"
 
@@ -50,6 +52,7 @@ PAYLOADS: dict[Topic, type[Contract]] = {
     Topic.RUN_STARTED: RunStarted,
     Topic.EPOCH: EpochRecord,
     Topic.LIFECYCLE: LifecycleEvent,
+    Topic.RUNGS: RungChange,
     Topic.FIELD_REPORTS: FieldReport,
     Topic.DEAD_LETTERS: DeadLetter,
 }

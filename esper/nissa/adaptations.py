@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from esper.leyline.native import Rung, RungChange
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import Evidence, LifecycleEvent
 from esper.leyline.summary import RunSummary
@@ -20,6 +21,7 @@ class Adaptation:
     Attributes:
         events: its transitions in order; refused commands are among them.
         num_parameters: of the kernel, where a field report said so.
+        rungs: what its kernel ran from, each from its step on; before the first, its IR.
     """
 
     site: str
@@ -28,6 +30,7 @@ class Adaptation:
     kernel_id: str | None
     events: tuple[LifecycleEvent, ...]
     num_parameters: int | None = None
+    rungs: tuple[RungChange, ...] = ()
 
     @property
     def start_epoch(self) -> int:
@@ -37,6 +40,11 @@ class Adaptation:
     def stage(self) -> SeedStage:
         """Where it stands after its last transition."""
         return self._last.to_stage
+
+    @property
+    def is_native(self) -> bool:
+        """Whether its kernel ran from native code at last."""
+        return bool(self.rungs) and self.rungs[-1].rung is Rung.NATIVE
 
     @property
     def is_over(self) -> bool:
@@ -107,4 +115,5 @@ def _adaptation(events: Sequence[LifecycleEvent], summary: RunSummary) -> Adapta
         kernel_id=kernel_id,
         events=tuple(events),
         num_parameters=sizes[-1] if sizes else None,
+        rungs=tuple(r for r in summary.rungs if (r.seed, r.kernel_id) == (events[0].seed, kernel_id)),
     )

@@ -20,6 +20,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from esper.leyline.native import Rung
 from esper.leyline.seeds import ENDED, SeedStage
 from esper.nissa import words
 from esper.nissa.stages import LOOKS, TRACK, word
@@ -283,6 +284,8 @@ def _details(seed: SeedView) -> list[Text]:
         potential = seed.grow_potential
         return [Text(f"growth potential {potential:.3g}", "dim")] if potential is not None else []
     details = [Text(seed.blueprint)] if seed.blueprint else []
+    if seed.rung is Rung.NATIVE and seed.stage.is_blended:
+        details.append(Text(words.RUNGS[seed.rung], "dim"))
     if seed.evidence is not None:
         details.append(Text(words.evidence(seed.evidence), "green" if words.is_proven(seed.evidence) else "yellow"))
     if seed.gate:

@@ -14,6 +14,7 @@ from esper.leyline.blueprints import Blueprint
 from esper.leyline.contract import Contract
 from esper.leyline.kernels import CompiledKernelArtifact, KernelStatus, SiteSignature
 from esper.leyline.messages import OonaMessage, Topic
+from esper.leyline.native import RungChange
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import (
     AdaptationSignal,
@@ -39,7 +40,7 @@ from esper.nissa.viewmodel import (
     SeedView,
     Tone,
 )
-from esper.nissa.words import WORTH, is_share
+from esper.nissa.words import RUNGS, WORTH, is_share
 
 TOPICS: tuple[Topic, ...] = (
     Topic.RUN_STARTED,
@@ -47,6 +48,7 @@ TOPICS: tuple[Topic, ...] = (
     Topic.STEPS,
     Topic.SEED_HEALTH,
     Topic.LIFECYCLE,
+    Topic.RUNGS,
     Topic.KASMINA_COMMANDS,
     Topic.BLUEPRINT_SUBMITTED,
     Topic.KERNEL_READY,
@@ -160,7 +162,7 @@ def _on_run_started(view: LiveView, body: RunStarted, at: float) -> LiveView:
     if body.resumed_from_epoch is None:
         return replace(view, clock=view.clock or ((at, 0.0),))
     # steps and stages since the checkpoint are undone: what comes next overrules what was heard before
-    seeds = {key: replace(seed, stage_step=-1, health_step=-1) for key, seed in view.seeds.items()}
+    seeds = {key: replace(seed, stage_step=-1, health_step=-1, rung_step=-1) for key, seed in view.seeds.items()}
     view = replace(
         view,
         resumed_from_epoch=body.resumed_from_epoch,
@@ -260,12 +262,23 @@ def _on_lifecycle(view: LiveView, body: LifecycleEvent, at: float) -> LiveView:
             blueprint=body.blueprint if reset else body.blueprint or old.blueprint,
             evidence=body.evidence if reset else _telling(old.evidence, body.evidence),
             gate="",
+            rung=None if reset else old.rung,
         )
     what = f"{body.blueprint} " if body.blueprint else ""
     text = f"{what}{word(body.from_stage)} → {word(body.to_stage)}"
     if body.refused:
         text = f"{text} refused"
     return _note(replace(view, seeds=seeds), at, body.epoch, body.step, body.site, text, body.reason, tone=_tone(body))
+
+
+def _on_rung(view: LiveView, body: RungChange, at: float) -> LiveView:
+    key = _key(body.site, body.seed)
+    seed = view.seeds.get(key)
+    if seed is not None and body.step >= seed.rung_step:
+        view = replace(view, seeds={**view.seeds, key: replace(seed, rung=body.rung, rung_step=body.step)})
+    what = f"{body.blueprint} " if body.blueprint else ""
+    text = f"{what}runs from its {RUNGS[body.rung]}"
+    return _note(view, at, body.epoch, body.step, body.site, text, body.reason, tone=Tone.INFO)
 
 
 def _telling(old: Evidence | None, new: Evidence | None) -> Evidence | None:
@@ -323,6 +336,7 @@ _FOLDS: dict[type[Contract], Callable[[LiveView, Any, float], LiveView]] = {
     StepBatch: _on_steps,
     LayerHealthReport: _on_health,
     LifecycleEvent: _on_lifecycle,
+    RungChange: _on_rung,
     AdaptationSignal: _on_decision,
     FieldReport: _on_field_report,
 }

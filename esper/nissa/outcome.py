@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from esper.leyline.native import Rung
 from esper.leyline.summary import RunStatus, RunSummary
 from esper.nissa import words
 from esper.nissa.adaptations import Adaptation, adaptations
@@ -100,7 +101,7 @@ def _wide(lives: list[Adaptation], options: ConsoleOptions) -> Table:
     for life in lives:
         table.add_row(
             life.site,
-            life.blueprint or words.UNKNOWN,
+            _blueprint(life),
             _epochs(life),
             _way(life, options),
             _end(life),
@@ -114,13 +115,17 @@ def _narrow(lives: list[Adaptation], options: ConsoleOptions) -> Group:
     parts: list[RenderableType] = []
     for life in lives:
         head = Table.grid(padding=(0, 2))
-        head.add_row(Text(life.site, "bold"), life.blueprint or words.UNKNOWN, _way(life, options), _end(life))
+        head.add_row(Text(life.site, "bold"), _blueprint(life), _way(life, options), _end(life))
         more = Group(
             Text.assemble(f"epochs {_epochs(life)}  ", _evidence(life, full=True)),
             Text(life.reason, "dim", overflow="fold"),
         )
         parts += [head, Padding(more, (0, 0, 0, 2))]
     return Group(*parts)
+
+
+def _blueprint(life: Adaptation) -> str:
+    return (life.blueprint or words.UNKNOWN) + (f", {words.RUNGS[Rung.NATIVE]}" if life.is_native else "")
 
 
 def _epochs(life: Adaptation) -> str:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from esper.leyline.native import Rung, RungChange
 from esper.leyline.signals import LifecycleEvent
 from esper.leyline.summary import RunHistory, RunStatus, RunSummary
 from esper.nissa import words
@@ -52,11 +53,13 @@ paired validation samples taken before the host could lean on the kernel; positi
 def _adaptation_row(number: int, life: Adaptation) -> str:
     size = f'<span class="kind">{life.num_parameters:,} parameters</span>' if life.num_parameters is not None else ""
     kernel = f'<span class="kind">kernel {life.kernel_id[:12]}</span>' if life.kernel_id else ""
-    path = "".join(_event(event) for event in life.events)
+    native = f'<span class="kind">runs from {words.RUNGS[Rung.NATIVE]}</span>' if life.is_native else ""
+    steps = [(event.step, _event(event)) for event in life.events] + [(rung.step, _rung(rung)) for rung in life.rungs]
+    path = "".join(item for _, item in sorted(steps, key=lambda step: step[0]))
     last = life.events[-1].epoch + 1
     return f"""<tr><th scope="row">{number}. {html.escape(life.site)}
 <span class="kind">{html.escape(life.seed)}</span></th>
-<td data-label="Blueprint">{html.escape(life.blueprint or words.UNKNOWN)}{size}{kernel}</td>
+<td data-label="Blueprint">{html.escape(life.blueprint or words.UNKNOWN)}{size}{kernel}{native}</td>
 <td data-label="Epochs" class="figure">{life.start_epoch + 1} to {last}</td>
 <td data-label="Outcome">{_pill(life)}</td>
 <td data-label="Evidence">{_evidence(life)}</td>
@@ -91,6 +94,11 @@ def _event(event: LifecycleEvent) -> str:
         f'<li><span class="when">epoch {event.epoch + 1}, step {event.step:,}</span><b>{arrow}</b>{refused}: '
         f'{html.escape(event.reason)}<span class="muted">{evidence}</span></li>'
     )
+
+
+def _rung(change: RungChange) -> str:
+    text = f"<b>runs from its {words.RUNGS[change.rung]}</b>: {html.escape(change.reason)}"
+    return f'<li><span class="when">epoch {change.epoch + 1}, step {change.step:,}</span>{text}</li>'
 
 
 def epochs_table(history: RunHistory) -> str:

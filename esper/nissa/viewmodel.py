@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from esper.leyline.native import Rung
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import EpochRecord, Evidence, Outcome
 
@@ -66,6 +67,8 @@ class SeedView:
         since_epoch: when it entered `stage`, as far as known.
         stage_step: the step of the signal that `stage` comes from; an older one does not overrule it.
         health_step: the step of the last health report.
+        rung: what its kernel runs from; None while nobody said so, which means its IR.
+        rung_step: the step of the signal that `rung` comes from.
     """
 
     site: str
@@ -81,6 +84,8 @@ class SeedView:
     gate: str = ""
     stage_step: int = -1
     health_step: int = -1
+    rung: Rung | None = None
+    rung_step: int = -1
 
 
 @dataclass(frozen=True, slots=True)

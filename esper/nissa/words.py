@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from esper.leyline.native import Rung
 from esper.leyline.signals import Evidence, EvidenceKind
 
 UNKNOWN = "—"
@@ -62,6 +63,9 @@ def loss(value: float | None) -> str:
         return UNKNOWN
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.4g}"
 
+
+RUNGS: dict[Rung, str] = {Rung.NATIVE: "native code", Rung.IR: "IR"}
+"""What a kernel runs from."""
 
 WORTH = frozenset({EvidenceKind.SHADOW, EvidenceKind.FORK})
 """The kinds of evidence that say what a kernel is worth; a harm check does not."""

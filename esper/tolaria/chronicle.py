@@ -82,8 +82,9 @@ class Chronicle:
             self._report(event.seed, outcome, event.reason)
 
     def tell_rung(self, change: RungChange) -> None:
-        """Records what a kernel runs from, and logs it."""
+        """Records and publishes what a kernel runs from, and logs it."""
         self.recorder.rung(change)
+        self.outbox.publish(Topic.RUNGS, change)
         log.info(
             "seed.rung",
             extra={"site": change.site, "seed": change.seed, "rung": change.rung.value, "reason": change.reason},

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Iterator
 
 from esper.leyline.blueprints import Blueprint, BlueprintIR, Node
+from esper.leyline.contract import Contract
 from esper.leyline.kernels import Check, CompiledKernelArtifact, SiteKind, SiteSignature, ValidationReport
 from esper.leyline.messages import OonaMessage, Topic
+from esper.leyline.native import Rung, RungChange
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import (
     Action,
@@ -95,6 +98,15 @@ def events() -> tuple[LifecycleEvent, ...]:
     )  # fmt: skip
 
 
+def rungs() -> tuple[RungChange, ...]:
+    return (
+        RungChange(
+            run_id=RUN, step=24 * STEPS, epoch=23, site="stages.1", seed="s1", blueprint=WINNER, kernel_id=sha(WINNER),
+            rung=Rung.NATIVE, reason="0.62 of eager's time, deviation 2e-07", timestamp=STARTED + 72,
+        ),
+    )  # fmt: skip
+
+
 def epoch_record(epoch: int) -> EpochRecord:
     noise = random.Random(epoch).uniform(-0.012, 0.012)
     base = 0.76 + 1.55 * math.exp(-epoch / 3.2)
@@ -129,6 +141,7 @@ def summary(**changes) -> RunSummary:
         "started_at": STARTED, "finished_at": STARTED + 94.2,
         "metrics": Metrics(val_accuracy=0.889, test_accuracy=0.881, val_loss=0.349, test_loss=0.362),
         "params": Params(start=START_PARAMS, final=START_PARAMS + GAINED), "events": events(),
+        "rungs": rungs(),
         "field_reports": field_reports(),
         "ledger": Ledger(
             flops=Flops(host=5_900_000_000, shadow=1_310_000_000, telemetry=94_000_000, validation=720_000_000,
@@ -261,11 +274,16 @@ def messages(last_epoch: int = EPOCHS - 1) -> list[OonaMessage]:
         for event in (e for e in events() if e.epoch == epoch):
             stages[event.seed] = event.to_stage
             send(Topic.LIFECYCLE, event, at)
-        for report in field_reports():
-            ends = {Outcome.CULLED: 11, Outcome.FOSSILIZED: 21}
-            if ends[report.outcome] == epoch:
-                send(Topic.FIELD_REPORTS, report, at)
+        for topic, body in endings(epoch):
+            send(topic, body, at)
     return out
+
+
+def endings(epoch: int) -> Iterator[tuple[Topic, Contract]]:
+    """What is told of kernels after an epoch's transitions."""
+    yield from ((Topic.RUNGS, change) for change in rungs() if change.epoch == epoch)
+    ends = {Outcome.CULLED: 11, Outcome.FOSSILIZED: 21}
+    yield from ((Topic.FIELD_REPORTS, report) for report in field_reports() if ends[report.outcome] == epoch)
 
 
 def events_by_epoch() -> list[LifecycleEvent]:

@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from esper.leyline.messages import OonaMessage, Topic
+from esper.leyline.native import Rung
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import AdaptationSignal, EpochRecord, EvidenceKind, Outcome, Severity, StepBatch
 from esper.nissa.live import Live
@@ -50,11 +51,19 @@ def test_evidence_of_worth_is_not_replaced_by_a_later_harm_check():
 
 def test_every_transition_is_one_note_with_its_reason_and_waits_are_none():
     view = fold(story.messages())
-    assert [note.reason for note in view.notes] == [event.reason for event in story.events_by_epoch()]
+    [rung] = story.rungs()  # the last thing that happens
+    assert [note.reason for note in view.notes] == [e.reason for e in story.events_by_epoch()] + [rung.reason]
     assert view.decision.startswith("wait")
     tones = {note.text.rsplit(" ", 1)[-1]: note.tone for note in view.notes}
     assert tones["fossilized"] is Tone.GOOD
     assert tones["culled"] is Tone.WARNING
+
+
+def test_what_a_kernel_runs_from_is_a_note_and_stands_beside_its_seed():
+    view = fold(story.messages())
+    assert view.notes[-1].text == f"{story.WINNER} runs from its native code"
+    assert {seed.site: seed.rung for seed in view.seeds.values()}["stages.1"] is Rung.NATIVE
+    assert all(seed.rung is None for seed in fold(story.messages(22)).seeds.values())
 
 
 def test_redelivery_changes_nothing():

@@ -77,6 +77,8 @@ def test_tells_all_that_the_run_came_to(whole):
         "+0.0412 ± 0.0063",
         "paired shadow, 360 pairs",
         story.CULL_REASON,
+        "runs from native code",
+        story.rungs()[0].reason,
         "Tamiyo for 1 epoch: no answer within 5.0 s",
         "torch 2.13.0",
         f"esper export {story.RUN} --out model.pt2",

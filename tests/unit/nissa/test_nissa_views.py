@@ -72,6 +72,7 @@ def test_the_frame_tells_progress_stages_and_reasons_in_words():
         "tamiyo (heuristic): wait",
     ):
         assert told in text, told
+    assert "residual_conv native code" in " ".join(drawn(view_after(29), width=140).split())
     assert "13 compiling" in drawn(view_after(0))
     assert "nissa is away" in drawn(view_after(3), notice="nissa is away")
 
@@ -116,7 +117,7 @@ def test_plain_view_writes_a_line_an_epoch_and_an_event_and_never_twice():
     epochs = [line for line in lines if line.startswith("epoch ")]
     assert [line.split()[1] for line in epochs] == [f"{i}/30" for i in range(1, 31)]
     events = [line for line in lines if "] stages." in line]
-    assert len(events) == len(story.events())
+    assert len(events) == len(story.events()) + len(story.rungs())
     assert any(line.startswith("+ [epoch 22] stages.1: residual_conv fine-tuning → fossilized") for line in events)
     assert not any("wait" in line for line in lines)
     # an event stands below the epoch that it ended
@@ -250,6 +251,7 @@ def test_the_end_table_tells_it_all_within_its_width(width):
         "●━●━✕",
         "●━●━●━●━●━●━◆",
         "+0.0412 ± 0.0063",
+        "residual_conv, native code",
         "no answer within 5.0 s",
         "/runs/x/report.html",
     ):
