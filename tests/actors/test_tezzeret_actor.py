@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import random
 import signal
 import sys
 import time
@@ -12,14 +14,17 @@ from pathlib import Path
 import pytest
 import ray
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from ir_mutations import any_signature, near_valid
 from ray.exceptions import ActorDiedError
 from urza_samples import VECTOR, design
 
 from actors import oona, pool, urza
 from actors.cluster import NAMESPACE
 from esper.config import OonaConfig, TezzeretConfig
-from esper.leyline import BlueprintStatus, CompiledKernelArtifact, SiteKind, SiteSignature, Topic
+from esper.leyline import BlueprintStatus, CompiledKernelArtifact, EsperError, SiteKind, SiteSignature, Topic
+from esper.leyline.blueprints import parse_ir
 from esper.leyline.container import unpack
+from esper.leyline.limits import DEFAULT_LIMITS, IRLimits
 from esper.storage import Storage
 
 pytestmark = pytest.mark.ray
@@ -71,7 +76,7 @@ def platform(tmp_path, gate):
     hub = urza.spawn(address, make_bus=connect, num_cpus=0.01, deadline_s=60.0)
     made = []
 
-    def start(**settings):
+    def start(ir_limits=DEFAULT_LIMITS, **settings):
         config = TezzeretConfig(**{"cpus_per_worker": 0.01, "lease_s": 20.0, **settings})
         folder = str(gate)
 
@@ -80,7 +85,7 @@ def platform(tmp_path, gate):
             from esper.tezzeret.process import CompilerProcess, Limits
 
             limits = Limits(timeout_s=config.job_timeout_s, memory_mb=config.job_memory_mb)
-            return CompilerProcess("gated:examine", device=device, limits=limits)
+            return CompilerProcess("gated:examine", device=device, limits=limits, ir_limits=ir_limits)
 
         plan = pool.Plan(
             prefix=f"tezzeret-{Storage.at(address).key}",
@@ -233,6 +238,33 @@ def test_the_pool_grows_with_the_work_and_shrinks_when_there_is_none(platform, g
     until(lambda: hub.pending([site(200)], pipeline=Pipeline.FAST) == 0, "end of the fast work")
     until(lambda: hub.pending([site(200)]) == 0, "end of the work")
     until(lambda: len(pids(compilers)) == 1, "shrinking")
+
+
+def test_no_nearly_right_design_ends_an_actor_and_each_is_settled(platform, gate):
+    (gate / "gate").touch()
+    start, hub, _ = platform
+    compilers = start(IRLimits(parameters=1 << 16, flops=1 << 22, activation_bytes=1 << 18))
+    before = hub.ready(), until(lambda: pids(compilers), "worker")
+    chance = random.Random(5)
+    refused, taken = 0, []
+    for number in range(40):
+        raw = near_valid(chance)
+        try:
+            ir = parse_ir(json.dumps(raw))
+            targets = [any_signature(chance, raw), VECTOR, site(1 << 20)]
+            taken.append(hub.submit_blueprint(ir, name=f"d{number}", targets=targets))
+        except EsperError:
+            refused += 1
+    assert refused >= 5
+    assert len(taken) >= 5
+    sound = hub.submit_blueprint(design(), name="sound", targets=[VECTOR], priority=0)
+    assert settled(hub, sound) is BlueprintStatus.VALIDATED
+    for one in taken:
+        settled(hub, one)
+    reasons = [target.reason for one in taken for target in hub.targets(one.blueprint_id) if target.reason]
+    assert any("asks for too much" in reason for reason in reasons)
+    assert all(len(reason) < 1_000 for reason in reasons)
+    assert (hub.ready(), pids(compilers)) == before
 
 
 def test_a_killed_pool_finds_its_workers_again(platform):

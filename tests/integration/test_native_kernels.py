@@ -482,3 +482,86 @@ def test_ranks_swap_at_one_step_or_not_at_all(built: Built, both: bool):
     for driver in drivers:
         assert (driver.seed().native is not None) is both
         driver.host.close()
+
+
+RANK = """
+import sys
+import threading
+from pathlib import Path
+import torch
+from torch import distributed
+from kasmina_support import DESIGNS, SITES, Driver, Shelf, batches, class_loss, wrapped
+from esper.leyline import SiteKind, SiteSignature
+from esper.leyline.container import kernel_id_of
+from esper.tolaria.ranks import TorchRanks
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+ranks = TorchRanks()
+code = (folder / "native.kernel").read_bytes()
+
+def train(swaps):
+    shelf = Shelf()
+    shelf.containers[kernel_id_of(code)] = code
+    host = wrapped("mlp", hub=shelf)
+    kernel_id = shelf.put(DESIGNS["mlp"], SiteSignature(kind=SiteKind.VECTOR, channels=8))
+    driver = Driver("mlp", host).to_grafting(SITES["mlp"], kernel_id)
+    host.share(ranks.mean_)
+    model = ranks.parallel(host.module, [name for name, _ in host.live_parameters()])
+    mine, rungs, began = batches("mlp", 64, seed=100 + rank), [], driver.step
+    loaded = threading.Event()
+    fetch = shelf.fetch
+    shelf.fetch = lambda kernel_id: loaded.wait(60.0) and fetch(kernel_id)
+    for step in range(24):
+        if swaps and step == 4:
+            host.request_native("s0", kernel_id_of(code))
+        if step == 4 + 4 * rank:  # one rank has it sooner
+            loaded.set()
+        if step == 12:
+            for _, _, future in list(host._life._natives._loading.values()):
+                future.exception(timeout=120)
+        change = driver.take(host.prepare(driver.step, epoch=9, steps_per_epoch=4, observe=False))
+        assert not change.joined and not change.left
+        rungs += [(rung.step, rung.rung.value) for rung in change.rungs]
+        x, y = mine[step]
+        driver.optimizer.zero_grad()
+        class_loss(model(x), y).backward()
+        driver.optimizer.step()
+        driver.step += 1
+    layer, seed = host._life.find("s0")
+    native = layer.natives.get("s0")
+    runs_native = native is not None and native.fallback is None
+    return {"weights": host.state_dict(), "rungs": rungs, "native": runs_native, "began": began}
+
+torch.save({"swapped": train(True), "twin": train(False)}, folder / f"{rank}.pt")
+distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_swap_at_one_step_and_stay_equal(built: Built, tmp_path):
+    (tmp_path / "native.kernel").write_bytes(built.container)
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], errors
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["swapped"]["native"]
+    assert second["swapped"]["native"]
+    assert first["swapped"]["rungs"] == second["swapped"]["rungs"]
+    [(step, rung)] = first["swapped"]["rungs"]
+    assert rung == "native"
+    assert step >= first["swapped"]["began"] + 8
+    assert first["twin"]["rungs"] == []
+    for name, tensor in first["swapped"]["weights"].items():
+        assert torch.equal(tensor, second["swapped"]["weights"][name]), name
+        assert torch.allclose(tensor, first["twin"]["weights"][name], atol=1e-3), name
