@@ -168,6 +168,11 @@ class TolariaConfig(Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     clip_norm: PositiveFloat | None = 1.0
     """Gradient norm limit, host and seeds counted apart; null is no clipping."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of forwards, shadows and validation among them; `bf16` is autocast. Weights and losses stay in float32."""
+    accumulate: PositiveInt = 1
+    """Parts into which each worker's share of a step is split, one after the other: less memory, the same step (but for
+    batch norm, which sees one part at a time). A kernel in TRAINING is updated once for each part."""
     patience: PositiveInt | None = None
     """Stop after so many epochs without a better `best_metric`, once no adaptation is under way; null never stops."""
     best_metric: Literal["val_loss", "val_metric"] = "val_loss"

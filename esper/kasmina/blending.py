@@ -50,8 +50,10 @@ def blend(h: torch.Tensor, y: torch.Tensor, alpha: float, *, replaces: bool) -> 
     """The site's output for its input `h` and the kernel's output `y`, both of one shape.
 
     Nothing is detached: upstream of the site the gradient arrives by the identity and by the kernel (a kernel that
-    replaces takes the identity away only as far as alpha says so).
+    replaces takes the identity away only as far as alpha says so). The output has the dtype of `h`: under autocast the
+    kernel's last operation may have chosen another.
     """
+    y = y.to(h.dtype)
     if replaces:
         return y if alpha == 1.0 else (1.0 - alpha) * h + alpha * y
     return h + y if alpha == 1.0 else h + alpha * y

@@ -185,7 +185,8 @@ class Observer:
         sample = _Sample(h.shape[0], rows_nc, values.amin(over), values.amax(over))
         self._pending.append(sample)
         if h.requires_grad:
-            phi = self._features(values) if self._turn % PROBE_EVERY == 0 else None
+            with torch.autocast(h.device.type, enabled=False):  # phi must have the dtype that dL/dh will have
+                phi = self._features(values) if self._turn % PROBE_EVERY == 0 else None
             h.register_hook(lambda gradient: _take_gradient(gradient, phi, sample))
         self._turn += 1
 

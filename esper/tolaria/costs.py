@@ -13,6 +13,7 @@ from torch import nn
 from esper.leyline.growth import HEALTH_CHANNELS, HEALTH_ROWS, PREFIX, PROBE_FEATURES, Growable
 from esper.leyline.kernels import SiteSignature
 from esper.tolaria.flops import StepCosts
+from esper.tolaria.precision import FULL, Precision, no_cast_cache
 from esper.tolaria.workload import model_args
 
 HEALTH_OPS = 4
@@ -27,9 +28,13 @@ class HostCosts:
     Args:
         growable: whose live path.
         loss_of: (outputs, targets) to a scalar.
+        precision: of its forwards; what is counted runs as what is trained does.
     """
 
-    def __init__(self, growable: Growable, loss_of: Callable[[Any, Any], torch.Tensor]) -> None:
+    def __init__(
+        self, growable: Growable, loss_of: Callable[[Any, Any], torch.Tensor], *, precision: Precision = FULL
+    ) -> None:
+        self._precision = precision
         self._growable = growable
         self._loss_of = loss_of
         self._costs = StepCosts()
@@ -78,18 +83,20 @@ class HostCosts:
 
     def _train_on_copies(self, args: tuple[Any, ...], targets: Any) -> None:
         module = self._growable.module
-        with _forked_rng(), _in_eval(module.get_submodule(PREFIX)), torch.enable_grad():
+        with _forked_rng(), _in_eval(module.get_submodule(PREFIX)), torch.enable_grad(), no_cast_cache():
             tensors = {
                 name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in module.named_parameters()
             }
             buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-            outputs = torch.func.functional_call(module, {**tensors, **buffers}, args)
+            with self._precision.forward():
+                outputs = torch.func.functional_call(module, {**tensors, **buffers}, args)
+            outputs = self._precision.full(outputs)
             wanted = [tensor for tensor in tensors.values() if tensor.requires_grad]
             torch.autograd.grad(self._loss_of(outputs, targets), wanted, allow_unused=True)
 
     def _infer(self, args: tuple[Any, ...]) -> None:
         module = self._growable.module
-        with _forked_rng(), _in_eval(module), torch.no_grad():
+        with _forked_rng(), _in_eval(module), torch.no_grad(), no_cast_cache(), self._precision.forward():
             module(*args)
 
 

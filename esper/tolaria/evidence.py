@@ -13,6 +13,7 @@ from torch import nn
 
 from esper.leyline.errors import DataError, NonFiniteError
 from esper.leyline.signals import Evidence, EvidenceKind
+from esper.tolaria.precision import FULL, Precision, no_cast_cache
 from esper.tolaria.ranks import Ranks
 from esper.tolaria.task import Task
 from esper.tolaria.workload import Batch, batch_len, model_args, to_device
@@ -46,6 +47,7 @@ def evaluate(
     ranks: Ranks,
     device: torch.device,
     run: CountFlops | None = None,
+    precision: Precision = FULL,
 ) -> Evaluation:
     """Runs the model over all batches without gradients, in eval mode.
 
@@ -56,6 +58,7 @@ def evaluate(
         ranks: over which to average.
         device: where the model lies.
         run: called with each forward, to count it.
+        precision: of the forwards.
 
     Raises:
         DataError: if no rank has a batch.
@@ -64,11 +67,13 @@ def evaluate(
     names = list(task.metrics)
     sums = torch.zeros(2 + len(names), dtype=torch.float64)  # samples, loss, metrics
     parts: list[torch.Tensor] = []
-    with _undisturbed(module), torch.no_grad():
+    with _undisturbed(module), torch.no_grad(), no_cast_cache():
         for batch in batches:
             inputs, targets = to_device(batch, device)
             args = model_args(inputs)
-            outputs = module(*args) if run is None else run(lambda args=args: module(*args), args)
+            with precision.forward():
+                outputs = module(*args) if run is None else run(lambda args=args: module(*args), args)
+            outputs = precision.full(outputs)
             num = batch_len((inputs, targets))
             losses = _losses(task, outputs, targets)
             parts.append(losses.double().cpu())

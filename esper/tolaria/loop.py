@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,16 @@ from esper.tolaria.course import Ports
 from esper.tolaria.evidence import Evaluation
 from esper.tolaria.optim import SEED_KEY, Optimization, clip_norms
 from esper.tolaria.session import Session
-from esper.tolaria.workload import Workload, evaluation_batches, model_args, to_device, training_batches
+from esper.tolaria.workload import (
+    Batch,
+    Workload,
+    batch_len,
+    evaluation_batches,
+    model_args,
+    parts_of,
+    to_device,
+    training_batches,
+)
 
 log = logging.getLogger(__name__)
 
@@ -184,25 +194,39 @@ class Trainer:
         total, count = torch.zeros((), device=self._device), 0
         for batch in self._train.epoch(session.course.epoch, rank=ranks.rank, world=ranks.world):
             self._check_stop()
-            outputs, targets = self._train_step(to_device(batch, self._device))
-            if headline is not None:
-                with torch.no_grad():
-                    total += self._workload.task.metrics[headline](outputs, targets)
+            metric = self._train_step(to_device(batch, self._device), headline)
+            if metric is not None:
+                total += metric
                 count += 1
         return {"train_metric": float(total) / count} if count else {}
 
-    def _train_step(self, batch: Any) -> tuple[Any, Any]:
+    def _train_step(self, batch: Batch, headline: str | None) -> torch.Tensor | None:
+        """One optimizer step; returns the headline metric, if there is one."""
         session, optimization = self.session, self.session.course.optimization
-        inputs, targets = batch
         optimization.optimizer.zero_grad(set_to_none=True)
-        outputs = session.course.model(*model_args(inputs))
-        loss = self._workload.task.loss_fn(outputs, targets)
-        loss.backward()
+        loss, metric = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
+        parts = parts_of(batch, self._config.tolaria.accumulate)
+        for number, part in enumerate(parts):
+            share = batch_len(part) / batch_len(batch)
+            with _reducing(session.course.model, now=number == len(parts) - 1):
+                outputs, part_loss = self._forward(part)
+                (part_loss if len(parts) == 1 else share * part_loss).backward()
+            loss = loss + share * part_loss.detach()
+            if headline is not None:
+                with torch.no_grad():
+                    metric = metric + share * self._workload.task.metrics[headline](outputs, part[1])
         if self._config.tolaria.clip_norm is not None:
             clip_norms(_host_and_seeds(optimization), self._config.tolaria.clip_norm)
         optimization.step()
-        session.step((inputs, targets), loss.detach())
-        return outputs, targets
+        session.step(batch, loss)
+        return None if headline is None else metric
+
+    def _forward(self, part: Batch) -> tuple[Any, torch.Tensor]:
+        session, (inputs, targets) = self.session, part
+        with session.precision.forward():
+            outputs = session.course.model(*model_args(inputs))
+        outputs = session.precision.full(outputs)
+        return outputs, self._workload.task.loss_fn(outputs, targets)
 
     def _check_stop(self) -> None:
         ranks = self._ports.ranks
@@ -291,6 +315,13 @@ class Trainer:
             self._write(RunStatus.FAILED, error=f"{type(error).__name__}: {error}")
         except EsperError as second:  # the first error is what people must see
             log.error("summary.unwritten", extra={"error": str(second)})  # noqa: TRY400 - the first one is raised
+
+
+def _reducing(model: torch.nn.Module, *, now: bool) -> AbstractContextManager[None]:
+    """Around a forward and its backward: whether the gradients so far are averaged over ranks at its end."""
+    if now or not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
 
 
 def _host_and_seeds(optimization: Optimization) -> list[list[torch.nn.Parameter]]:

@@ -44,10 +44,11 @@ from esper.tolaria.optim import Optimization
 from esper.tolaria.outbox import Outbox
 from esper.tolaria.pace import Pace
 from esper.tolaria.packet import HostSize, live_flops, live_params
+from esper.tolaria.precision import Precision
 from esper.tolaria.reach import Reach
 from esper.tolaria.recorder import Recorder, metrics_of
 from esper.tolaria.task import Task
-from esper.tolaria.workload import Batch, Batches, batch_len, model_args
+from esper.tolaria.workload import Batch, Batches, batch_len, model_args, parts_of
 
 
 @dataclass
@@ -84,6 +85,7 @@ class Session:
         course: where the run stands.
         recorder: what it will leave behind.
         host_size: parameters and FLOPs before it grew.
+        precision: of forwards.
     """
 
     def __init__(
@@ -118,7 +120,8 @@ class Session:
         self._guard = Guard(self.course, adaptation=self._adaptation, chronicle=self._chronicle, limits=limits)
         self._optimizing = Optimizing(self.course, chronicle=self._chronicle, reach=self.reach)
         self._deciding = Deciding(self.course, reach=self.reach, commands=commands)
-        self._costs = HostCosts(growable, task.loss_fn)
+        self.precision = Precision(config.tolaria.precision, where.type)
+        self._costs = HostCosts(growable, task.loss_fn, precision=self.precision)
         self.host_size = HostSize(live_params(growable), self._costs.forward(example) // len(example[0]))
         if ports.ranks.world > 1:
             growable.share(ports.ranks.mean_)
@@ -213,41 +216,50 @@ class Session:
         self.control()
         return record
 
+    def _parts(self, batch: Batch) -> list[Batch]:
+        return parts_of(batch, self.course.config.tolaria.accumulate)
+
     def _book(self, batch: Batch) -> None:
-        inputs, targets = batch
         ledger = self.course.ledger
         if self._observing:
             num = batch_len(batch)
             ledger.add("telemetry", flops=sum(health_flops(s, num) for s in self.course.growable.sites.values()))
-        known = self._costs.known_training_step(inputs)
-        if known is None:
-            with ledger.timed("telemetry"):
-                known = self._costs.training_step(inputs, targets)
-        ledger.add("host", flops=known)
+        for inputs, targets in self._parts(batch):
+            known = self._costs.known_training_step(inputs)
+            if known is None:
+                with ledger.timed("telemetry"):
+                    known = self._costs.training_step(inputs, targets)
+            ledger.add("host", flops=known)
 
     def _train_shadows(self, batch: Batch) -> None:
         course = self.course
         training = self._in_training()
         if not training or course.step % course.config.kasmina.shadow_every:
             return
-        inputs, targets = batch
-        args = model_args(inputs)
         ranks = course.ports.ranks
         began = time.perf_counter()
         with course.ledger.timed("shadow"):
-            _, flops = self._costs.counting(
-                args,
-                lambda: course.growable.train_shadows(
-                    args,
-                    lambda outputs: course.task.loss_fn(outputs, targets),
-                    all_reduce=ranks.mean_ if ranks.world > 1 else None,
-                ),
-                mode="shadow",
-            )
+            flops = sum(self._train_shadows_on(part) for part in self._parts(batch))
         course.ledger.add("shadow", flops=flops)
         seconds = (time.perf_counter() - began) / len(training)
         for seed_id in training:  # every rank has the same share of the batch
             self.recorder.spend(seed_id, flops=ranks.world * flops // len(training), seconds=seconds)
+
+    def _train_shadows_on(self, part: Batch) -> int:
+        """Returns its FLOPs."""
+        course, precision, (inputs, targets) = self.course, self.precision, part
+        args, ranks = model_args(inputs), self.course.ports.ranks
+
+        def train() -> None:
+            with precision.forward():
+                course.growable.train_shadows(
+                    args,
+                    lambda outputs: course.task.loss_fn(precision.full(outputs), targets),
+                    all_reduce=ranks.mean_ if ranks.world > 1 else None,
+                )
+
+        _, flops = self._costs.counting(args, train, mode="shadow")
+        return flops
 
     def _in_training(self) -> tuple[str, ...]:
         """Ids of the seeds in TRAINING; looked up when the topology changes, not at every step."""
@@ -338,7 +350,8 @@ class Session:
         guard.embargo = {key: until for key, until in guard.embargo.items() if until > course.epoch}
         if self._last_batch is not None:
             with course.ledger.timed("telemetry"):  # here, so that no step after a graft pays for the counting
-                self._costs.training_step(*self._last_batch)
+                for inputs, targets in self._parts(self._last_batch):
+                    self._costs.training_step(inputs, targets)
         self._ready()
 
     def _share_buffers(self) -> None:
@@ -369,7 +382,13 @@ class Session:
         share = batches.epoch(course.epoch, rank=ranks.rank, world=ranks.world)
         with course.ledger.timed(purpose):
             result = evaluate(
-                course.growable.module, share, course.task, ranks=ranks, device=course.device, run=counted
+                course.growable.module,
+                share,
+                course.task,
+                ranks=ranks,
+                device=course.device,
+                run=counted,
+                precision=self.precision,
             )
         self._settle()
         return result

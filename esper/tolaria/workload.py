@@ -97,6 +97,30 @@ def model_args(inputs: Any) -> tuple[Any, ...]:
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 
 
+def parts_of(batch: Batch, num: int) -> list[Batch]:
+    """The batch in at most `num` consecutive parts of nearly equal size; tensors of another length go whole into each.
+
+    Args:
+        batch: (inputs, targets).
+        num: 1 gives the batch itself.
+    """
+    num_samples = batch_len(batch)
+    size = -(-num_samples // num)
+    if size >= num_samples:
+        return [batch]
+    return [_slice(batch, first, min(first + size, num_samples), num_samples) for first in range(0, num_samples, size)]
+
+
+def _slice(value: Any, first: int, last: int, num_samples: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value[first:last] if value.dim() > 0 and value.shape[0] == num_samples else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_slice(item, first, last, num_samples) for item in value)
+    if isinstance(value, dict):
+        return {key: _slice(item, first, last, num_samples) for key, item in value.items()}
+    return value
+
+
 def batch_len(batch: Batch) -> int:
     """Samples of a batch: the first dimension of its first input."""
     return len(model_args(batch[0])[0])
