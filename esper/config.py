@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from esper.leyline.errors import ConfigError
 from esper.leyline.limits import IRLimits
@@ -132,22 +132,35 @@ Host = Annotated[MlpHost | CnnHost | GptHost | ImportedHost | GivenHost, Field(d
 # ---------------------------------------------------------------- the systems
 
 
+Optimizers = Literal[
+    "adamw", "sgd", "adadelta", "adafactor", "adagrad", "adam", "adamax", "asgd", "muon", "nadam", "radam", "rmsprop",
+    "rprop",
+]  # fmt: skip
+"""The classes of torch.optim, without LBFGS, which calls the model again and again within one step, and SparseAdam,
+which takes sparse gradients only."""
+
+
 class OptimizerConfig(Section):
     """The host's optimizer; grafted kernels join it."""
 
-    type: Literal["adamw", "sgd"] = "adamw"
+    type: Annotated[Optimizers, BeforeValidator(lambda name: name.lower() if isinstance(name, str) else name)] = "adamw"
+    """A class of torch.optim, in capitals or not."""
     lr: PositiveFloat = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Of classes that have one."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """SGD only."""
+    """SGD only; of others by `options`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of the class, such as `betas: [0.9, 0.95]`."""
 
 
 class SchedulerConfig(Section):
     """Learning rate over steps."""
 
-    type: Literal["constant", "cosine", "wsd"] = "constant"
-    """`wsd`: warm up, stay, decay."""
+    type: Literal["constant", "cosine", "wsd", "onecycle"] = "constant"
+    """`wsd`: warm up, stay, decay. `onecycle`: from a 25th up to the optimizer's rate and down again to almost none."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """`onecycle` takes 0 for its usual 0.3."""
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
     """WSD only."""
 
@@ -166,6 +179,9 @@ class TolariaConfig(Section):
     """Threads of torch in each trainer."""
     optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    freeze_host: bool = False
+    """Whether the host's parameters stand still while a kernel that is blended in has not proven itself: only kernels
+    learn then. Statistics of batch norm follow the data all the same."""
     clip_norm: PositiveFloat | None = 1.0
     """Gradient norm limit, host and seeds counted apart; null is no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -245,6 +261,8 @@ class TamiyoConfig(Section):
     """Kernels whose `risk_score` (Urabrask's, from 0 to 1) is above this are not used, nor those without one; null
     allows all that were validated."""
     strategy: Strategy = "ramp"
+    lr_factor: PositiveFloat = 1.0
+    """Learning rate of a kernel on the live path, as a factor of the host's."""
     schedule: tuple[ScheduledGraft, ...] = ()
     """For the `schedule` policy."""
     deadline_s: PositiveFloat = 5.0
@@ -260,6 +278,7 @@ class ScheduledGraft(Section):
     site: str
     blueprint: str
     strategy: Strategy = "ramp"
+    lr_factor: PositiveFloat = 1.0
 
 
 TamiyoConfig.model_rebuild()

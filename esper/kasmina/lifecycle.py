@@ -206,7 +206,7 @@ class Lifecycle:
     ) -> Change:
         kernel_id = command.kernel_id or ""
         outcome = self._outcome(lambda: self._load_now(layer, kernel_id)) if self.wait else None
-        seed.strategy = command.strategy
+        seed.strategy, seed.lr_factor = command.strategy, command.lr_factor
         loaded = outcome.facts.blueprint if isinstance(outcome, LoadedKernel) else None
         seed.requested, seed.requested_blueprint = kernel_id, loaded or command.blueprint
         change = Change((self._enter(layer, seed, target, command.reason, moment),))

@@ -64,6 +64,7 @@ class Seed:
         self.table = table
         self.row = row
         self.strategy = BlendStrategy.RAMP
+        self.lr_factor = 1.0
         self.requested: str | None = None
         self.requested_blueprint: str | None = None
         self.facts: KernelFacts | None = None
@@ -133,6 +134,7 @@ class Seed:
             stage=self.stage,
             alpha=self.alpha,
             strategy=self.strategy,
+            lr_factor=self.lr_factor,
             blueprint=facts.blueprint if facts else self.requested_blueprint,
             blueprint_id=facts.blueprint_id if facts else None,
             kernel_id=facts.kernel_id if facts else self.requested,
@@ -164,6 +166,7 @@ class Seed:
     def _forget(self) -> None:
         """Becomes the blank seed that it was before its last life."""
         self.strategy = BlendStrategy.RAMP
+        self.lr_factor = 1.0
         self.requested = self.requested_blueprint = self.facts = None
         self.spans = []
         self.evidence = self.baseline = None

@@ -79,6 +79,7 @@ def _save_seed(seed: Seed, *, has_kernel: bool) -> dict[str, Any]:
     return {
         "seed_id": seed.seed_id,
         "strategy": seed.strategy.value,
+        "lr_factor": seed.lr_factor,
         "native": seed.native or seed.native_wanted,
         "requested": [seed.requested, seed.requested_blueprint],
         "facts": seed.facts.model_dump(mode="json") if seed.facts else None,
@@ -110,6 +111,7 @@ def _restore_layer(life: Lifecycle, layer: Layer, entry: Mapping[str, Any]) -> N
 
 def _restore_seed(seed: Seed, saved: Mapping[str, Any]) -> None:
     seed.strategy = BlendStrategy(saved["strategy"])
+    seed.lr_factor = saved.get("lr_factor", 1.0)
     seed.requested, seed.requested_blueprint = saved["requested"]
     seed.native_wanted = saved.get("native")  # asked for again: until it is back the IR computes the same
     seed.facts = KernelFacts.model_validate(saved["facts"]) if saved["facts"] else None

@@ -46,6 +46,7 @@ class SeedView:
     """One seed as others see it. Costs are those of its kernel, 0 without one.
 
     Attributes:
+        lr_factor: its learning rate on the live path, as a factor of the host's.
         native: id of the kernel whose native code computes it; None where it runs from its IR.
     """
 
@@ -55,6 +56,7 @@ class SeedView:
     stage: SeedStage
     alpha: float = 0.0
     strategy: BlendStrategy = BlendStrategy.RAMP
+    lr_factor: float = 1.0
     blueprint: str | None = None
     blueprint_id: str | None = None
     kernel_id: str | None = None

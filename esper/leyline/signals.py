@@ -214,7 +214,8 @@ class KasminaControlCommand(Contract):
     """One order to one seed.
 
     Attributes:
-        kernel_id, blueprint: for GERMINATE.
+        kernel_id, blueprint, strategy: for GERMINATE.
+        lr_factor: likewise; the kernel's learning rate on the live path, as a factor of the host's.
         reason: why, in words; shown to people and kept in the summary.
     """
 
@@ -225,6 +226,7 @@ class KasminaControlCommand(Contract):
     kernel_id: str | None = None
     blueprint: str | None = None
     strategy: BlendStrategy = BlendStrategy.RAMP
+    lr_factor: Annotated[Finite, Field(gt=0)] = 1.0
     reason: Annotated[str, Field(min_length=1)]
 
 

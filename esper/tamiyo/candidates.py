@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from esper.config import TamiyoConfig
+from esper.config import ScheduledGraft, TamiyoConfig
 from esper.leyline import (
     Action,
     BlendStrategy,
@@ -33,10 +33,19 @@ class Candidate:
     options: tuple[KernelOption, ...]
 
     def germinate(
-        self, option: KernelOption, strategy: BlendStrategy, reason: str, *, entry: int | None = None
+        self, option: KernelOption, settings: TamiyoConfig | ScheduledGraft, reason: str, *, entry: int | None = None
     ) -> Order:
-        """Returns the order to begin with this kernel here."""
-        return Order(Action.GERMINATE, self.site, self.seed.seed_id, reason, option, strategy, entry)
+        """Returns the order to begin with this kernel here, in the way of `settings`."""
+        return Order(
+            action=Action.GERMINATE,
+            site=self.site,
+            seed_id=self.seed.seed_id,
+            reason=reason,
+            option=option,
+            strategy=BlendStrategy(settings.strategy),
+            lr_factor=settings.lr_factor,
+            entry=entry,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 
 from esper.config import TamiyoConfig
-from esper.leyline import BlendStrategy, KernelOption, SystemStatePacket
+from esper.leyline import KernelOption, SystemStatePacket
 from esper.tamiyo.candidates import Candidate, find_candidates, reason_to_wait
 from esper.tamiyo.memory import TamiyoState
 from esper.tamiyo.orders import Proposal
@@ -67,7 +67,7 @@ class HeuristicGrowth:
             f"{plateau}; site {best.site} has {lead} growth potential ({potential:.2g}{runner_up}):"
             f" germinating {option.blueprint}, {_price(option, found.room)}"
         )
-        return Proposal(reason, orders=(best.germinate(option, BlendStrategy(self._config.strategy), reason),))
+        return Proposal(reason, orders=(best.germinate(option, self._config, reason),))
 
     def _judge_plateau(self, state: TamiyoState, packet: SystemStatePacket) -> tuple[str, bool]:
         """Returns what the validation loss says, and whether the host has stopped learning."""

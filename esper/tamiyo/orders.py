@@ -26,6 +26,7 @@ class Order:
     reason: str
     option: KernelOption | None = None
     strategy: BlendStrategy = BlendStrategy.RAMP
+    lr_factor: float = 1.0
     entry: int | None = None
     deed: str = ""
 

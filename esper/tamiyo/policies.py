@@ -10,7 +10,7 @@ import hashlib
 import random
 
 from esper.config import ScheduledGraft, TamiyoConfig
-from esper.leyline import BlendStrategy, SystemStatePacket
+from esper.leyline import SystemStatePacket
 from esper.tamiyo.candidates import find_candidates, reason_to_wait
 from esper.tamiyo.memory import TamiyoState
 from esper.tamiyo.orders import Order, Policy, Proposal
@@ -56,7 +56,7 @@ class RandomGrowth:
         pairs.sort(key=lambda pair: (pair[0].site, pair[0].seed.seed_id, pair[1].blueprint, pair[1].kernel_id))
         candidate, option = draw.choice(pairs)
         reason = f"random policy: drew {option.blueprint} at site {candidate.site} out of {len(pairs)} pairs"
-        order = candidate.germinate(option, BlendStrategy(self._config.strategy), reason)
+        order = candidate.germinate(option, self._config, reason)
         return Proposal(reason, orders=(order,), num_draws=1)
 
 
@@ -119,7 +119,7 @@ class ScheduledGrowth:
             return found.excluded.get(entry.site, "no health came from this site") + pending
         option = candidate.options[0]
         reason = f"scheduled for epoch {entry.epoch}: germinating {option.blueprint} at site {entry.site}"
-        return candidate.germinate(option, BlendStrategy(entry.strategy), reason, entry=i)
+        return candidate.germinate(option, entry, reason, entry=i)
 
 
 def _generator(state: TamiyoState) -> random.Random:

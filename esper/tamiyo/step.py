@@ -137,6 +137,7 @@ def _command(order: Order, command_id: str) -> KasminaControlCommand:
         kernel_id=order.option.kernel_id if order.option else None,
         blueprint=order.option.blueprint if order.option else None,
         strategy=order.strategy,
+        lr_factor=order.lr_factor,
         reason=order.reason,
     )
 

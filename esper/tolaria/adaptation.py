@@ -63,7 +63,9 @@ class Adaptation:
         if change.left:
             optimization.leave(change.left)
         for seed_id, parameters in change.joined:
-            optimization.join(seed_id, parameters, live=growable.live_parameters())
+            seed = self._course.seed(seed_id)
+            assert seed is not None
+            optimization.join(seed_id, parameters, live=growable.live_parameters(), lr_factor=seed.lr_factor)
         if change.path_changed or change.joined or change.left:
             self.path_changed()
         for event in change.events:

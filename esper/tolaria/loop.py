@@ -217,6 +217,8 @@ class Trainer:
                     metric = metric + share * self._workload.task.metrics[headline](outputs, part[1])
         if self._config.tolaria.clip_norm is not None:
             clip_norms(_host_and_seeds(optimization), self._config.tolaria.clip_norm)
+        if self._config.tolaria.freeze_host and (adapting := session.adapting()):
+            optimization.hold_all_but(adapting)
         optimization.step()
         session.step(batch, loss)
         return None if headline is None else metric

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 
 SEED_KEY = "esper_seed"
 """Key of a parameter group that belongs to a seed."""
+
+RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+"""Keys of a group that hold a learning rate: torch's own, and those of its schedulers."""
 
 SUPPORTED_SCHEDULERS: tuple[type[LRScheduler], ...] = (
     lr_scheduler.LambdaLR,
@@ -75,13 +78,14 @@ class Optimization:
         if self.scheduler is not None:
             self.scheduler.step()
 
-    def join(self, seed_id: str, parameters: Sequence[nn.Parameter], *, live: Named) -> None:
+    def join(self, seed_id: str, parameters: Sequence[nn.Parameter], *, live: Named, lr_factor: float = 1.0) -> None:
         """Adds a seed's parameters.
 
         Args:
             seed_id: whose they are.
             parameters: on the live path, and in no group yet.
             live: names and parameters of the live path, among them these; names make the group restorable.
+            lr_factor: its learning rates, as a factor of group 0's, whatever the scheduler makes of those.
 
         Raises:
             ConflictError: if the seed is in already, or a parameter is not on the live path.
@@ -95,9 +99,17 @@ class Optimization:
             raise ConflictError(f"a parameter of seed {seed_id} is not on the live path") from error
         first = self.optimizer.param_groups[0]
         hyper = {key: _own(value) for key, value in first.items() if key not in ("params", "param_names", SEED_KEY)}
+        hyper |= {key: lr_factor * hyper[key] for key in RATES if hyper.get(key) is not None}
         self.optimizer.add_param_group({**hyper, "params": list(parameters), SEED_KEY: seed_id})
         if self.scheduler is not None:
-            _extend(self.scheduler)
+            _extend(self.scheduler, lr_factor)
+
+    def hold_all_but(self, seeds: Collection[str]) -> None:
+        """Drops the gradients of all but these seeds: the next step leaves the rest, and its state, as they are."""
+        for group in self.optimizer.param_groups:
+            if group.get(SEED_KEY) not in seeds:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def leave(self, parameters: Iterable[nn.Parameter]) -> None:
         """Removes parameters with their state; a seed's group that is empty then goes too."""
@@ -183,27 +195,27 @@ def _own(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else copy.copy(value)
 
 
-def _lists(scheduler: LRScheduler) -> list[list[Any]]:
-    """The lists of a scheduler that hold one entry a parameter group."""
-    names = ("base_lrs", "_last_lr", "lr_lambdas")
-    return [getattr(scheduler, name) for name in names if isinstance(getattr(scheduler, name, None), list)]
+def _lists(scheduler: LRScheduler) -> dict[str, list[Any]]:
+    """The lists of a scheduler that hold one entry a parameter group, by name."""
+    found = {name: getattr(scheduler, name, None) for name in ("base_lrs", "_last_lr", "lr_lambdas")}
+    return {name: entries for name, entries in found.items() if isinstance(entries, list)}
 
 
-def _extend(scheduler: LRScheduler) -> None:
+def _extend(scheduler: LRScheduler, lr_factor: float) -> None:
     for inner in _inner(scheduler):
-        _extend(inner)
-    for entries in _unaliased(scheduler):
-        entries.append(_own(entries[0]))
+        _extend(inner, lr_factor)
+    for name, entries in _unaliased(scheduler).items():
+        entries.append(_own(entries[0]) if name == "lr_lambdas" else lr_factor * entries[0])
 
 
 def _shrink(scheduler: LRScheduler, index: int) -> None:
     for inner in _inner(scheduler):
         _shrink(inner, index)
-    for entries in _unaliased(scheduler):
+    for entries in _unaliased(scheduler).values():
         del entries[index]
 
 
-def _unaliased(scheduler: LRScheduler) -> list[list[Any]]:
+def _unaliased(scheduler: LRScheduler) -> dict[str, list[Any]]:
     # SequentialLR takes over the very list object of its current scheduler
     last = getattr(scheduler, "_last_lr", None)
     if isinstance(last, list):

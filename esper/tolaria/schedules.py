@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from esper.config import OptimizerConfig, SchedulerConfig
+from esper.leyline.errors import ConfigError
 from esper.tolaria.optim import OptimizerFactory, SchedulerFactory
 
 
 def optimizer_factory(config: OptimizerConfig) -> OptimizerFactory:
-    """Returns the factory of the configured optimizer."""
+    """Returns the factory of the configured optimizer.
+
+    Raises:
+        ConfigError: for an option that the class has not; the factory, if the class refuses values or parameters.
+    """
+    chosen = _optimizer_class(config.type)
+    known = inspect.signature(chosen).parameters
+    settings: dict[str, Any] = {"lr": config.lr}
+    if "weight_decay" in known:
+        settings["weight_decay"] = config.weight_decay
+    if chosen is SGD:
+        settings["momentum"] = config.momentum
+    for name in config.options:
+        if name not in known or name in {"params", "lr"}:
+            raise ConfigError(
+                f"{chosen.__name__} has no option {name!r}",
+                field="tolaria.optimizer.options",
+                remedy=f"one of {', '.join(key for key in known if key not in {'params', 'lr'})}",
+            )
+    settings |= config.options
 
     def make(parameters: list[nn.Parameter]) -> Optimizer:
-        if config.type == "sgd":
-            return SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-        return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        try:
+            return chosen(parameters, **settings)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{chosen.__name__}: {error}", field="tolaria.optimizer") from error
 
     return make
+
+
+def _optimizer_class(name: str) -> type[Optimizer]:
+    return next(kind for key, kind in vars(torch.optim).items() if key.lower() == name and isinstance(kind, type))
 
 
 def scheduler_factory(config: SchedulerConfig) -> SchedulerFactory | None:
@@ -30,6 +58,14 @@ def scheduler_factory(config: SchedulerConfig) -> SchedulerFactory | None:
         return None
 
     def make(optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        if config.type == "onecycle":
+            return OneCycleLR(
+                optimizer,
+                max_lr=[group["lr"] for group in optimizer.param_groups],
+                total_steps=total_steps + 1,  # it is stepped after the last step too
+                pct_start=config.warmup_fraction or 0.3,
+                cycle_momentum=bool({"momentum", "betas"} & set(optimizer.defaults)),
+            )
         curve = RateCurve(
             shape=config.type,
             total=total_steps,

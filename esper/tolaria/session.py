@@ -269,6 +269,11 @@ class Session:
             self._training = (version, tuple(s.seed_id for s in seeds if s.stage is SeedStage.TRAINING))
         return self._training[1]
 
+    def adapting(self) -> tuple[str, ...]:
+        """Ids of the seeds that are blended in and have not come to an end."""
+        seeds = self.course.growable.seeds()
+        return tuple(s.seed_id for s in seeds if s.stage.is_blended and s.stage is not SeedStage.FOSSILIZED)
+
     def _ready(self) -> None:
         """Readies the next step, once; its clock starts here."""
         self._mark = time.perf_counter()

@@ -66,7 +66,7 @@ def test_the_last_override_wins_and_the_file_stays_as_it_was():
         ({"tolaria": {"epochs": "many"}}, (), r"^tolaria.epochs: .*integer.*got 'many'.*\(see the comments in"),
         ({"tolaria": {"epochs": 0}}, (), r"^tolaria.epochs: .*greater than or equal to 1, got 0"),
         ({"tolaria": {"optimizer": {"lr": -1}}}, (), r"^tolaria.optimizer.lr: .*greater than 0"),
-        ({"tolaria": {"optimizer": {"type": "adam"}}}, (), r"^tolaria.optimizer.type: .*'adamw' or 'sgd'"),
+        ({"tolaria": {"optimizer": {"type": "adma"}}}, (), r"^tolaria.optimizer.type: .*'adamw', 'sgd'"),
         ({"data": {"type": "mnist"}}, (), r"^data.type: unknown or missing type \(one of 'digits'"),
         ({"data": {"layout": "flat"}}, (), r"^data.type: unknown or missing type"),
         ({"data": {"type": "text"}, "task": "language_model"}, (), r"^data.path: Field required"),

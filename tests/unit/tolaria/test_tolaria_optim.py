@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, lr_scheduler
 
-from esper.config import SchedulerConfig
+from esper.config import OptimizerConfig, Optimizers, SchedulerConfig
 from esper.leyline import ConfigError, ConflictError
 from esper.tolaria.optim import SEED_KEY, Optimization, clip_norms
-from esper.tolaria.schedules import RateCurve, scheduler_factory
+from esper.tolaria.schedules import RateCurve, optimizer_factory, scheduler_factory
 from esper.tolaria.tree import flatten, unflatten
 
 STEPS = 24
@@ -35,6 +36,7 @@ SCHEDULERS = {
     "constant": lambda optimizer: lr_scheduler.ConstantLR(optimizer, factor=0.3, total_iters=8),
     "linear": lambda optimizer: lr_scheduler.LinearLR(optimizer, total_iters=10),
     "sequential": _sequential,
+    "onecycle": lambda optimizer: scheduler_factory(SchedulerConfig(type="onecycle"))(optimizer, STEPS),
     "wsd": lambda optimizer: scheduler_factory(SchedulerConfig(type="wsd", warmup_fraction=0.2, decay_fraction=0.3))(
         optimizer, STEPS
     ),
@@ -49,13 +51,14 @@ class Grower:
         optimizer = make([self.host], lr=0.01)
         self.optimization = Optimization(optimizer, SCHEDULERS[kind](optimizer))
         self.kernels: dict[str, nn.Parameter] = {}
+        self.held: tuple[str, ...] = ()
 
     def live(self):
         return [("host", self.host), *((f"_esper.{name}", tensor) for name, tensor in self.kernels.items())]
 
-    def graft(self, name: str) -> None:
+    def graft(self, name: str, lr_factor: float = 1.0) -> None:
         self.kernels[name] = nn.Parameter(torch.full((3,), 0.5))
-        self.optimization.join(name, [self.kernels[name]], live=self.live())
+        self.optimization.join(name, [self.kernels[name]], live=self.live(), lr_factor=lr_factor)
 
     def cull(self, name: str) -> None:
         self.optimization.leave([self.kernels.pop(name)])
@@ -66,6 +69,8 @@ class Grower:
             for i, (_, tensor) in enumerate(self.live()):
                 tensor.grad = torch.cos(tensor.detach() * (step + 1) + i)
             rates.append(self.optimization.learning_rate)
+            if self.held:
+                self.optimization.hold_all_but(self.held)
             self.optimization.step()
         return rates
 
@@ -93,6 +98,98 @@ def test_the_host_goes_on_as_if_nothing_had_grown(kind, make):
     old, new = (run.optimization.optimizer.state[run.host] for run in (plain, grower))
     assert all(torch.equal(torch.as_tensor(old[key]), torch.as_tensor(new[key])) for key in old)
     assert set(grower.optimization.optimizer.state) == {grower.host, grower.kernels["s1"]}
+
+
+CLASSES = {
+    name: kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+}
+SUITED = sorted(set(CLASSES) - {"LBFGS", "SparseAdam"})
+
+
+def test_every_optimizer_of_torch_that_suits_has_its_name():
+    assert {name.lower() for name in SUITED} == set(get_args(Optimizers))
+    for name in SUITED:
+        (optimizer,) = [optimizer_factory(OptimizerConfig(type=name))([nn.Parameter(torch.zeros(2, 2))])]
+        assert type(optimizer) is CLASSES[name]
+
+
+def made_by(name):
+    """As configured; torch's own classes take their arguments so."""
+    return lambda parameters, lr: optimizer_factory(OptimizerConfig(type=name, lr=lr))(parameters)
+
+
+@pytest.mark.parametrize("name", [name for name in SUITED if name != "Muon"])  # which takes matrices only
+def test_any_optimizer_of_torch_grows_and_resumes(name):
+    plain, grower = Grower("wsd", made_by(name)), Grower("wsd", made_by(name.lower()))
+    plain.steps(0, STEPS)
+    grower.steps(0, 5)
+    grower.graft("s0")
+    grower.steps(5, 8)
+    grower.graft("s1")
+    grower.steps(8, 12)
+    grower.cull("s0")
+    tree, tensors = flatten(grower.optimization.state_dict())
+    state = unflatten(json.loads(json.dumps(tree)), tensors)
+    resumed = Grower("wsd", made_by(name))
+    resumed.kernels = {"s1": nn.Parameter(grower.kernels["s1"].detach().clone())}
+    resumed.host.data.copy_(grower.host.detach())
+    resumed.optimization.load_state_dict(state, live=resumed.live())
+    for run in (grower, resumed):
+        run.steps(12, STEPS)
+        assert torch.equal(run.host, plain.host)
+    assert torch.equal(resumed.kernels["s1"], grower.kernels["s1"])
+    assert not torch.equal(grower.kernels["s1"], torch.full((3,), 0.5))
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_a_seed_keeps_its_share_of_the_rate(kind):
+    grower, plain = Grower(kind), Grower(kind)
+    plain.steps(0, STEPS)
+    grower.steps(0, 4)
+    grower.graft("s0", lr_factor=0.25)
+    for step in range(4, STEPS):
+        if step == 12:  # and through a checkpoint
+            tree, tensors = flatten(grower.optimization.state_dict())
+            state = unflatten(json.loads(json.dumps(tree)), tensors)
+            grower.optimization.load_state_dict(state, live=grower.live())
+        grower.steps(step, step + 1)
+        host, kernel = grower.optimization.optimizer.param_groups
+        if kind not in ("cosine", "sequential"):  # whose floor is not shared
+            assert float(kernel["lr"]) == pytest.approx(0.25 * float(host["lr"]), rel=1e-9)
+        assert float(kernel["lr"]) < float(host["lr"]) or float(host["lr"]) < 1e-9
+    assert torch.equal(grower.host, plain.host)
+
+
+def test_what_is_held_stands_still_with_its_state_and_the_rest_learns():
+    grower = Grower("none")
+    grower.steps(0, 3)
+    grower.graft("s0")
+    grower.steps(3, 5)
+    before = grower.host.detach().clone()
+    state = {
+        key: torch.as_tensor(value).clone() for key, value in grower.optimization.optimizer.state[grower.host].items()
+    }
+    grower.held = ("s0",)
+    kernel = grower.kernels["s0"].detach().clone()
+    grower.steps(5, 9)
+    assert torch.equal(grower.host, before)
+    after = grower.optimization.optimizer.state[grower.host]
+    assert all(torch.equal(value, torch.as_tensor(after[key])) for key, value in state.items())
+    assert not torch.equal(grower.kernels["s0"], kernel)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"options": {"beta": 1}}, "AdamW has no option 'beta' .one of betas"),
+        ({"options": {"betas": [0.9, 2.0]}}, "AdamW: Invalid beta"),
+    ],
+)
+def test_what_torch_has_not_or_refuses_is_told_with_the_field(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        optimizer_factory(OptimizerConfig(**settings))([nn.Parameter(torch.zeros(2))])
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
