@@ -41,6 +41,7 @@ from esper.tolaria.workload import (
     to_device,
     training_batches,
 )
+from esper.tolaria.writing import BackgroundWriter
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ class Trainer:
         self._is_first = ports.ranks.rank == 0
         self._folder = Storage.at(directory, config.storage_options)
         self._checkpoints = Checkpoints(self._folder, keep=tolaria.keep_checkpoints)
+        self._writer = BackgroundWriter(self._checkpoints)
         self._train = training_batches(workload.train, batch_size=tolaria.batch_size, seed=config.seed)
         self._val = evaluation_batches(workload.val, batch_size=tolaria.batch_size)
         self._num_batches = self._train.num_batches(world=ports.ranks.world)
@@ -259,7 +261,7 @@ class Trainer:
         with self.session.course.ledger.timed("checkpoint"):
             state = {"session": self.session.state_dict(), "best": [self._best.value, self._best.epochs_since]}
             if self._is_first:
-                self._checkpoints.save(record.epoch, state, best=best)
+                self._writer.save(record.epoch, state, best=best)
         self._ports.faults.at("checkpoint", record.epoch)
 
     def _restore(self) -> None:
@@ -308,11 +310,16 @@ class Trainer:
                 self._workload.test, batch_size=self._config.tolaria.batch_size, field="test_data"
             )
             test = self.session.evaluate(batches, purpose="validation", mode="eval")
+        self._writer.close()
         return self._write(status, test=test)
 
     def _fail(self, error: Exception) -> None:
         log.error("run.failed", extra={"error": str(error)})
         self.session.reach.give_up()
+        try:
+            self._writer.close()
+        except EsperError as second:  # the first error is what people must see
+            log.error("checkpoint.unwritten", extra={"error": str(second)})  # noqa: TRY400 - the first one is raised
         try:
             self._write(RunStatus.FAILED, error=f"{type(error).__name__}: {error}")
         except EsperError as second:  # the first error is what people must see

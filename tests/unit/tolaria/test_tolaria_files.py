@@ -12,12 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.leyline import AdaptationSignal, ConflictError, NotFoundError, TamperedError
+from esper.leyline import AdaptationSignal, ConflictError, NotFoundError, StorageError, TamperedError
 from esper.storage import Storage
 from esper.tolaria.checkpoint import Checkpoints
 from esper.tolaria.commands import CommandLog, LoggedDecision
 from esper.tolaria.numerics import numerics, rng_state, set_rng_state
 from esper.tolaria.tree import clone, flatten, unflatten
+from esper.tolaria.writing import BackgroundWriter
 
 
 @pytest.fixture(params=["directory", "object store"])
@@ -76,6 +77,30 @@ def test_checkpoints_are_kept_and_the_best_besides(folder):
     assert torch.equal(latest.state["weights"], STATE["weights"])
     assert latest.state["nested"] == STATE["nested"]
     assert checkpoints.last_name() == latest.name == "checkpoints/epoch-000004"
+
+
+def test_what_is_written_in_the_background_is_what_was_given(folder):
+    writer = BackgroundWriter(Checkpoints(folder, keep=2))
+    weights = torch.zeros(1_000)
+    for epoch in range(4):
+        writer.save(epoch, {"weights": weights, "nested": {"epoch": epoch}}, best=epoch == 0)
+        weights += 1.0  # as the next step does
+    writer.close()
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.epochs() == [0, 2, 3]
+    for epoch in checkpoints.epochs():
+        state = checkpoints.load(epoch).state
+        assert torch.equal(state["weights"], torch.full((1_000,), float(epoch)))
+        assert state["nested"] == {"epoch": epoch}
+
+
+def test_a_checkpoint_that_could_not_be_written_is_told_at_the_next(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way")
+    writer = BackgroundWriter(Checkpoints(Storage.at(tmp_path)))
+    writer.save(0, STATE)
+    with pytest.raises(StorageError):
+        writer.save(1, STATE)
+    writer.close()  # it was told once
 
 
 def test_an_epoch_written_again_replaces_the_first_writing(folder):
