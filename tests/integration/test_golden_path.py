@@ -18,6 +18,7 @@ from ray_head import free_ports, head, wait_for
 from esper.leyline import RunStatus, RunSummary
 from esper.leyline.container import unpack
 from esper.leyline.keys import load, public_hex
+from esper.leyline.native import Rung
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]  # native code takes 20 s on idle cores, minutes on busy ones
 
@@ -28,12 +29,15 @@ LIMIT_S = 900.0
 SIGNATURE = {"kind": "feature_map", "channels": 4, "extent": [8, 8]}
 IR = {
     "fit": ["feature_map"],
-    "nodes": [
-        {"id": "conv", "op": "conv2d", "params": {"out": "C", "kernel": 3}},
-        {"id": "act", "op": "relu", "inputs": ["conv"]},
-        {"id": "back", "op": "conv2d", "inputs": ["act"], "params": {"out": "C", "kernel": 1, "init": "zeros"}},
+    "nodes": [  # squeeze and excite: many small operations, of which a compiler makes few
+        {"id": "squeeze", "op": "pool", "inputs": ["h"]},
+        {"id": "reduce", "op": "linear", "inputs": ["squeeze"], "params": {"out": "C"}},
+        {"id": "act", "op": "silu", "inputs": ["reduce"]},
+        {"id": "expand", "op": "linear", "inputs": ["act"], "params": {"out": "C", "init": "zeros"}},
+        {"id": "excite", "op": "tanh", "inputs": ["expand"]},
+        {"id": "gated", "op": "gate", "inputs": ["h", "excite"]},
     ],
-    "output": "back",
+    "output": "gated",
     "zero_at_birth": True,
 }
 CONFIG = """
@@ -145,7 +149,7 @@ def test_what_is_downloaded_is_what_was_signed(cluster, curl, kernels, folder, p
 def test_a_run_grafts_it_by_name(cluster, curl, kernels, folder):
     run = cluster.run(
         "esper", "train", folder / "golden.yaml", "--json", f"storage={folder / 'store'}",
-        f"tezzeret.key_file={folder / 'key.pem'}", timeout_s=600.0,
+        f"tezzeret.key_file={folder / 'key.pem'}", "tezzeret.optimize=grafted", timeout_s=600.0,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     summary = RunSummary.model_validate_json(run.stdout)
@@ -154,6 +158,9 @@ def test_a_run_grafts_it_by_name(cluster, curl, kernels, folder):
     assert own[-1].to_stage == "FOSSILIZED"
     fast = kernels["fast"]["kernel_id"]  # a seed starts on it, native code comes after
     assert next(event.kernel_id for event in own if event.kernel_id) == fast
+    _LOG.info("runs from %s", [(rung.rung.value, rung.reason) for rung in summary.rungs])
+    native = kernels["optimized"]["optimization_level"] == 1  # else it was not faster here: timing decides no test
+    assert [rung.rung for rung in summary.rungs] == [Rung.NATIVE if native else Rung.IR], summary.rungs
     status, answer = curl(f"/api/v1/kernels/{fast}")
     assert json.loads(answer)["statistics"]["outcomes"] == {"fossilized": 1}
     # the run has registered its site: a design without targets is compiled for it
