@@ -71,12 +71,27 @@ def compile_native(module: nn.Module, signature: SiteSignature, *, scratch: Path
         stack.enter_context(_inductor_cache(folder))
         device = torch.device(signature.device)
         try:
-            return _compile(copy.deepcopy(module).to(device).train().requires_grad_(), signature, folder)
+            copied = copy.deepcopy(module).to(device).train().requires_grad_()
+            return _compile(_contiguous(copied), signature, folder)
         except KernelRejectedError:
             raise
         except Exception as error:  # the compiler's own errors have no common root; each says that it cannot do this
             words = " ".join(str(error).split())[:300]
             raise KernelRejectedError(f"the native compiler failed: {type(error).__name__}: {words}") from error
+
+
+def _contiguous(module: nn.Module) -> nn.Module:
+    """The module, changed: its y is contiguous. The backward is compiled for gradients with the strides of y, does not
+    look at those that it is given, and the runtime gives it contiguous ones.
+    """
+    assert isinstance(module, fx.GraphModule)  # it is traced by its graph, not by its `forward`
+    [result] = module.graph.find_nodes(op="output")
+    y = result.args[0]
+    assert isinstance(y, fx.Node)
+    with module.graph.inserting_before(result):
+        result.args = (module.graph.call_method("contiguous", (y,)),)
+    module.recompile()
+    return module
 
 
 def _compile(module: nn.Module, signature: SiteSignature, folder: Path) -> NativeCode:
@@ -162,6 +177,8 @@ def _trace(module: nn.Module, h: torch.Tensor) -> tuple[tuple[str, ...], _Graph,
         raise KernelRejectedError("a kernel with buffers or several outputs has no native form")
     if BACKWARD not in caught:
         raise KernelRejectedError("a kernel without a gradient has no native form")
+    if not caught[BACKWARD].inputs[-1].is_contiguous():
+        raise KernelRejectedError("a kernel whose output is not contiguous has no native form")
     return tuple(joint.params_spec), caught[FORWARD], caught[BACKWARD]
 
 
@@ -287,7 +304,7 @@ def _batches(shapes: Any, h: torch.Tensor) -> tuple[int, int]:
 @contextmanager
 def _settings(device: str) -> Iterator[None]:
     """Within it, Inductor compiles as was measured best, and knows nothing of the ops that are kept whole."""
-    from torch._inductor import config, decomposition
+    from torch._inductor import config, decomposition, lowering
 
     changes: dict[str, Any] = {
         "layout_optimization": False,
@@ -301,14 +318,22 @@ def _settings(device: str) -> Iterator[None]:
     table = decomposition.decompositions
     if device == "cpu":
         removed = {op: table[op] for op in list(table) if any(str(op).startswith(f"aten.{name}.") for name in _KEPT)}
+    # what is kept whole reads its inputs by the strides that were traced; else Inductor chooses others, unnoticed
+    constraints = lowering._maybe_layout_constraints  # noqa: SLF001 - its setter cannot take anything back
+    constrained = {op: constraints.get(op) for op in removed}
     for op in removed:
         del table[op]
+        constraints[op] = lowering.constrain_to_fx_strides
     decomposition.fast_random_decomps.cache_clear()
     try:
         with config.patch(changes):
             yield
     finally:
         table.update(removed)
+        for op, before in constrained.items():
+            del constraints[op]
+            if before is not None:
+                constraints[op] = before
         decomposition.fast_random_decomps.cache_clear()
 
 

@@ -155,14 +155,15 @@ def show(result: BenchResult) -> None:
     from rich.table import Table
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a file or a pipe has no edge at which figures would be cut
     facts = ", ".join(f"{key} {value}" for key, value in result.machine.items())
     table = Table(title=f"bench {result.name}", caption=facts, title_justify="left", caption_justify="left")
-    for key in result.rows[0] if result.rows else ():
+    shown = [key for key in (result.rows[0] if result.rows else ()) if any(row[key] is not None for row in result.rows)]
+    for key in shown:
         table.add_column(key, no_wrap=True)
     for row in result.rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(_cell(row[key]) for key in shown))
+    if not console.is_terminal:  # a file or a pipe has no edge at which figures would be cut
+        console = Console(width=max(80, Console(width=10_000).measure(table).maximum))
     if result.rows:
         console.print(table)
     for goal in result.goals:
@@ -200,4 +201,6 @@ def _cpu_name() -> str:
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -49,7 +49,14 @@ def main(arguments: Sequence[str], progress: Say) -> BenchResult:
             (folder / f"{name}-{signature.key}.json").write_text(json.dumps(row))
         num_first += row["first ir ms"] is not None
         rows.append(row)
-    return BenchResult(name="native", machine=machine(), rows=tuple(rows), verdict=_verdict(rows))
+    here = machine()
+    steps = tuple({key: row[key] for key in _STEP_COLUMNS} for row in rows)
+    firsts = tuple({key: row[key] for key in _FIRST_COLUMNS} for row in rows if row["first ir ms"] is not None)
+    parts = (
+        BenchResult(name="native: a training step against eager's", machine=here, rows=steps, verdict=_verdict(rows)),
+        BenchResult(name="native: from a container's bytes to the first step's end", machine=here, rows=firsts),
+    )
+    return BenchResult(name="native", machine=here, parts=parts if firsts else parts[:1])
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -116,10 +123,12 @@ def _measure(name: str, signature: SiteSignature, folder: Path, *, first_steps: 
     return row
 
 
-_COLUMNS = (
+_STEP_COLUMNS = (
     "design", "site", "ratio", "spread", "eager ms", "batches", "output error", "gradient error", "KiB", "compile s",
-    "compile cpu s", *(f"{what} {mode} ms" for mode in MODES for what in ("load", "first")), "note",
+    "compile cpu s", "note",
 )  # fmt: skip
+_FIRST_COLUMNS = ("design", "site", *(f"{what} {mode} ms" for mode in MODES for what in ("load", "first")))
+_COLUMNS = tuple(dict.fromkeys(_STEP_COLUMNS + _FIRST_COLUMNS))
 
 
 def _cpu_s() -> float:

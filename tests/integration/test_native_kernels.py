@@ -34,9 +34,10 @@ from esper.leyline.canonical import canonical_hash
 from esper.leyline.container import kernel_id_of, pack
 from esper.leyline.lower import lower
 from esper.leyline.native import FASTER, NativeFacts, NativeVerdict, Rung
-from esper.leyline.runtime import NativeKernel, NativeModule
+from esper.leyline.runtime import NativeKernel, NativeModule, open_native
 from esper.tezzeret.compile import Unsigned, benchmark, build, sign
 from esper.tezzeret.fingerprint import target_fingerprint
+from esper.tezzeret.native import compile_native
 from esper.tezzeret.worker import Compiled, work_once
 from esper.tolaria.costs import HostCosts
 from esper.urabrask.gauntlet import examine
@@ -108,6 +109,17 @@ def test_what_was_built_is_right_and_says_how_fast_it_is(built: Built):
     assert built.unsigned.manifest.native.timing.ratio == 0.8
     result = benchmark(built.artifact, built.unsigned.timing)
     assert (result.kernel_id, result.speed) == (built.artifact.kernel_id, 1.25)
+
+
+def test_gradients_are_right_where_the_output_is_a_view_and_an_op_is_kept_whole():
+    """Both were wrong once: the backward took its gradient, and group norm its input, for strides they had not."""
+    site = SiteSignature(kind=SiteKind.FEATURE_MAP, channels=8, extent=(4, 4))
+    module = lower(load_library()["attention_map"].ir, site)
+    code = compile_native(module, site)
+    verdict = examine_native(module, site, open_native("view", code.facts, code.payload))
+    checks = {check.name: check for check in verdict.checks}
+    assert checks["native.output"].passed, checks["native.output"]
+    assert checks["native.gradient"].passed, checks["native.gradient"]
 
 
 def test_a_worker_makes_it_in_a_process_of_its_own_and_files_the_figures():
