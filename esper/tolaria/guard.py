@@ -14,6 +14,7 @@ from esper.tolaria import governor, snapshot
 from esper.tolaria.adaptation import Adaptation
 from esper.tolaria.chronicle import Chronicle
 from esper.tolaria.course import Course
+from esper.tolaria.numerics import digests
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Guard:
 
     def examine(self) -> str | None:
         """At the end of an epoch: goes back if there is a reason, and returns it. Collective."""
-        reason = self._course.ports.ranks.agree(self._complaint or self._ailment())
+        reason = self._course.ports.ranks.agree(self._complaint or self._ailment()) or self._divergence()
         if reason is not None:
             self.roll_back(reason)
         return reason
@@ -138,6 +139,19 @@ class Guard:
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 return f"{name} is not finite"
         return governor.judge_norm(self._adaptation.norm, self._adaptation.weight_norm(), self._limits)
+
+    def _divergence(self) -> str | None:
+        """Which tensor is not bit-equal on all ranks; None if all are. Collective, the same on every rank."""
+        ranks = self._course.ports.ranks
+        if ranks.world == 1:
+            return None
+        own = digests(self._course.growable.module.state_dict())
+        if len(set(ranks.gather(tuple(own.values())))) == 1:
+            return None
+        everywhere = ranks.gather(own)
+        names = sorted({name for one in everywhere for name in one})
+        unequal = [name for name in names if len({one.get(name) for one in everywhere}) > 1]
+        return f"the ranks have diverged: {unequal[0]} differs, and {len(unequal) - 1} more of {len(names)} tensors"
 
     def _put_under_embargo(self, seed: SeedView) -> None:
         until = self._course.epoch + 1 + self._course.config.kasmina.embargo_epochs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % (1 << 32))  # noqa: NPY002 - users' transforms draw from the global generator
     random.seed(seed)
+
+
+def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Returns a short hash of each tensor's bytes: equal where, and for all that matters only where, the bits are."""
+    return {
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()[:16]
+        for name, tensor in tensors.items()
+    }
 
 
 def rng_state() -> dict[str, Any]:

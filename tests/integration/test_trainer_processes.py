@@ -12,7 +12,7 @@ import tolaria_support
 import torch
 from tolaria_support import equal, train
 
-from esper.leyline import RunSummary, SeedStage
+from esper.leyline import RunHistory, RunSummary, SeedStage
 
 # Ray is hidden: the trainer's own processes need no more than the library.
 PREAMBLE = """
@@ -50,6 +50,23 @@ summary, weights = train(f"{folder}/run", config(), ranks=ranks)
 torch.save(weights, f"{folder}/{rank}.pt")
 distributed.destroy_process_group()
 """
+)
+DIVERGING = RANK.replace(
+    'summary, weights = train(f"{folder}/run", config(), ranks=ranks)',
+    """
+class Diverge:  # one rank's copy of the host goes astray
+    module = None
+    def at(self, place, step):
+        if (place, step) == ("step", 13) and rank == 1:
+            with torch.no_grad():
+                self.module[0].weight[0, 0] += 1e-3
+            print("astray", file=sys.stderr)
+from tolaria_support import workload
+chosen = config()
+problem = workload(chosen)
+Diverge.module = problem.model
+summary, weights = train(f"{folder}/run", chosen, problem=problem, ranks=ranks, faults=Diverge())
+""",
 )
 
 
@@ -96,3 +113,15 @@ def test_two_ranks_grow_as_one(tmp_path, started):
     graft = next(event for event in summary.events if event.to_stage is SeedStage.GRAFTING)
     assert graft.evidence is not None
     assert graft.evidence.num_pairs == 40
+
+
+def test_ranks_that_diverge_go_back_to_where_they_were_equal(tmp_path, started):
+    ranks = [started(DIVERGING, rank, tmp_path) for rank in range(2)]
+    errors = [process.communicate(timeout=240)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    assert "astray" in errors[1]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert equal(first, second)
+    history = RunHistory.model_validate_json((tmp_path / "run/history.json").read_text())
+    told = [words for _, words in history.decisions if "the ranks have diverged: 0.weight differs" in words]
+    assert any(words.startswith("rolled back at step") for words in told)
