@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -40,6 +41,9 @@ KEPT_HOURS = 24
 """So long a replaced file stays, for whoever reads the table meanwhile."""
 _TAKE_OVERS = 5
 """Attempts to take over while another writer starts at the same moment."""
+
+_UNREPEATED = CommitProperties(max_commit_retries=0)
+"""A commit that is refused where anybody else has committed since the handle was refreshed: the fence."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -215,14 +219,13 @@ class DeltaLog:
         `full` removes what no commit names as well: files of a writer that was killed before its commit.
 
         A commit takes longer with every file that the table has, by about 0.1 ms. A failure loses nothing: the events
-        are durable before. deltalake accepts a compaction from a stale handle, and refreshes the handle by it. So this
-        is the one place where a writer that was taken over from could come back: it looks before, so as not to make
-        its successor's handle stale, and it looks after, because it may have been taken over from in between.
+        are durable before. It looks afterwards who writes, because a commit of `tidy` may have been refused, and
+        because the blobs are swept next; and before, because what was taken over from needs no tidying.
         """
         self._look_who_writes()
         if self._ended is not None:
             return Tidied(problem=str(self._ended))
-        tidied = tidy(self._table, kept_hours, full=full, faults=self._faults)
+        tidied = tidy(self._storage, TABLE, self._table, kept_hours, full=full, faults=self._faults)
         if tidied.problem:
             _LOG.warning("urza.events_untidy", extra={"reason": tidied.problem})
         self._look_who_writes()
@@ -275,34 +278,71 @@ _SCHEMA = pa.schema(
 )
 
 
-def tidy(table: DeltaTable, kept_hours: float, *, full: bool = False, faults: FaultPlan | None = None) -> Tidied:
+def tidy(
+    storage: Storage,
+    name: str,
+    table: DeltaTable,
+    kept_hours: float,
+    *,
+    full: bool = False,
+    faults: FaultPlan | None = None,
+) -> Tidied:
     """Compacts a table, writes a checkpoint, and removes data files and log entries that were replaced long ago.
 
     Killed at any point it leaves a table that reads the same: each step is one commit, or removes what no commit needs.
+    Stalled at any point, for however long, it takes nothing away from whoever writes meanwhile: its commits are refused
+    then, as all are that a stale handle makes (`_commit`), and what it removes was sealed by such a commit. The files
+    to go are listed first, as no commit up to the handle's names them, or not any more. Then an empty commit is made
+    from the same handle: nobody has committed in between, or it is refused. So no commit names those files, and none
+    can name them later: who has written one of them for a commit of his own has an older handle, which is stale now.
+
+    deltalake's own compaction and vacuum commit from a stale handle whatever `max_commit_retries` says: of two
+    compactions at a time both go through, and every row is there twice; a full vacuum removes what a successor wrote.
 
     Args:
-        table: its handle is refreshed.
-        kept_hours: whole hours that a replaced file stays.
+        storage: the address below which the table lies.
+        name: the table's folder there.
+        table: its handle; afterwards it is at the version of the last commit made here.
+        kept_hours: a replaced file stays so long; a begun hour counts as a whole one.
         full: whether files that no commit names, and that are as old, go too. deltalake writes a commit's data before
             the commit: what a killed writer left would stay for good.
-        faults: a script of faults, for tests; the places are `compacted`, `checkpointed`, `vacuumed`.
+        faults: a script of faults, for tests; the places are `tidying`, `compacted`, `checkpointed`, `listed`,
+            `sealed`, `vacuumed`.
     """
     before, removed, problem = len(table.file_uris()), 0, ""
     faults = faults or NoFaults()
     try:
-        table.optimize.compact()
+        faults.at("tidying", table.version())
+        _compact(table)
         faults.at("compacted", table.version())
         table.create_checkpoint()
         faults.at("checkpointed", table.version())
-        gone = table.vacuum(
-            retention_hours=round(kept_hours), dry_run=False, enforce_retention_duration=False, full=full
-        )
-        removed = len(gone)
+        unneeded = table.vacuum(math.ceil(kept_hours), dry_run=True, enforce_retention_duration=False, full=full)
+        faults.at("listed", table.version())
+        if unneeded:
+            _seal(table)
+            faults.at("sealed", table.version())
+        for path in unneeded:
+            storage.remove(f"{name}/{path}")
+            removed += 1
         faults.at("vacuumed", table.version())
         table.cleanup_metadata()
-    except (DeltaError, OSError) as error:
+    except (DeltaError, OSError, pa.ArrowException, StorageError) as error:
         problem = f"{table.table_uri} could not be tidied: {' '.join(str(error).split())}"
     return Tidied(before, len(table.file_uris()), removed, problem)
+
+
+def _compact(table: DeltaTable) -> None:
+    """Puts what many files hold into one."""
+    if len(table.file_uris()) > 1:
+        write_deltalake(table, table.to_pyarrow_table(), mode="overwrite", commit_properties=_UNREPEATED)
+
+
+def _seal(table: DeltaTable) -> None:
+    """Makes an empty commit, which is refused if anybody has committed since the handle was refreshed."""
+    version = table.version()
+    table.create_write_transaction([], mode="append", schema=table.schema(), commit_properties=_UNREPEATED)
+    table.load_as_version(version + 1)  # it does not do so by itself; and no further
 
 
 def read_events(storage: Storage) -> list[Event]:
@@ -353,7 +393,7 @@ def _open(storage: Storage) -> DeltaTable:
 
 
 def _commit(table: DeltaTable, events: Sequence[Event]) -> None:
-    write_deltalake(table, _encode(events), mode="append", commit_properties=CommitProperties(max_commit_retries=0))
+    write_deltalake(table, _encode(events), mode="append", commit_properties=_UNREPEATED)
 
 
 def _encode(events: Sequence[Event]) -> pa.Table:

@@ -430,7 +430,7 @@ class Hub:
             self._projected = seq
 
     def tidy_projections(self, storage: Storage, kept_hours: float) -> list[Tidied]:
-        """Tidies the tables that `project` writes, while nobody writes them: see `projections.tidy`."""
+        """Tidies the tables that `project` writes: see `projections.tidy`."""
         with self._projecting:
             return projections.tidy(storage, kept_hours)
 

@@ -97,7 +97,7 @@ def write_kernels(storage: Storage, kernels: Sequence[KernelEntry], confirm: Con
 def tidy(storage: Storage, kept_hours: float) -> list[Tidied]:
     """Removes what replaced versions of both tables left, `kept_hours` after it was replaced, and what crashes left.
 
-    Nobody may write the tables meanwhile, if `kept_hours` is shorter than that takes.
+    Whoever writes the tables meanwhile loses nothing: see `events.tidy`.
 
     Raises:
         StorageError: if a table cannot be opened.
@@ -108,7 +108,7 @@ def tidy(storage: Storage, kept_hours: float) -> list[Tidied]:
             table = DeltaTable(storage.child(name), storage_options=storage.delta_options)
         except (DeltaError, OSError) as error:
             raise storage.failure(f"open the table {name} of", error) from error
-        tidied.append(events.tidy(table, kept_hours, full=True))
+        tidied.append(events.tidy(storage, name, table, kept_hours, full=True))
     return tidied
 
 

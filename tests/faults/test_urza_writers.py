@@ -19,6 +19,22 @@ from esper.storage import Storage
 from esper.urza import events
 from esper.urza.hub import Hub
 
+PLACES = ("tidying", "compacted", "checkpointed", "listed", "sealed", "vacuumed")
+"""Of a round of maintenance: `esper.urza.events.tidy`."""
+
+
+class Stalls:
+    """A `FaultPlan`: at a place that `next_at` names something else is done, once, while this writer stands still."""
+
+    def __init__(self):
+        self.next_at = None
+
+    def at(self, place, step):
+        del step
+        if self.next_at is not None and self.next_at[0] == place:
+            (_, deed), self.next_at = self.next_at, None
+            deed()
+
 
 class Writers(RuleBasedStateMachine):
     """Hubs over one directory. `self.writer` is the one that took over last; the others have stalled."""
@@ -33,6 +49,7 @@ class Writers(RuleBasedStateMachine):
         self._names: set[str] = set()  # acknowledged
         self._kernels: dict[str, tuple[KernelStatus, bytes]] = {}
         self._reports = 0
+        self._stalls: dict[Hub, Stalls] = {}
         self.writer: Hub | None = None
         self._width = 0
 
@@ -46,7 +63,9 @@ class Writers(RuleBasedStateMachine):
     @rule(target=hubs)
     def take_over(self):
         """A second Urza by mistake, or one that starts anew while the old one stalls."""
-        self.writer = Hub.open(self._storage, clock=self._clock)
+        stalls = Stalls()
+        self.writer = Hub.open(self._storage, clock=self._clock, faults=stalls)
+        self._stalls[self.writer] = stalls
         return self.writer
 
     @rule(hub=hubs, signature=st.sampled_from([VECTOR, WIDE]))
@@ -92,6 +111,44 @@ class Writers(RuleBasedStateMachine):
         """Compaction may run in any writer at any time; a stalled one's must not bring it back."""
         if hub.broken is None:
             hub._log._tidy()
+
+    @rule(hub=hubs, kept_hours=st.sampled_from([0.0, 0.5, 24.0]))
+    def maintain(self, hub, kept_hours):
+        """A round of it, with nothing in its way; of a stalled writer it must change nothing."""
+        self._acknowledges(hub, lambda: hub.maintain(kept_hours=kept_hours))
+
+    @rule(
+        target=hubs,
+        place=st.sampled_from(PLACES),
+        kept_hours=st.sampled_from([0.0, 0.5, 24.0]),
+        deeds=st.lists(st.sampled_from(["submit", "compile_one", 0.0, 24.0]), min_size=1, max_size=3),
+    )
+    def stall_in_maintenance(self, place, kept_hours, deeds):
+        """The writer stands still in a round, is taken over from, and goes on once its successor is at work.
+
+        A number among the deeds is a round of the successor's that keeps replaced files so many hours.
+        """
+        stalled, met = self.writer, []
+
+        def succeed():
+            met.append(self.take_over())
+            for deed in deeds:
+                if deed == "submit":
+                    self.submit(self.writer, VECTOR)
+                elif deed == "compile_one":
+                    self.compile_one(self.writer)
+                else:
+                    self.writer.maintain(kept_hours=deed)
+
+        self._stalls[stalled].next_at = (place, succeed)
+        with suppress(EsperError):  # fenced, or it does not know who writes
+            stalled.maintain(kept_hours=kept_hours)
+        self._stalls[stalled].next_at = None
+        if not met:  # there was nothing to remove: it did not come to the place
+            assert place == "sealed"
+            return self.writer
+        assert stalled.broken is not None
+        return met[0]
 
     @rule(seconds=st.floats(1.0, 100.0))
     def time_passes(self, seconds):

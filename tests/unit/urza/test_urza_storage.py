@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 
 import pytest
 from deltalake import DeltaTable
@@ -54,6 +56,20 @@ class TestBlobs:
 
 def note(log, seq, text="x"):
     return Event(seq, log.epoch, 5.0, EventKind.BLUEPRINT_RETIRED, "some", Reason(reason=text))
+
+
+class Stall:
+    """A `FaultPlan` that does something else at a place, once: what others do while this process stands still."""
+
+    def __init__(self, place, deed):
+        self._place, self._deed = place, deed
+        self.fired = False
+
+    def at(self, place, step):
+        del step
+        if place == self._place and not self.fired:
+            self.fired = True
+            self._deed()
 
 
 class TestDeltaLog:
@@ -153,7 +169,7 @@ class TestDeltaLog:
             stalled.append([note(stalled, 2)])
 
     def test_tidying_never_lets_a_writer_back_in(self, storage, monkeypatch):
-        """deltalake accepts a compaction from a stale handle and refreshes it: the writer must notice by itself."""
+        """deltalake's own compaction is accepted from a stale handle, and refreshes it; Urza's must be refused."""
         stalled = DeltaLog.take_over(storage, Clock())
         for seq in range(2, 6):
             stalled.append([note(stalled, seq)])
@@ -172,6 +188,56 @@ class TestDeltaLog:
             with pytest.raises(FencedError):
                 stalled.append([note(stalled, 6)])
         assert [event.seq for event in DeltaLog.take_over(storage, Clock()).replay()] == [*range(1, 9)]
+
+    @pytest.mark.parametrize("kept_hours", [0.0, 0.5])
+    @pytest.mark.parametrize("successor_keeps", [0.0, 24.0])
+    @pytest.mark.parametrize("deeds", ["writes and tidies", "tidies and writes"])
+    @pytest.mark.parametrize("place", ["tidying", "compacted", "checkpointed", "listed", "sealed", "vacuumed"])
+    def test_a_writer_that_stalls_while_it_tidies_takes_nothing_from_its_successor(
+        self, storage, place, deeds, successor_keeps, kept_hours
+    ):
+        """However long it stalls: no file may be judged by its age, as all here are seconds old."""
+
+        def succeed():
+            successors.append(successor := DeltaLog.take_over(storage, Clock()))
+            for deed in deeds.split(" and "):
+                if deed == "tidies":
+                    assert successor.maintain(kept_hours=successor_keeps).problem == ""
+                else:
+                    successor.append([note(successor, 8, "acknowledged")])
+
+        successors = []
+        stall = Stall(place, succeed)
+        stalled = DeltaLog.take_over(storage, Clock(), faults=stall)
+        for seq in range(2, 7):
+            stalled.append([note(stalled, seq)])
+        if kept_hours:  # nothing that was replaced is old enough: something has to be, for the place to be met
+            (storage.local / "events" / "part-left.parquet").write_bytes(b"half")
+            os.utime(storage.local / "events" / "part-left.parquet", (0, 0))
+        with pytest.raises((FencedError, UnavailableError)):
+            stalled.maintain(kept_hours=kept_hours)
+        assert stall.fired
+        with pytest.raises((FencedError, UnavailableError)):
+            stalled.append([note(stalled, 8)])
+        [successor] = successors
+        after = DeltaLog.take_over(storage, Clock(), faults=None)
+        assert [event.seq for event in after.replay()] == list(range(1, 10))
+        assert after.replay()[7].body == Reason(reason="acknowledged")
+        with pytest.raises(FencedError):
+            successor.append([note(successor, 9)])
+        assert after.maintain(kept_hours=0.0).problem == ""  # and what the stalled one wrote in vain goes
+        assert len(list((storage.local / "events").glob("*.parquet"))) == 1
+
+    def test_what_a_killed_writer_left_goes_whatever_hours_are_kept(self, storage):
+        log = DeltaLog.take_over(storage, Clock())
+        left, fresh = (storage.local / "events" / f"part-{name}.parquet" for name in ("left", "fresh"))
+        for path in (left, fresh):
+            path.write_bytes(b"half")
+        os.utime(left, (time.time() - 50 * 60,) * 2)
+        assert log.maintain(kept_hours=0.5).files_removed == 0  # a begun hour is a whole one
+        os.utime(left, (time.time() - 70 * 60,) * 2)
+        assert log.maintain(kept_hours=0.5).files_removed == 1
+        assert (left.exists(), fresh.exists()) == (False, True)
 
     def test_a_writer_that_cannot_see_who_writes_writes_no_more(self, storage, monkeypatch):
         log = DeltaLog.take_over(storage, Clock())
