@@ -18,6 +18,7 @@ from esper.kasmina.layer import Layer, Layers, all_layers
 from esper.kasmina.seed import Seed
 from esper.kasmina.shadow import AllReduce
 from esper.leyline.container import Kernel
+from esper.leyline.deviation import largest
 from esper.leyline.errors import EsperError, KernelRejectedError
 from esper.leyline.native import FASTER, Rung
 from esper.leyline.runtime import NativeKernel, NativeModule, open_native
@@ -95,11 +96,11 @@ def _try(native: NativeKernel, module: nn.Module, device: torch.device) -> None:
         with torch.enable_grad():
             y = moved(h)
             expected = torch.autograd.grad(y.sum(), inputs, materialize_grads=True, allow_unused=True)
-        largest = max(float(tensor.abs().max()) for tensor in expected)
-        scales = [float(y.detach().abs().max()), *(max(float(t.abs().max()), _OWN_SHARE * largest) for t in expected)]
+        most = largest(*(float(tensor.abs().max()) for tensor in expected))
+        scales = [float(y.detach().abs().max()), *(max(float(t.abs().max()), _OWN_SHARE * most) for t in expected)]
         pairs = zip([ours.detach(), *gradients], [y.detach(), *expected], scales, strict=True)
-        worst = max(float((a - b).abs().max()) / max(scale, 1e-30) for a, b, scale in pairs)
-        if not worst <= limit:
+        worst = largest(*(float((a - b).abs().max()) / max(scale, 1e-30) for a, b, scale in pairs))
+        if worst > limit:
             raise KernelRejectedError(f"its native code deviates from its IR by {worst:.1e}, the limit is {limit:.1e}")
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from esper.leyline.deviation import largest
 from esper.urabrask.finding import Finding, merge, verdict
 from esper.urabrask.subject import Subject, forward
 
@@ -14,11 +17,14 @@ def birth(subject: Subject) -> Finding:
     share of h.
     """
     outs = [(h, forward(subject.module, h)) for h in (*subject.inputs(), *_odd(subject))]
-    change = max(_change(h, out, replaces=subject.ir.replaces) for h, out in outs)
+    change = largest(*(_change(h, out, replaces=subject.ir.replaces) for h, out in outs))
+    if not math.isfinite(change):
+        name = "zero_at_birth" if subject.ir.zero_at_birth else "birth"
+        return verdict(name, False, detail="the output is not finite, by the layout or the size of h")
     figures = Finding(figures=verdict("birth", True, figures={"birth_change": change}).figures)
     if not subject.ir.zero_at_birth:
         return figures
-    worst = max(float(out.abs().max()) for _, out in outs)
+    worst = largest(*(float(out.abs().max()) for _, out in outs))
     return merge(verdict("zero_at_birth", worst == 0.0, value=worst, limit=0.0), figures)
 
 

@@ -6,10 +6,12 @@ rounding does in float32, while a ReLU that falls to the other side of zero by r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from esper.leyline.deviation import largest
 from esper.urabrask.subject import Pass
 
 _FORWARD = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 8e-2, "float16": 2e-2}
@@ -34,7 +36,7 @@ def gradient_tolerance(dtype: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Discrepancy:
-    """The largest relative errors of a pass, and of which gradient."""
+    """The largest relative errors of a pass, and of which gradient; infinite where anything was NaN."""
 
     forward: float
     gradient: float
@@ -42,8 +44,9 @@ class Discrepancy:
 
     def worse(self, other: Discrepancy) -> Discrepancy:
         """The larger of each."""
-        larger = self if self.gradient >= other.gradient else other
-        return Discrepancy(max(self.forward, other.forward), larger.gradient, larger.worst)
+        gradient = largest(self.gradient, other.gradient)
+        worst = self.worst if largest(self.gradient) == gradient else other.worst
+        return Discrepancy(largest(self.forward, other.forward), gradient, worst)
 
 
 NONE = Discrepancy(0.0, 0.0, "")
@@ -60,13 +63,17 @@ def compare(found: Pass, exact: Pass) -> Discrepancy:
             error = 0.0 if gradient is other else 1.0
         else:
             error = relative_error(other, gradient, _FLOOR * whole)
-        if not error <= worst:
+        if error > worst:
             worst, name = error, key
     return Discrepancy(forward, worst, name)
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor, floor: float = 0.0) -> float:
-    """The norm of the difference over that of `exact` plus `floor`; 0 for two zeros, NaN where `found` is NaN."""
+    """The norm of the difference over that of `exact` plus `floor`; 0 for two zeros, infinite where one is not
+    finite.
+    """
     difference = float((found.to(torch.float64) - exact).norm())
     scale = float(exact.norm()) + floor
-    return 0.0 if difference == 0.0 else difference / max(scale, 1e-300)
+    if not math.isfinite(difference):
+        return math.inf
+    return 0.0 if difference == 0.0 else largest(difference / max(scale, 1e-300))

@@ -6,15 +6,18 @@ with `discrepancy`.
 
 Where rounding puts one ReLU on the other side of zero, a gradient is off by one value and nobody is wrong. A mistake
 is there for every input of its shape, so an input whose error is too large is drawn again, and its least error counts.
+No rounding makes a NaN of a number: an error that is not finite counts at once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from esper.leyline.deviation import largest
 from esper.urabrask.comparing import (
     NONE,
     Discrepancy,
@@ -72,7 +75,7 @@ def correctness(subject: Subject) -> Finding:
         verdict(
             "correct_strided",
             strided.forward <= forward_limit and strided.gradient <= gradient_limit,
-            value=max(strided.forward, strided.gradient),
+            value=largest(strided.forward, strided.gradient),
             limit=gradient_limit,
         ),
     )
@@ -106,6 +109,8 @@ def _least(subject: Subject, run: Callable[[torch.Tensor], Pass], draw: Draw) ->
         exact = run_pass(subject.exact, h.to(torch.float64).contiguous(), subject.exact_stirred)
         tried.append(compare(run(h), exact))
         if tried[-1].forward <= forward_tolerance(dtype) and tried[-1].gradient <= gradient_tolerance(dtype):
+            return tried[-1]
+        if not math.isfinite(tried[-1].forward) or not math.isfinite(tried[-1].gradient):
             return tried[-1]
     return min(tried, key=lambda found: (found.forward, found.gradient))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from esper.leyline.deviation import largest
 from esper.urabrask.comparing import forward_tolerance
 from esper.urabrask.finding import Finding, verdict
 from esper.urabrask.subject import Subject, forward, run_pass
@@ -29,7 +30,7 @@ def batch_independent(subject: Subject) -> Finding:
     for h in subject.inputs():
         together, alone = forward(subject.module, h, subject.stirred), forward(subject.module, h[:1], subject.stirred)
         scale = max(1.0, float(together.abs().max()))
-        worst = max(worst, float((together[:1] - alone).abs().max()) / scale)
+        worst = largest(worst, float((together[:1] - alone).abs().max()) / scale)
     return verdict("batch_independent", worst <= limit, value=worst, limit=limit)
 
 
@@ -55,5 +56,5 @@ def causal(subject: Subject) -> Finding:
         changed[:, split:] += 1.0
         before, after = (forward(subject.module, h, subject.stirred) for h in (h_BTC, changed))
         if split:
-            worst = max(worst, float((before[:, :split] - after[:, :split]).abs().max()))
+            worst = largest(worst, float((before[:, :split] - after[:, :split]).abs().max()))
     return verdict("causal", worst <= limit, value=worst, limit=limit)

@@ -8,6 +8,7 @@ slows both alike.
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from esper.leyline import Check, KernelRejectedError, SiteSignature
+from esper.leyline.deviation import largest
 from esper.leyline.native import FASTER, NativeFacts, NativeVerdict, Timing
 from esper.leyline.runtime import NativeKernel, NativeModule
 
@@ -39,6 +41,9 @@ def examine_native(module: nn.Module, signature: SiteSignature, kernel: NativeKe
         module: the lowered kernel with its initial weights; not changed.
         signature: its site.
         kernel: the opened code.
+
+    Raises:
+        KernelRejectedError: if it computes what is no number, or does not take its own input.
     """
     eager = _on(copy.deepcopy(module), signature).train().requires_grad_()
     output, gradient = _Deviation(), _Deviation()
@@ -47,6 +52,11 @@ def examine_native(module: nn.Module, signature: SiteSignature, kernel: NativeKe
         _stir(eager, seed)
         for batch in _batches(kernel.facts):
             _compare(eager, kernel, signature, batch, seed, output, gradient)
+    for name, found in (("an output", output), ("a gradient", gradient)):
+        if not math.isfinite(found.native) or not math.isfinite(found.between):
+            raise KernelRejectedError(f"native code gives {name} that is not finite for an ordinary input")
+        if not math.isfinite(found.eager):
+            raise KernelRejectedError(f"the eager module gives {name} that is not finite for an ordinary input")
     limit = _EPS_LIMIT * torch.finfo(getattr(torch, signature.dtype)).eps
     checks = tuple(
         Check(
@@ -132,7 +142,7 @@ def measure(
 
 @dataclass(slots=True)
 class _Deviation:
-    """Largest deviations found so far: native and eager from float64, native from eager."""
+    """Largest deviations found so far: native and eager from float64, native from eager. Infinite after a NaN."""
 
     native: float = 0.0
     eager: float = 0.0
@@ -157,13 +167,13 @@ def _compare(
     ours = _step(native, eager, _transposed(h) if seed % 2 else h, tangent)
     if native.fallback is not None:
         raise KernelRejectedError(f"native code does not take its own input: {native.fallback}")
-    largest = max(float(tensor.abs().max()) for tensor in exact[1:])
+    most = largest(*(float(tensor.abs().max()) for tensor in exact[1:]))
     for index, reference in enumerate(exact):
         found = output if index == 0 else gradient
-        scale = max(float(reference.abs().max()), 1e-30 if index == 0 else _OWN_SHARE * largest, 1e-30)
-        found.native = max(found.native, float((ours[index].double() - reference).abs().max()) / scale)
-        found.eager = max(found.eager, float((theirs[index].double() - reference).abs().max()) / scale)
-        found.between = max(found.between, float((ours[index] - theirs[index]).abs().max()) / scale)
+        scale = max(float(reference.abs().max()), 1e-30 if index == 0 else _OWN_SHARE * most, 1e-30)
+        found.native = largest(found.native, float((ours[index].double() - reference).abs().max()) / scale)
+        found.eager = largest(found.eager, float((theirs[index].double() - reference).abs().max()) / scale)
+        found.between = largest(found.between, float((ours[index] - theirs[index]).abs().max()) / scale)
 
 
 def _step(

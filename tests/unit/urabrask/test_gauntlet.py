@@ -10,7 +10,9 @@ from esper.leyline import BlueprintIR, Node, SiteKind, SiteSignature
 from esper.leyline.lower import lower
 from esper.leyline.ops import count_flops, count_parameters
 from esper.urabrask import subject
+from esper.urabrask.comparing import NONE, Discrepancy, compare
 from esper.urabrask.gauntlet import examine
+from esper.urabrask.subject import Pass
 from esper.urza.library import designs_for
 
 VECTOR = SiteSignature(kind=SiteKind.VECTOR, channels=6)
@@ -60,6 +62,31 @@ class WrongInFloat32(torch.autograd.Function):
         return gradient * ctx.factor
 
 
+class NanGradient(torch.autograd.Function):
+    """The identity, whose gradient is NaN, but not in float64."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient if gradient.dtype is torch.float64 else gradient * torch.nan
+
+
+def nan_at(place, batches):
+    """Spoils the output, the gradient of h (the first) or those of the layer (the last), in batches of these sizes."""
+
+    def spoil(module, h, out):
+        if len(h) not in batches or h.dtype is torch.float64:
+            return out
+        if place == "first":
+            return out + 0.01 * NanGradient.apply(h) - 0.01 * h
+        return NanGradient.apply(out) if place == "last" else out * torch.nan
+
+    return spoil
+
+
 def infinite_far_out(module, h, out):
     far = torch.where((h.detach() > 50.0) & (h.detach() < 1e3), torch.inf, 1.0)
     return out * far
@@ -107,7 +134,7 @@ EVERY_SHAPE = {"shape", "shape.batch_1", "shape.odd_batch"}
     ("spoil", "names"),
     [
         (lambda m, h, out: out.double(), EVERY_SHAPE),
-        (infinite_far_out, {"finite_forward"}),
+        (infinite_far_out, {"finite_forward", "birth"}),
         (lambda m, h, out: out + 0.01 * (out.dtype is torch.float32), {"correct_forward", "correct_strided"}),
         (lambda m, h, out: WrongInFloat32.apply(out), {"correct_gradient", "correct_strided"}),
         (lambda m, h, out: out + 0.01 * (not h.is_contiguous()), {"correct_strided"}),
@@ -139,6 +166,35 @@ def test_each_check_fails_on_what_it_looks_for(spoil, names: set[str]):
 )
 def test_some_faults_show_in_many_ways(spoil, name: str):
     assert name in failed(Broken(spoil))
+
+
+@pytest.mark.parametrize("batches", [{1, 3, 4}, {1}, {3}])
+@pytest.mark.parametrize(
+    ("place", "name"), [("output", "correct_forward"), ("first", "correct_gradient"), ("last", "correct_gradient")]
+)
+def test_a_nan_anywhere_is_found(place: str, name: str, batches: set[int]):
+    assert name in failed(Broken(nan_at(place, batches)))
+
+
+def test_a_nan_is_kept_whatever_comes_after_it():
+    nan, fine = Discrepancy(float("nan"), float("nan"), "w"), Discrepancy(1e-9, 1e-9, "b")
+    for worst in (nan.worse(fine), fine.worse(nan), NONE.worse(nan).worse(fine)):
+        assert worst.forward == float("inf")
+        assert worst.gradient == float("inf")
+        assert worst.worst == "w"
+    ones = torch.ones(2, dtype=torch.float64)
+    gradients = {"a": ones, "b": ones, "c": ones}
+    for spoiled in gradients:
+        found = compare(Pass(ones, gradients | {spoiled: ones * torch.nan}), Pass(ones, gradients))
+        assert (found.forward, found.gradient, found.worst) == (0.0, float("inf"), spoiled)
+
+
+def nan_by_layout(module, h, out):
+    return out if h.is_contiguous() else out * torch.nan
+
+
+def test_a_nan_for_one_layout_at_birth_is_found():
+    assert {"birth", "correct_strided"} <= failed(Broken(nan_by_layout))
 
 
 def test_a_wrong_parameter_count_is_found():
