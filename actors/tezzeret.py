@@ -20,6 +20,7 @@ from esper.leyline import (
     Bus,
     Contract,
     Delivery,
+    Fault,
     KernelCharacterized,
     OonaMessage,
     Subscription,
@@ -27,7 +28,7 @@ from esper.leyline import (
     new_id,
 )
 from esper.tezzeret.builder import Builder
-from esper.tezzeret.worker import Compiled, Idle, Rejected, work_once
+from esper.tezzeret.worker import Compiled, Idle, Rejected, Returned, work_once
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -207,6 +208,8 @@ class CompileWorker:
             self._worked_at = time.monotonic()
             if isinstance(outcome, Rejected):
                 self._num_rejected += 1
+            if isinstance(outcome, Returned) and outcome.fault is Fault.ERROR:
+                self._stopped.wait(self._wake_s)  # this machine may be at fault: the others look in once meanwhile
             if isinstance(outcome, Compiled):
                 self._num_compiled += 1
                 bus.publish(self._announcements(outcome, traces.get(outcome.artifact.blueprint_id)))

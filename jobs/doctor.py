@@ -8,7 +8,9 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +51,7 @@ def versions() -> dict[str, str]:
 
 
 def examine(storage: str) -> list[Finding]:
-    """Looks at Python, packages, cores, memory, storage, token, ports, data and the GPU."""
+    """Looks at Python, packages, cores, memory, storage, token, ports, data, the GPU and the compiler."""
     return [
         _python(),
         *_packages(),
@@ -60,6 +62,7 @@ def examine(storage: str) -> list[Finding]:
         _loopback(),
         _data(),
         _gpu(),
+        _compiler(),
     ]
 
 
@@ -146,3 +149,24 @@ def _gpu() -> Finding:
     if not torch.cuda.is_available():
         return Finding("gpu", "optional", "none; training runs on the CPU")
     return Finding("gpu", "ok", torch.cuda.get_device_name())
+
+
+def _compiler() -> Finding:
+    """Whether native code (pipeline `optimized`) can be compiled here: tried, with what torch's Inductor would call."""
+    name, compiler = "C++ compiler", os.environ.get("CXX", "g++")
+    remedy = "only `optimized` kernels need it: apt-get install g++ binutils"
+    missing = [program for program in (compiler, "strip") if shutil.which(program) is None]
+    if missing:
+        return Finding(name, "optional", f"no {' and no '.join(missing)}: no native code can be compiled here", remedy)
+    with tempfile.TemporaryDirectory(prefix="esper-doctor-") as folder:
+        command = [compiler, "-x", "c++", "-shared", "-fPIC", "-fopenmp", "-", "-o", f"{folder}/probe.so"]
+        source = "#include <cmath>\n#include <vector>\ndouble probe(double x) { return std::exp(x); }\n"
+        try:
+            subprocess.run(command, input=source, check=True, capture_output=True, text=True, timeout=60)  # noqa: S603
+        except subprocess.CalledProcessError as error:
+            words = " ".join(error.stderr.split())[:200]
+            return Finding(name, "optional", f"{compiler} does not compile: {words}", remedy)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return Finding(name, "optional", f"{compiler} does not run: {error}", remedy)
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+    return Finding(name, "ok", f"{(said.stdout or compiler).splitlines()[0]}: native code can be compiled here")

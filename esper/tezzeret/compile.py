@@ -18,6 +18,7 @@ from esper.leyline import (
     KernelRejectedError,
     Pipeline,
     SiteSignature,
+    UnavailableError,
     ValidationReport,
     compile_key,
 )
@@ -117,6 +118,7 @@ def build(
     Raises:
         BlueprintError: if the IR is malformed or does not fit the signature.
         KernelRejectedError: if it is above a limit, a check fails, or this compiler does not make such kernels.
+        UnavailableError: if OPTIMIZED is asked for where nothing native can be compiled.
     """
     if job.pipeline is not Pipeline.FAST and examine_native is None:
         raise KernelRejectedError(
@@ -237,17 +239,31 @@ class Native:
 
 
 def _native(module: nn.Module, signature: SiteSignature, examine_native: ExamineNative) -> Native:
-    """Compiles, examines and times native code, and keeps it if it is right and faster."""
-    from esper.leyline.runtime import open_native
+    """Compiles, examines and times native code, and keeps it if it is right and faster.
+
+    Raises:
+        UnavailableError: if it cannot be compiled here: nothing is known of the design's native code then.
+    """
     from esper.tezzeret.native import compile_native
 
     try:
         code = compile_native(module, signature)
-        name = hashlib.sha256(b"".join(code.payload.values())).hexdigest()
-        verdict = examine_native(module, signature, open_native(name, code.facts, code.payload))
+        kernel = _opened(code)
+        verdict = examine_native(module, signature, kernel)
     except KernelRejectedError as error:
         return Native(checks=(_dropped(str(error)),))
     return settle(code, verdict)
+
+
+def _opened(code: NativeCode) -> NativeKernel:
+    """The libraries, loaded where they were just compiled: if that fails, it is this machine that is at fault."""
+    from esper.leyline.runtime import open_native
+
+    name = hashlib.sha256(b"".join(code.payload.values())).hexdigest()
+    try:
+        return open_native(name, code.facts, code.payload)
+    except KernelRejectedError as error:
+        raise UnavailableError(f"native code does not load where it was compiled: {error}") from error
 
 
 def settle(code: NativeCode, verdict: NativeVerdict) -> Native:

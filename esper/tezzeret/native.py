@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from esper.leyline import KernelRejectedError, SiteSignature
+from esper.leyline import KernelRejectedError, SiteSignature, UnavailableError
 from esper.leyline.native import BACKWARD, FORWARD, FRESH, OUTPUT, NativeFacts
 from esper.leyline.target import target_here
 
@@ -60,10 +60,11 @@ def compile_native(module: nn.Module, signature: SiteSignature, *, scratch: Path
         scratch: a folder for intermediate files; None makes one and removes it.
 
     Raises:
-        KernelRejectedError: if the compiler fails or makes what cannot be used: the design is fine without it.
+        KernelRejectedError: if torch cannot lower the design, or makes of it what cannot be used: it is fine without.
+        UnavailableError: if this machine cannot compile, whatever the design: no C++ compiler, memory, disk or GPU.
     """
     if signature.device == "cuda" and not torch.cuda.is_available():
-        raise KernelRejectedError("native code for a GPU is built on one", field="signature.device")
+        raise UnavailableError("native code for a GPU is built on one", field="signature.device")
     with _ONE_AT_A_TIME, ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of its own internals here
         folder = scratch or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="esper-native-")))
@@ -77,7 +78,35 @@ def compile_native(module: nn.Module, signature: SiteSignature, *, scratch: Path
             raise
         except Exception as error:  # the compiler's own errors have no common root; each says that it cannot do this
             words = " ".join(str(error).split())[:300]
-            raise KernelRejectedError(f"the native compiler failed: {type(error).__name__}: {words}") from error
+            if is_of_the_machine(error):
+                raise UnavailableError(
+                    f"no native code can be compiled here: {type(error).__name__}: {words}", remedy="see `esper doctor`"
+                ) from error
+            raise KernelRejectedError(f"torch cannot lower it: {type(error).__name__}: {words}") from error
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether the cause of an error, however torch wrapped it, is where the compiler runs and not what it compiles."""
+    from torch._inductor import exc
+
+    causes = (
+        OSError, MemoryError, subprocess.SubprocessError, torch.OutOfMemoryError,
+        exc.InvalidCxxCompiler, exc.CppCompileError, exc.TritonMissing, exc.GPUTooOldForTriton,
+    )  # fmt: skip
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or one in seen:
+            continue
+        # torch's allocator on the CPU has no error of its own
+        if isinstance(one, causes) or "DefaultCPUAllocator" in str(one):
+            return True
+        seen.append(one)
+        waiting += [one.__cause__, getattr(one, "inner_exception", None)]
+        if not one.__suppress_context__:
+            waiting.append(one.__context__)
+    return False
 
 
 def _contiguous(module: nn.Module) -> nn.Module:

@@ -51,10 +51,11 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """The compiler failed, and why; the hub lets the job be tried again."""
+    """The compiler failed, how and why; the hub lets the job be tried again."""
 
     job: CompileJob
     reason: str
+    fault: Fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def _hand_over(hub: AssetHub, job: CompileJob, verdict: Verdict, private_key: Ed
         if not hub.release(job, verdict.fault, verdict.reason, log=verdict.log):
             return _rejected(job, verdict.reason)
         _log.warning("kernel.returned", extra=_about(job) | {"reason": verdict.reason})
-        return Returned(job, verdict.reason)
+        return Returned(job, verdict.reason, verdict.fault)
     artifact, data = sign(verdict, private_key)
     stored = hub.complete(job, artifact, data)
     if verdict.timing is not None and stored.kernel_id == artifact.kernel_id:

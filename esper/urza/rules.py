@@ -151,7 +151,9 @@ def _is_wanted_again(target: Target, priority: int, fingerprints: Mapping[str, s
         return priority > target.priority
     if target.state in {TargetState.COMPILED, TargetState.FAILED}:
         fingerprint = fingerprints.get(target.device)
-        return fingerprint is not None and fingerprint not in target.settled
+        # the last of the errors ended it: what was wrong may have been the compilers' machines
+        given_up = target.state is TargetState.FAILED and target.errors >= MAX_ERRORS - 1
+        return given_up or (fingerprint is not None and fingerprint not in target.settled)
     return False
 
 

@@ -266,3 +266,19 @@ def test_a_compiler_that_cannot_start_is_no_fault_of_the_job():
     compiler = CompilerProcess("no_such_module:examine", limits=LIMITS)
     with pytest.raises(UnavailableError, match="No module named 'no_such_module'"):
         compiler.build(job(), never)
+
+
+def test_a_machine_that_cannot_compile_is_no_fault_of_the_design(search_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no g++ to be found
+    monkeypatch.delenv("CXX", raising=False)
+    compiler = CompilerProcess(
+        "examiners:examine", examine_native="esper.urabrask.native:examine_native", limits=Limits(timeout_s=300.0)
+    )
+    try:
+        verdict = compiler.build(job(8).model_copy(update={"pipeline": Pipeline.OPTIMIZED}), never)
+        assert isinstance(verdict, wire.Broken), verdict
+        assert verdict.fault is Fault.ERROR
+        assert "no native code can be compiled here" in verdict.reason
+        assert "No working C++ compiler" in verdict.log
+    finally:
+        compiler.close()

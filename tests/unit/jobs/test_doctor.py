@@ -25,8 +25,8 @@ def findings(storage):
 def test_everything_is_looked_at_and_no_name_comes_twice(home):
     names = [finding.name for finding in doctor.examine(str(home / "storage"))]
     assert len(set(names)) == len(names)
-    expected = {"python", "cores", "memory", "storage", "ray token", "loopback", "ESPER_DATA", "gpu", *doctor.PACKAGES}
-    assert set(names) == expected
+    expected = {"python", "cores", "memory", "storage", "ray token", "loopback", "ESPER_DATA", "gpu"}
+    assert set(names) == expected | {"C++ compiler", *doctor.PACKAGES}
 
 
 def test_what_is_missing_comes_with_a_remedy(home):
@@ -98,3 +98,23 @@ def test_data_sets_are_named(home):
     (home / "tinytext").mkdir()
     (home / "readme.txt").touch()
     assert findings(home / "storage")["ESPER_DATA"].detail == "1 data sets: tinytext"
+
+
+def test_a_compiler_is_tried_and_not_believed(home, tmp_path, monkeypatch):
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(folder))
+    found = findings(home / "storage")["C++ compiler"]
+    assert (found.state, found.detail[:21]) == ("optional", "no g++ and no strip: ")
+    assert "apt-get install g++ binutils" in found.remedy
+    (folder / "strip").symlink_to("/bin/true")
+    for script, words in (("echo no space >&2; exit 1", "g++ does not compile: no space"), (None, "does not run")):
+        (folder / "g++").write_text(f"#!/bin/sh\n{script}\n" if script else "#!/no/such/shell\n")
+        (folder / "g++").chmod(0o755)
+        found = findings(home / "storage")["C++ compiler"]
+        assert found.state == "optional"
+        assert words in found.detail
+    (folder / "g++").write_text("#!/bin/sh\necho g++ 12.2\n")
+    found = findings(home / "storage")["C++ compiler"]
+    assert (found.state, found.detail) == ("ok", "g++ 12.2: native code can be compiled here")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 from esper.leyline import Check, KernelRejectedError
@@ -10,7 +12,7 @@ from esper.leyline.runtime import open_native
 from esper.leyline.target import Target, target_here
 from esper.tezzeret.compile import settle
 from esper.tezzeret.fingerprint import target_fingerprint
-from esper.tezzeret.native import NativeCode
+from esper.tezzeret.native import NativeCode, is_of_the_machine
 
 FACTS = NativeFacts(
     target=target_here(),
@@ -92,3 +94,33 @@ def test_what_cannot_be_opened_is_refused(change: dict[str, object], words: str)
         open_native("n", facts, CODE.payload)
     with pytest.raises(KernelRejectedError):
         open_native("n", facts, {})
+
+
+def wrapped(inner: Exception, **fields: object) -> Exception:
+    """As torch does it: the cause is an attribute, not `__cause__`."""
+    outer = RuntimeError("inductor")
+    for name, value in ({"inner_exception": inner} | fields).items():
+        setattr(outer, name, value)
+    return outer
+
+
+def test_an_error_of_the_machine_is_told_from_one_of_the_design():
+    from torch._inductor import exc
+
+    full = OSError(28, "No space left on device")
+    missing = exc.InvalidCxxCompiler()
+    machine = [
+        full,
+        MemoryError(),
+        missing,
+        exc.CppCompileError(["g++"], "fatal error: math.h: No such file"),
+        subprocess.CalledProcessError(1, ["strip"]),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        wrapped(missing),
+        exc.InductorError(full, None),
+        wrapped(RuntimeError("x"), __cause__=full),
+    ]
+    for error in machine:
+        assert is_of_the_machine(error), error
+    for error in (RuntimeError("no"), NotImplementedError("op"), wrapped(AssertionError()), KeyError("w")):
+        assert not is_of_the_machine(error), error

@@ -260,6 +260,40 @@ class HubConformance:
         with pytest.raises(LeaseLostError):
             hub.complete(job, *artifact_of(job))
 
+    def test_what_compilers_gave_up_may_be_asked_for_again_and_the_fast_kernel_stays(self, hub):
+        both = (Pipeline.FAST, Pipeline.OPTIMIZED)
+        blueprint = hub.submit_blueprint(design(), name="adapter", targets=[VECTOR], pipelines=both)
+        job = hub.claim("w", fingerprint=BUILD)
+        assert job.pipeline is Pipeline.FAST
+        record, container = artifact_of(job)
+        hub.complete(job, record, container)
+        for _ in range(MAX_ERRORS):
+            hub.release(hub.claim("w", fingerprint=BUILD), Fault.ERROR, "no C++ compiler", log="g++: not found")
+        found = hub.blueprint(blueprint.blueprint_id)
+        assert (found.status, "no C++ compiler" in found.reason) == (BlueprintStatus.VALIDATED, True)
+        assert hub.kernels(signature=VECTOR) == [record]
+        assert hub.claim("w", fingerprint=BUILD) is None
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR], pipelines=both)
+        again = hub.claim("w", fingerprint=BUILD)
+        assert again.pipeline is Pipeline.OPTIMIZED
+        native, container = artifact_of(again)
+        hub.complete(again, native, container)
+        assert hub.kernels(signature=VECTOR) == [record, native]
+        hub.submit_blueprint(design(), name="adapter", targets=[VECTOR], pipelines=both)
+        assert hub.claim("w", fingerprint=BUILD) is None
+
+    def test_a_design_of_which_compilers_gave_up_all_is_invalid_until_it_is_asked_for_again(self, hub):
+        blueprint = hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
+        for _ in range(MAX_ERRORS):
+            hub.release(hub.claim("w", fingerprint=BUILD), Fault.ERROR, "no memory")
+        assert hub.blueprint(blueprint.blueprint_id).status is BlueprintStatus.INVALID
+        assert hub.submit_blueprint(design(), name="adapter", targets=[VECTOR]).status is BlueprintStatus.UNVALIDATED
+        for _ in range(MAX_ERRORS):  # and then every error counts anew
+            job = hub.claim("w", fingerprint=BUILD)
+            assert job is not None
+            hub.release(job, Fault.ERROR, "no memory")
+        assert hub.blueprint(blueprint.blueprint_id).status is BlueprintStatus.INVALID
+
     def test_work_that_kills_the_compiler_is_given_up_sooner(self, hub):
         blueprint = hub.submit_blueprint(design(), name="poison", targets=[VECTOR])
         again = [hub.release(hub.claim("w", fingerprint=BUILD), Fault.DEATH, "SIGSEGV", log="!") for _ in range(2)]
