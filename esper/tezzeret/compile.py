@@ -140,7 +140,8 @@ def build(
     native = Native()
     if examine_native is not None and job.pipeline is Pipeline.OPTIMIZED:
         native = _native(module, signature, examine_native)
-        report = report.model_copy(update={"checks": (*report.checks, *native.checks)})
+        figures = {**report.figures, **native.figures}
+        report = report.model_copy(update={"checks": (*report.checks, *native.checks), "figures": figures})
     manifest = KernelManifest(
         ir=ir,
         ir_hash=ir_hash,
@@ -230,12 +231,14 @@ class Native:
         facts, payload: of code that is kept.
         checks: for the report of the kernel, which passes them all: without code it runs from its IR.
         dropped: timing of code that was not kept.
+        figures: of the code, for the report, kept or not.
     """
 
     facts: NativeFacts | None = None
     payload: Mapping[str, bytes] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()
     dropped: Timing | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 def _native(module: nn.Module, signature: SiteSignature, examine_native: ExamineNative) -> Native:
@@ -271,9 +274,9 @@ def settle(code: NativeCode, verdict: NativeVerdict) -> Native:
     if verdict.reason:
         # what was found wrong is in the words: the kernel itself, which runs from its IR, has failed nothing
         told = tuple(check for check in verdict.checks if check.passed)
-        return Native(checks=(*told, _dropped(verdict.reason)), dropped=verdict.timing)
+        return Native(checks=(*told, _dropped(verdict.reason)), dropped=verdict.timing, figures=verdict.figures)
     facts = code.facts.model_copy(update={"tolerance": verdict.tolerance, "timing": verdict.timing})
-    return Native(facts, code.payload, verdict.checks)
+    return Native(facts, code.payload, verdict.checks, figures=verdict.figures)
 
 
 def _dropped(reason: str) -> Check:

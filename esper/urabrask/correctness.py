@@ -98,7 +98,17 @@ def ordinary_draws(subject: Subject) -> list[Draw]:
 def strided_draws(subject: Subject) -> list[Draw]:
     """The first batch as two views of other memory: every second value of a row, and with batch innermost."""
     first = subject.seeds[0]
-    return [Draw(subject.batch, first, _every_second), Draw(subject.batch, first, _batch_innermost)]
+    return [Draw(subject.batch, first, every_second), Draw(subject.batch, first, batch_innermost)]
+
+
+def every_second(h: torch.Tensor) -> torch.Tensor:
+    """The same values, each with another one beside it in memory."""
+    return torch.stack((h, torch.zeros_like(h)), dim=-1).flatten(-2)[..., ::2]
+
+
+def batch_innermost(h: torch.Tensor) -> torch.Tensor:
+    """The same values, with the batch innermost in memory."""
+    return h.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
 def _least(subject: Subject, run: Callable[[torch.Tensor], Pass], draw: Draw) -> Discrepancy:
@@ -113,14 +123,6 @@ def _least(subject: Subject, run: Callable[[torch.Tensor], Pass], draw: Draw) ->
         if not math.isfinite(tried[-1].forward) or not math.isfinite(tried[-1].gradient):
             return tried[-1]
     return min(tried, key=lambda found: (found.forward, found.gradient))
-
-
-def _every_second(h: torch.Tensor) -> torch.Tensor:
-    return torch.stack((h, torch.zeros_like(h)), dim=-1).flatten(-2)[..., ::2]
-
-
-def _batch_innermost(h: torch.Tensor) -> torch.Tensor:
-    return h.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
 def _of(found: Discrepancy) -> str:

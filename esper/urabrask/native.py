@@ -1,8 +1,11 @@
 """Native code on the bench: does it compute what the eager module computes, and is it worth loading?
 
 Correctness is judged in float64: the deviation of output and gradients from it must stay near that of the eager module
-itself. Speed is a ratio of process-CPU time, native and eager in turns, since a machine that is busy with other work
-slows both alike.
+itself, whatever the batch and however h and dL/dy lie in memory. `native_stability` looks at how it bears extremes and
+whether it repeats itself. A crash of the code is one of this process, which is to be one of its own for that.
+
+Speed is a ratio of process-CPU time, native and eager in turns, since a machine that is busy with other work slows both
+alike.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,14 +23,19 @@ from torch import nn
 
 from esper.leyline import Check, KernelRejectedError, SiteSignature
 from esper.leyline.deviation import largest
-from esper.leyline.native import FASTER, NativeFacts, NativeVerdict, Timing
+from esper.leyline.native import FASTER, NativeVerdict, Timing
 from esper.leyline.runtime import NativeKernel, NativeModule
+from esper.urabrask.correctness import batch_innermost, every_second
+from esper.urabrask.native_stability import ODD_BATCH, deterministic, saved_bytes, stable
+from esper.urabrask.native_steps import laid, native_step, normal, step, taken
 
 TIMED_BATCH = 32
 NUM_PAIRS = 15
 BLOCK_S = 0.04
 """CPU seconds of one block of steps, about."""
 _SEEDS = (0, 1)
+_BATCHES = (1, 2, 3, 16, ODD_BATCH, 64)
+"""Those of them that the code takes, and the nearest of the others."""
 _OWN_SHARE = 1e-2
 """A gradient much smaller than the largest one is held to this share of that: it is rounding noise of larger sums."""
 _EPS_LIMIT = 32.0
@@ -50,8 +58,11 @@ def examine_native(module: nn.Module, signature: SiteSignature, kernel: NativeKe
     for seed in _SEEDS:
         # an initial last layer of zeros would hide all that lies before it
         _stir(eager, seed)
-        for batch in _batches(kernel.facts):
-            _compare(eager, kernel, signature, batch, seed, output, gradient)
+        for batch in taken(kernel.facts, *_BATCHES, kernel.facts.min_batch + 1):
+            _compare(eager, kernel, _Case(signature, batch, seed), output, gradient)
+        for lay in (_transposed, every_second, batch_innermost):
+            [batch] = taken(kernel.facts, ODD_BATCH)
+            _compare(eager, kernel, _Case(signature, batch, seed, lay), output, gradient)
     for name, found in (("an output", output), ("a gradient", gradient)):
         if not math.isfinite(found.native) or not math.isfinite(found.between):
             raise KernelRejectedError(f"native code gives {name} that is not finite for an ordinary input")
@@ -68,11 +79,23 @@ def examine_native(module: nn.Module, signature: SiteSignature, kernel: NativeKe
         )
         for name, found in (("native.output", output), ("native.gradient", gradient))
     )
+    checks = (*checks, *stable(eager, kernel, signature), deterministic(eager, kernel, signature))
     tolerance = max(output.between, gradient.between)
     if not all(check.passed for check in checks):
         return NativeVerdict(checks=checks, tolerance=tolerance, timing=None)
+    figures = _kept(eager, signature, kernel)
     timing = measure(eager, signature, kernel)
-    return NativeVerdict(checks=(*checks, _speed(timing)), tolerance=tolerance, timing=timing)
+    return NativeVerdict(checks=(*checks, _speed(timing)), tolerance=tolerance, timing=timing, figures=figures)
+
+
+def _kept(module: nn.Module, signature: SiteSignature, kernel: NativeKernel) -> dict[str, float]:
+    """What each of both keeps from forward to backward, in bytes, at the batch that is timed."""
+    [batch] = taken(kernel.facts, TIMED_BATCH)
+    h = normal(signature, batch, 0)
+    return {
+        "native_saved_bytes": float(saved_bytes(NativeModule(kernel, module), module, h)),
+        "eager_saved_bytes": float(saved_bytes(module, module, h)),
+    }
 
 
 def _speed(timing: Timing) -> Check:
@@ -100,15 +123,15 @@ def measure(
         num_pairs: pairs of blocks.
         block_s: CPU seconds of a block, about.
     """
-    batch = min(max(batch, kernel.facts.min_batch), kernel.facts.max_batch)
-    h, tangent = (_normal(signature, batch, seed) for seed in (0, 1))
+    [batch] = taken(kernel.facts, batch)
+    h, tangent = (normal(signature, batch, seed) for seed in (0, 1))
     native = NativeModule(kernel, module)
     clock = _clock(signature.device)
 
     def block(run: Callable[[torch.Tensor], torch.Tensor], steps: int) -> float:
         began = clock()
         for _ in range(steps):
-            _step(run, module, h, tangent)
+            step(run, module, h, tangent)
         return (clock() - began) / steps
 
     with _one_thread():
@@ -149,24 +172,22 @@ class _Deviation:
     between: float = 0.0
 
 
-def _compare(
-    eager: nn.Module,
-    kernel: NativeKernel,
-    signature: SiteSignature,
-    batch: int,
-    seed: int,
-    output: _Deviation,
-    gradient: _Deviation,
-) -> None:
-    h, tangent = (_normal(signature, batch, seed + offset) for offset in (10, 20))
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """An input of native code: what is drawn, and how h and dL/dy lie in memory."""
+
+    signature: SiteSignature
+    batch: int
+    seed: int
+    lay: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+
+
+def _compare(eager: nn.Module, kernel: NativeKernel, case: _Case, output: _Deviation, gradient: _Deviation) -> None:
+    h, tangent = (normal(case.signature, case.batch, case.seed + offset) for offset in (10, 20))
     exact_module = copy.deepcopy(eager).double()
-    exact = _step(exact_module, exact_module, h.detach().double().requires_grad_(), tangent.double())
-    theirs = _step(eager, eager, h, tangent)
-    native = NativeModule(kernel, eager)
-    # the layout of an input is the host's business: every other seed hands over a transposed one
-    ours = _step(native, eager, _transposed(h) if seed % 2 else h, tangent)
-    if native.fallback is not None:
-        raise KernelRejectedError(f"native code does not take its own input: {native.fallback}")
+    exact = step(exact_module, exact_module, h.detach().double().requires_grad_(), tangent.double())
+    theirs = step(eager, eager, h, tangent)
+    ours = native_step(NativeModule(kernel, eager), laid(h, case.lay), case.lay(tangent.detach()))
     most = largest(*(float(tensor.abs().max()) for tensor in exact[1:]))
     for index, reference in enumerate(exact):
         found = output if index == 0 else gradient
@@ -174,24 +195,6 @@ def _compare(
         found.native = largest(found.native, float((ours[index].double() - reference).abs().max()) / scale)
         found.eager = largest(found.eager, float((theirs[index].double() - reference).abs().max()) / scale)
         found.between = largest(found.between, float((ours[index] - theirs[index]).abs().max()) / scale)
-
-
-def _step(
-    run: Callable[[torch.Tensor], torch.Tensor], module: nn.Module, h: torch.Tensor, tangent: torch.Tensor
-) -> list[torch.Tensor]:
-    """y, and the gradients of h and of every parameter that has one."""
-    with torch.enable_grad():
-        y = run(h)
-        gradients = torch.autograd.grad(
-            y, [h, *module.parameters()], tangent, materialize_grads=True, allow_unused=True
-        )
-    return [y.detach(), *gradients]
-
-
-def _batches(facts: NativeFacts) -> Sequence[int]:
-    """The smallest batch that is taken, odd and even ones above it, and the largest within reason."""
-    wanted = (facts.min_batch, facts.min_batch + 1, 17, 64)
-    return sorted({min(max(batch, facts.min_batch), facts.max_batch) for batch in wanted})
 
 
 def _stir(module: nn.Module, seed: int) -> None:
@@ -203,15 +206,9 @@ def _stir(module: nn.Module, seed: int) -> None:
             parameter.add_((scale * torch.randn(parameter.shape, generator=generator)).to(parameter))
 
 
-def _normal(signature: SiteSignature, batch: int, seed: int) -> torch.Tensor:
-    drawn = torch.randn(signature.shape(batch), generator=torch.Generator().manual_seed(seed))
-    return drawn.to(signature.device, getattr(torch, signature.dtype)).requires_grad_()
-
-
 def _transposed(h: torch.Tensor) -> torch.Tensor:
-    """The same values in another layout, as a leaf of its own."""
     order = list(range(h.ndim))[::-1]
-    return h.detach().permute(order).contiguous().permute(order).requires_grad_()
+    return h.permute(order).contiguous().permute(order)
 
 
 def _on(module: nn.Module, signature: SiteSignature) -> nn.Module:

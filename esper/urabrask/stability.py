@@ -45,16 +45,20 @@ def finite_gradient(subject: Subject) -> Finding:
 def stability(subject: Subject) -> Finding:
     """`stable_large`, `_tiny`, `_zero`, `_nan` and `_inf`: outputs and gradients, with moved weights."""
     h = subject.first_input()
-    dtype = subject.signature.dtype
-    poisoned = {
+    poisoned = extremes(h, subject.signature.dtype)
+    findings = [_compared(subject, name, one, h) for name, one in poisoned.items()]
+    return merge(*findings, Finding(figures={"headroom_decades": headroom(subject)}))
+
+
+def extremes(h: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
+    """What an ordinary h is turned into, by the name of the check."""
+    return {
         "stable_large": h * LARGE[dtype],
         "stable_tiny": h * TINY[dtype],
         "stable_zero": torch.zeros_like(h),
         "stable_nan": _with_first_value(h, torch.nan),
         "stable_inf": _with_first_value(h, torch.inf),
     }
-    findings = [_compared(subject, name, one, h) for name, one in poisoned.items()]
-    return merge(*findings, Finding(figures={"headroom_decades": headroom(subject)}))
 
 
 def headroom(subject: Subject) -> float:

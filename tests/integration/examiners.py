@@ -16,6 +16,9 @@ from pathlib import Path
 import torch
 
 from esper.leyline import BlueprintIR, Check, SiteSignature, ValidationReport
+from esper.leyline.native import NativeVerdict
+from esper.leyline.runtime import NativeKernel
+from esper.urabrask.native import examine_native
 
 CRASH, EXIT, HANG, HOG, ASK_TOO_MUCH, RAISE, FAIL, BABBLE, FAMILY, TELL, PRINT = range(101, 112)
 """Channels of the site at which each happens; all other sites pass."""
@@ -66,6 +69,18 @@ def _babble() -> None:
                 os.write(number, b"\xff" * 64)
                 time.sleep(3600)
     raise AssertionError("no pipe")
+
+
+def examine_crashing(module: torch.nn.Module, signature: SiteSignature, kernel: NativeKernel) -> NativeVerdict:
+    """Examines native code that reads where nothing is, once it meets a NaN."""
+
+    def forward(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        if inputs[-1].isnan().any():
+            sys.stderr.write("met a NaN\n")
+            ctypes.string_at(0)
+        return kernel.forward(inputs)
+
+    return examine_native(module, signature, NativeKernel("crashing", kernel.facts, forward, kernel.backward))
 
 
 _DEEDS: dict[int, Callable[[], object]] = {

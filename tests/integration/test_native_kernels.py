@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from esper.leyline import (
     BlueprintStatus,
     CompiledKernelArtifact,
     CompileJob,
+    Fault,
     Pipeline,
     SeedStage,
     SiteKind,
@@ -35,9 +37,11 @@ from esper.leyline.container import kernel_id_of, pack
 from esper.leyline.lower import lower
 from esper.leyline.native import FASTER, NativeFacts, NativeVerdict, Rung
 from esper.leyline.runtime import NativeKernel, NativeModule, open_native
+from esper.tezzeret import wire
 from esper.tezzeret.compile import Unsigned, benchmark, build, sign
 from esper.tezzeret.fingerprint import target_fingerprint
 from esper.tezzeret.native import compile_native
+from esper.tezzeret.process import CompilerProcess
 from esper.tezzeret.worker import Compiled, work_once
 from esper.tolaria.costs import HostCosts
 from esper.urabrask.gauntlet import examine
@@ -101,6 +105,10 @@ def test_what_was_built_is_right_and_says_how_fast_it_is(built: Built):
     checks = {check.name: check for check in built.verdict.checks}
     assert checks["native.output"].passed, checks["native.output"]
     assert checks["native.gradient"].passed, checks["native.gradient"]
+    assert {"native.stable_large", "native.stable_nan", "native.deterministic"} <= checks.keys()
+    assert all(check.passed for check in checks.values()), checks
+    assert built.artifact.report.figures["native_saved_bytes"] > 0
+    assert built.unsigned.manifest.report.figures["eager_saved_bytes"] > 0
     assert built.verdict.tolerance < 1e-5
     assert built.verdict.timing is not None
     assert built.verdict.timing.native_ms > 0
@@ -140,6 +148,23 @@ def test_a_worker_makes_it_in_a_process_of_its_own_and_files_the_figures():
     assert (result.speed == 1.0) is (kernel.optimization_level == 0)
     loaded = KernelLoader(hub, PUBLIC, KernelCache(1 << 24)).load(kernel.kernel_id, SITE, CPU)
     assert (loaded.native is not None) is (kernel.optimization_level == 1), loaded.no_native
+
+
+def test_native_code_that_crashes_under_examination_ends_its_process_and_is_told_of(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    blueprint = Blueprint(blueprint_id="b1", name=DESIGN, ir=IR, ir_hash=canonical_hash(IR), created_at=1.0)
+    job = CompileJob(
+        job_id="j1", blueprint=blueprint, signature=SITE, pipeline=Pipeline.OPTIMIZED, worker="w1", deadline=0.0
+    )
+    compiler = CompilerProcess("esper.urabrask.gauntlet:examine", examine_native="examiners:examine_crashing")
+    try:
+        verdict = compiler.build(job, lambda: None)
+    finally:
+        compiler.close()
+    assert isinstance(verdict, wire.Broken), verdict
+    assert verdict.fault is Fault.DEATH
+    assert "SIGSEGV" in verdict.reason
+    assert "met a NaN" in verdict.log
 
 
 # ---------------------------------------------------------------- the runtime

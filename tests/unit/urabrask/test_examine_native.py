@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from native_samples import NANS, native_of
 
 from esper.leyline import KernelRejectedError, SiteKind, SiteSignature
 from esper.leyline.lower import lower
+from esper.leyline.runtime import NativeKernel
 from esper.urabrask.native import examine_native
 from esper.urza.library import load_library
 
@@ -41,3 +44,94 @@ def test_a_wrong_gradient_fails_its_check_and_nothing_is_timed():
     assert verdict.timing is None
     assert "native.gradient" in verdict.reason
     assert torch.isfinite(torch.tensor(verdict.tolerance))
+
+
+NAMES = [f"native.stable_{which}" for which in ("large", "tiny", "zero", "nan", "inf")]
+
+
+def test_the_report_says_what_was_looked_at_and_what_the_forward_keeps():
+    verdict = examine_native(MODULE, SITE, native_of(MODULE, SITE))
+    names = [check.name for check in verdict.checks]
+    assert names == ["native.output", "native.gradient", *NAMES, "native.deterministic", "native.speed"]
+    # the sample saves its inputs: the parameters, which are not counted, and 32 samples of h
+    assert verdict.figures["native_saved_bytes"] == 32 * 6 * 4
+    assert verdict.figures["eager_saved_bytes"] > 32 * 6 * 4
+
+
+def spoiled(where: Sequence[bool] | torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    return torch.where(torch.as_tensor(where), torch.nan, tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_met"),
+    [
+        ("large", lambda h: 1e3 < h.abs().max() < torch.inf),
+        ("tiny", lambda h: 0 < h.abs().max() < 1e-20),
+        ("zero", lambda h: h.abs().max() == 0),
+        ("nan", lambda h: h.isnan().any()),
+        ("inf", lambda h: h.isinf().any()),
+    ],
+)
+def test_each_extreme_input_has_a_check_that_fails(name: str, is_met):
+    right = native_of(MODULE, SITE)
+
+    def forward(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        [y] = right.forward(inputs)
+        return [spoiled(is_met(inputs[-1]), y)]
+
+    def backward(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        found = right.backward(inputs)
+        return [*found[:-1], spoiled(is_met(inputs[-2]), found[-1])]
+
+    for kernel, what in (
+        (NativeKernel("f", right.facts, forward, right.backward), "the output"),
+        (NativeKernel("b", right.facts, right.forward, backward), "the gradient of h"),
+    ):
+        verdict = examine_native(MODULE, SITE, kernel)
+        [failed] = [check for check in verdict.checks if not check.passed]
+        assert failed.name == f"native.stable_{name}"
+        assert what in failed.detail
+        assert verdict.timing is None
+        assert f"native.stable_{name}: not finite where eager is" in verdict.reason
+
+
+def test_code_that_raises_at_an_extreme_input_has_failed_with_its_words():
+    right = native_of(MODULE, SITE)
+
+    def forward(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        if inputs[-1].isnan().any():
+            raise RuntimeError("run_func_ failed")
+        return right.forward(inputs)
+
+    verdict = examine_native(MODULE, SITE, NativeKernel("r", right.facts, forward, right.backward))
+    [failed] = [check for check in verdict.checks if not check.passed]
+    assert (failed.name, failed.detail) == ("native.stable_nan", "raises: run_func_ failed")
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_code_that_does_not_repeat_itself_fails(place: str):
+    turns = iter(range(10_000))
+
+    def change(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return [tensors[0] * (1.0 + 2**-22 * (next(turns) % 2)), *tensors[1:]]
+
+    verdict = examine_native(MODULE, SITE, native_of(MODULE, SITE, **{place: change}))
+    [failed] = [check for check in verdict.checks if not check.passed]
+    assert failed.name == "native.deterministic"
+    assert ("the output" if place == "forward" else "the gradient of ") in failed.detail
+
+
+def test_it_is_tried_with_odd_batches_and_inputs_that_are_not_contiguous():
+    met: set[tuple[int, bool]] = set()
+    module = lower(load_library()["mlp_adapter"].ir, SITE)
+    right = native_of(module, SITE)
+
+    class Watched(NativeKernel):
+        def conflict(self, h: torch.Tensor) -> str | None:
+            met.add((h.shape[0], h.is_contiguous()))
+            return super().conflict(h)
+
+    examine_native(module, SITE, Watched("w", right.facts, right.forward, right.backward))
+    assert {batch for batch, _ in met} >= {1, 2, 3, 16, 17, 64}
+    assert (17, False) in met
+    assert (17, True) in met
