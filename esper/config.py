@@ -263,6 +263,9 @@ class TamiyoConfig(Section):
     strategy: Strategy = "ramp"
     lr_factor: PositiveFloat = 1.0
     """Learning rate of a kernel on the live path, as a factor of the host's."""
+    ask_before_graft: bool = False
+    """Whether no kernel enters the live path before a person says so (`esper runs approve`). Without the setting a
+    person may still veto."""
     schedule: tuple[ScheduledGraft, ...] = ()
     """For the `schedule` policy."""
     deadline_s: PositiveFloat = 5.0

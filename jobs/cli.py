@@ -6,7 +6,6 @@ Errors a person can mend are one line and exit code 2; others exit with 1; an in
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -18,7 +17,8 @@ from esper.leyline.errors import EsperError, UserError
 from jobs.blueprints import blueprints_app
 from jobs.bus import bus_app
 from jobs.kernels import kernels_app
-from jobs.options import DEFAULT_STORAGE, Json, Storage, print_json
+from jobs.options import DEFAULT_STORAGE, Json, RunArg, Storage, complete_run, print_json
+from jobs.steering import approve, veto
 from jobs.urza import urza_app
 
 app = typer.Typer(
@@ -39,29 +39,10 @@ app.add_typer(urza_app, name="urza")
 app.add_typer(bus_app, name="bus")
 
 
-def _complete_run(incomplete: str) -> list[str]:
-    from jobs.runs import RunStore
-
-    try:
-        return [
-            run
-            for run in RunStore(os.environ.get("ESPER_STORAGE", DEFAULT_STORAGE)).ids()
-            if run.startswith(incomplete)
-        ]
-    except EsperError:
-        return []
-
-
 def _complete_bench(incomplete: str) -> list[str]:
     from jobs.bench import BENCHMARKS
 
     return [name for name in BENCHMARKS if name.startswith(incomplete)]
-
-
-RunArg = Annotated[
-    str,
-    typer.Argument(metavar="RUN", help="Run id, a unique beginning of one, or `latest`.", autocompletion=_complete_run),
-]
 
 
 # ---------------------------------------------------------------- train
@@ -76,7 +57,7 @@ def train(
     config_option: Annotated[Path | None, typer.Option("--config", help="The same as the first argument.")] = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="RUN", help="Continue a run that was interrupted.", autocompletion=_complete_run),
+        typer.Option(metavar="RUN", help="Continue a run that was interrupted.", autocompletion=complete_run),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sites, fitting blueprints and cost; train nothing.")
@@ -216,6 +197,10 @@ def runs_report(
 
     path = RunStore(storage).write_report(run, out)
     print_json({"report": path}) if as_json else typer.echo(path)
+
+
+runs_app.command("approve")(approve)
+runs_app.command("veto")(veto)
 
 
 # ---------------------------------------------------------------- platform

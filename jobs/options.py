@@ -100,3 +100,23 @@ def _column(table: str, column: str) -> list[Any]:
         return opened.to_pyarrow_table(columns=[column])[column].to_pylist()
     except (EsperError, DeltaError, OSError):
         return []
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Ids of runs that begin so; none where the storage cannot be read."""
+    from jobs.runs import RunStore
+
+    try:
+        return [
+            run
+            for run in RunStore(os.environ.get("ESPER_STORAGE", DEFAULT_STORAGE)).ids()
+            if run.startswith(incomplete)
+        ]
+    except EsperError:
+        return []
+
+
+RunArg = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="Run id, a unique beginning of one, or `latest`.", autocompletion=complete_run),
+]

@@ -10,6 +10,7 @@ from pydantic import Field
 from esper.leyline.contract import API_VERSION, Contract, Finite, Fraction, Name, new_id, now
 from esper.leyline.kernels import SiteSignature, ValidationReport
 from esper.leyline.seeds import SeedStage
+from esper.leyline.steering import PersonsWord
 
 # ---------------------------------------------------------------- evidence
 
@@ -167,6 +168,7 @@ class SystemStatePacket(Contract):
         options: the kernels that fit and are ready.
         embargoed: `site` or `site:blueprint` keys that must not be grown at present.
         missing: systems the run goes without at present, in words.
+        words: what people said of adaptations, the newest of each.
     """
 
     api_version: int = API_VERSION
@@ -178,6 +180,7 @@ class SystemStatePacket(Contract):
     embargoed: tuple[str, ...] = ()
     governor: str = "ok"
     missing: tuple[str, ...] = ()
+    words: tuple[PersonsWord, ...] = ()
 
 
 # ---------------------------------------------------------------- commands

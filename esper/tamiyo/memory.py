@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from esper.config import TamiyoConfig
-from esper.leyline import ConflictError, Contract, HealthSignal, SeedStage, SystemStatePacket
+from esper.leyline import BlendStrategy, ConflictError, Contract, HealthSignal, SeedStage, SystemStatePacket
 from esper.leyline.contract import Finite
 
 
@@ -23,6 +23,7 @@ class Attempt(Contract):
         since_epoch: epoch of the decision that began it.
         stage: where the seed stood when it was last seen.
         num_parameters, flops_per_sample: what its kernel costs, reserved until the seed is on the live path.
+        asked, vetoed: whether a person was asked for a word, and whether a veto was carried out.
     """
 
     site: str
@@ -33,6 +34,9 @@ class Attempt(Contract):
     stage: SeedStage
     num_parameters: Annotated[int, Field(ge=0)] = 0
     flops_per_sample: Annotated[int, Field(ge=0)] = 0
+    strategy: BlendStrategy = BlendStrategy.RAMP
+    asked: bool = False
+    vetoed: bool = False
 
 
 class TamiyoState(Contract):

@@ -24,7 +24,7 @@ from esper.tamiyo.memory import Attempt, TamiyoState, observe, read_state
 from esper.tamiyo.orders import Order, Policy, Proposal
 from esper.tamiyo.policies import NoGrowth, RandomGrowth, ScheduledGrowth
 from esper.tamiyo.safety import GOVERNOR_CRITICAL, GOVERNOR_OK, judge
-from esper.tamiyo.tending import tend
+from esper.tamiyo.tending import Care, tend
 
 
 def policy_for(config: TamiyoConfig) -> Policy:
@@ -57,7 +57,7 @@ def step(
         ConflictError: if `state` is not a state of this version.
     """
     seen = observe(read_state(state), packet, config)
-    care = tend(seen, packet)
+    care = tend(seen, packet, config)
     proposal = policy_for(config).propose(seen, packet)
     verdict = judge(seen, packet, config, (*care.orders, *proposal.orders))
     vetoes = (*proposal.vetoes, *verdict.vetoes)
@@ -66,15 +66,24 @@ def step(
         run_id=packet.run_id,
         epoch=packet.epoch.epoch,
         policy=config.policy,
-        severity=_severity(packet, verdict.accepted),
+        severity=_severity(packet, verdict.accepted, care),
         commands=tuple(_command(order, _id(seen, packet, str(i))) for i, order in enumerate(verdict.accepted)),
         vetoes=vetoes,
         reason=_reason(packet, verdict.accepted, care.notes, proposal, vetoes),
     )
-    return _remember(seen, proposal, verdict.accepted).to_json(), signal
+    return _remember(seen, proposal, verdict.accepted, care).to_json(), signal
 
 
-def _remember(state: TamiyoState, proposal: Proposal, accepted: Sequence[Order]) -> TamiyoState:
+def _remember(state: TamiyoState, proposal: Proposal, accepted: Sequence[Order], care: Care) -> TamiyoState:
+    known = tuple(
+        attempt.model_copy(
+            update={
+                "asked": attempt.asked or attempt.seed_id in care.asked,
+                "vetoed": attempt.vetoed or attempt.seed_id in care.vetoed,
+            }
+        )
+        for attempt in state.under_way
+    )
     begun = tuple(
         Attempt(
             site=order.site,
@@ -85,6 +94,7 @@ def _remember(state: TamiyoState, proposal: Proposal, accepted: Sequence[Order])
             stage=SeedStage.GERMINATED,
             num_parameters=order.option.num_parameters,
             flops_per_sample=order.option.flops_per_sample,
+            strategy=order.strategy,
         )
         for order in accepted
         if order.option is not None
@@ -94,15 +104,17 @@ def _remember(state: TamiyoState, proposal: Proposal, accepted: Sequence[Order])
         update={
             "num_adaptations": state.num_adaptations + len(begun),
             "rng_counter": state.rng_counter + proposal.num_draws,
-            "under_way": (*state.under_way, *begun),
+            "under_way": (*known, *begun),
             "schedule_done": tuple(sorted({*state.schedule_done, *proposal.given_up, *entries})),
         }
     )
 
 
-def _severity(packet: SystemStatePacket, accepted: Sequence[Order]) -> Severity:
+def _severity(packet: SystemStatePacket, accepted: Sequence[Order], care: Care) -> Severity:
     if packet.governor.startswith(GOVERNOR_CRITICAL):
         return Severity.CRITICAL
+    if care.asked:  # people should see it, once
+        return Severity.WARNING
     if packet.governor != GOVERNOR_OK or any(order.action in {Action.CULL, Action.RETIRE} for order in accepted):
         return Severity.WARNING
     return Severity.INFO

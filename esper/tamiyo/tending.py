@@ -1,27 +1,41 @@
 """The rule for seeds under way, the same for every policy: an open gate advances them, a gate that asks for removal
 culls or retires them, and a gate that says neither leaves them alone. Health that did not come is never taken for
-good health.
+good health. A person's veto removes a seed whatever its gate says; where the run asks for it, nothing enters the live
+path without a person's approval.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from esper.leyline import NEXT, Action, HealthSignal, SystemStatePacket
-from esper.tamiyo.memory import TamiyoState
+from esper.config import TamiyoConfig
+from esper.leyline import NEXT, Action, BlendStrategy, HealthSignal, SeedStage, SystemStatePacket
+from esper.leyline.steering import Verdict
+from esper.tamiyo.memory import Attempt, TamiyoState
 from esper.tamiyo.orders import Order
 
 
 @dataclass(frozen=True, slots=True)
 class Care:
-    """Orders for seeds under way, removals first, and what is said of those that are left alone."""
+    """Orders for seeds under way, removals first, and what is said of those that are left alone.
+
+    Attributes:
+        asked: ids of seeds for which a person is asked now, for the first time.
+        vetoed: ids of those that are removed by a person's word.
+    """
 
     orders: tuple[Order, ...]
     notes: tuple[str, ...]
+    asked: tuple[str, ...] = ()
+    vetoed: tuple[str, ...] = ()
 
 
-def tend(state: TamiyoState, packet: SystemStatePacket) -> Care:
+def tend(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig) -> Care:
     """Returns what to do with every seed that has begun and not ended."""
+    attempts = {attempt.seed_id: attempt for attempt in state.under_way}
+    words = {(word.seed_id, word.kernel_id): word for word in packet.words}
+    asked: list[str] = []
+    vetoed: list[str] = []
     removals: list[Order] = []
     advances: list[Order] = []
     notes: list[str] = []
@@ -30,10 +44,21 @@ def tend(state: TamiyoState, packet: SystemStatePacket) -> Care:
             if not seed.stage.is_active:
                 continue
             name = f"{seed.layer_id}/{seed.seed_id}"
-            if min(layer.epoch, seed.epoch) != packet.epoch.epoch:
+            attempt = attempts.get(seed.seed_id)
+            word = words.get((seed.seed_id, seed.kernel_id or (attempt.kernel_id if attempt else None) or ""))
+            if attempt and word is not None and word.verdict is Verdict.VETO:
+                vetoed.append(seed.seed_id)
+                if attempt.vetoed:
+                    notes.append(f"{name} is on its way out: {word.in_words}")
+                else:
+                    removals.append(_removal(seed, name, word.in_words))
+            elif min(layer.epoch, seed.epoch) != packet.epoch.epoch:
                 notes.append(f"{name} is left in {seed.stage}: its health is of epoch {min(layer.epoch, seed.epoch)}")
             elif seed.should_cull:
                 removals.append(_removal(seed, name))
+            elif seed.is_ready_for_transition and config.ask_before_graft and _would_graft(seed, attempt) and not word:
+                notes.append(f"{name} waits for a person: esper runs approve {packet.run_id} {seed.seed_id}, or veto")
+                asked += [] if attempt is None or attempt.asked else [seed.seed_id]
             elif seed.is_ready_for_transition:
                 advances.append(_order(Action.ADVANCE, seed, f"advancing {name} from {seed.stage}"))
             else:
@@ -44,17 +69,23 @@ def tend(state: TamiyoState, packet: SystemStatePacket) -> Care:
         for attempt in state.under_way
         if attempt.site not in reported
     )
-    return Care((*removals, *advances), tuple(notes))
+    return Care((*removals, *advances), tuple(notes), tuple(asked), tuple(vetoed))
 
 
-def _removal(seed: HealthSignal, name: str) -> Order:
+def _would_graft(seed: HealthSignal, attempt: Attempt | None) -> bool:
+    """Whether its next stage puts it on the live path. One that nobody here began is taken for direct: it might be."""
+    is_direct = attempt is None or attempt.strategy is BlendStrategy.DIRECT
+    return seed.stage is SeedStage.TRAINING or (seed.stage is SeedStage.GERMINATED and is_direct)
+
+
+def _removal(seed: HealthSignal, name: str, why: str = "") -> Order:
     """A cull behind the host leaves no trace; once the host leans on a kernel, alpha goes down while it trains on."""
     if seed.stage.is_blended:
-        return _order(Action.RETIRE, seed, f"retiring {name} from {seed.stage}")
-    return _order(Action.CULL, seed, f"culling {name} from {seed.stage}")
+        return _order(Action.RETIRE, seed, f"retiring {name} from {seed.stage}", why)
+    return _order(Action.CULL, seed, f"culling {name} from {seed.stage}", why)
 
 
-def _order(action: Action, seed: HealthSignal, what: str) -> Order:
+def _order(action: Action, seed: HealthSignal, what: str, why: str = "") -> Order:
     if action is Action.ADVANCE and seed.stage in NEXT:
         what = f"{what} towards {NEXT[seed.stage]}"
-    return Order(action, seed.layer_id, seed.seed_id, seed.gate or "its gate gave no reason", deed=what)
+    return Order(action, seed.layer_id, seed.seed_id, why or seed.gate or "its gate gave no reason", deed=what)

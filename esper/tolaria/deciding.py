@@ -16,6 +16,7 @@ from esper.tolaria.commands import CommandLog, LoggedDecision
 from esper.tolaria.course import Course
 from esper.tolaria.packet import HostSize, budget_state, kernel_options
 from esper.tolaria.reach import Reach
+from esper.tolaria.steering import Steering
 
 _SETTLE_PAUSE_S = 0.1
 
@@ -27,12 +28,16 @@ class Deciding:
         course: the run.
         reach: to Tamiyo and Urza.
         commands: the durable log, in deterministic mode on rank 0.
+        steering: what people said, on rank 0.
 
     Attributes:
         memory: Tamiyo's state, opaque.
     """
 
-    def __init__(self, course: Course, *, reach: Reach, commands: CommandLog | None) -> None:
+    def __init__(
+        self, course: Course, *, reach: Reach, commands: CommandLog | None, steering: Steering | None = None
+    ) -> None:
+        self._steering = steering
         self._course = course
         self._reach = reach
         self._commands = commands
@@ -140,6 +145,7 @@ class Deciding:
             embargoed=tuple(embargoed),
             governor=governor,
             missing=self._reach.missing,
+            words=() if self._steering is None else self._steering.heard(),
         )
         answer = self._reach.ask("Tamiyo", lambda: controller.decide(self.memory, packet))
         if answer is not None and self._commands is not None:

@@ -31,6 +31,7 @@ from esper.tolaria.course import Ports
 from esper.tolaria.evidence import Evaluation
 from esper.tolaria.optim import SEED_KEY, Optimization, clip_norms
 from esper.tolaria.session import Session
+from esper.tolaria.steering import Steering
 from esper.tolaria.workload import (
     Batch,
     Workload,
@@ -138,6 +139,7 @@ class Trainer:
             steps_per_epoch=self._num_batches,
             device=self._device,
             commands=commands,
+            steering=Steering(self._folder) if self._is_first else None,
         )
         self._presence = Presence()
         self._best = Best()

@@ -48,10 +48,11 @@ def seed_everything(seed: int) -> None:
 
 def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Returns a short hash of each tensor's bytes: equal where, and for all that matters only where, the bits are."""
-    return {
-        name: hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()[:16]
-        for name, tensor in tensors.items()
-    }
+    return {name: hashlib.sha256(memoryview(_bytes(tensor))).hexdigest()[:16] for name, tensor in tensors.items()}
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def rng_state() -> dict[str, Any]:

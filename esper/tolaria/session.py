@@ -47,6 +47,7 @@ from esper.tolaria.packet import HostSize, live_flops, live_params
 from esper.tolaria.precision import Precision
 from esper.tolaria.reach import Reach
 from esper.tolaria.recorder import Recorder, metrics_of
+from esper.tolaria.steering import Steering
 from esper.tolaria.task import Task
 from esper.tolaria.workload import Batch, Batches, batch_len, model_args, parts_of
 
@@ -79,6 +80,7 @@ class Session:
         steps_per_epoch: 0 if unknown until the first epoch has ended.
         device: where the model lies.
         commands: the durable log of decisions, in deterministic mode.
+        steering: what people say of the run's adaptations.
         limits: of the governor.
 
     Attributes:
@@ -102,6 +104,7 @@ class Session:
         steps_per_epoch: int = 0,
         device: torch.device | None = None,
         commands: CommandLog | None = None,
+        steering: Steering | None = None,
         limits: governor.Limits | None = None,
     ) -> None:
         where, limits = device or torch.device("cpu"), limits or governor.Limits()
@@ -119,7 +122,7 @@ class Session:
         self._adaptation = Adaptation(self.course, chronicle=self._chronicle, reach=self.reach, limits=limits)
         self._guard = Guard(self.course, adaptation=self._adaptation, chronicle=self._chronicle, limits=limits)
         self._optimizing = Optimizing(self.course, chronicle=self._chronicle, reach=self.reach)
-        self._deciding = Deciding(self.course, reach=self.reach, commands=commands)
+        self._deciding = Deciding(self.course, reach=self.reach, commands=commands, steering=steering)
         self.precision = Precision(config.tolaria.precision, where.type)
         self._costs = HostCosts(growable, task.loss_fn, precision=self.precision)
         self.host_size = HostSize(live_params(growable), self._costs.forward(example) // len(example[0]))

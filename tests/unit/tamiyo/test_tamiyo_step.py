@@ -20,6 +20,7 @@ from esper.leyline import (
     SeedStage,
     Severity,
 )
+from esper.leyline.steering import PersonsWord
 from esper.tamiyo import LocalController, Order, initial_state, step
 from esper.tamiyo.memory import read_state
 from esper.tamiyo.safety import judge, last_growth_epoch
@@ -46,6 +47,66 @@ def test_a_gate_that_asks_for_removal_wins_over_one_that_is_open():
     assert command.reason == "no gain in 6 epochs"
     assert signal.reason == "culling a/s0 from TRAINING: no gain in 6 epochs"
     assert signal.severity is Severity.WARNING
+
+
+def word(verdict, kernel_id="k1", **rest):
+    return PersonsWord(
+        run_id="run", site="a", seed_id="s0", kernel_id=kernel_id, verdict=verdict, by="ada", reason="I say so", **rest
+    )
+
+
+def at_the_gate(epoch=5, *, stage=SeedStage.TRAINING, words=(), ready=True):
+    seed = layer(
+        "a", epoch, stage=stage, kernel_id="k1", is_ready_for_transition=ready, gate="gain 0.1", evidence=SHADOW
+    )
+    return packet(epoch, seed, words=words)
+
+
+def test_where_a_person_is_asked_nothing_enters_the_live_path_before_the_answer():
+    asking = TamiyoConfig(ask_before_graft=True)
+    state, first = step(initial_state(asking, 0), at_the_gate(5), asking)
+    assert first.commands == ()
+    assert "a/s0 waits for a person: esper runs approve run s0, or veto" in first.reason
+    assert first.severity is Severity.WARNING  # people should see it
+    state, second = step(state, at_the_gate(6, words=(word("approve", kernel_id="another"),)), asking)
+    assert second.commands == ()
+    assert second.severity is Severity.INFO
+    _, third = step(state, at_the_gate(7, words=(word("approve"),)), asking)
+    assert [command.action for command in third.commands] == [Action.ADVANCE]
+    _, signal = step(initial_state(asking, 0), at_the_gate(5, stage=SeedStage.EVALUATING), asking)
+    assert [command.action for command in signal.commands] == [Action.ADVANCE]  # it is on the live path already
+    _, unasked = step(initial_state(CONFIG, 0), at_the_gate(5), CONFIG)
+    assert [command.action for command in unasked.commands] == [Action.ADVANCE]
+
+
+@pytest.mark.parametrize(
+    ("stage", "action"),
+    [(SeedStage.GERMINATED, Action.CULL), (SeedStage.TRAINING, Action.CULL), (SeedStage.EVALUATING, Action.RETIRE)],
+)
+def test_a_veto_removes_once_whatever_the_gate_says(stage, action):
+    vetoed = (word("veto"),)
+    state, signal = step(initial_state(CONFIG, 0), at_the_gate(5, stage=stage, words=vetoed), CONFIG)
+    (command,) = signal.commands
+    assert command.action is action
+    assert command.reason == "vetoed by ada: I say so"
+    if stage.is_blended:  # alpha goes down over some epochs
+        _, again = step(state, at_the_gate(6, stage=stage, words=vetoed), CONFIG)
+        assert again.commands == ()
+        assert "a/s0 is on its way out: vetoed by ada" in again.reason
+
+
+def test_a_direct_kernel_waits_before_its_first_step():
+    asking = TamiyoConfig(ask_before_graft=True, policy="schedule", strategy="direct", schedule=(
+        ScheduledGraft(epoch=0, site="a", blueprint="conv", strategy="direct"),
+    ))  # fmt: skip
+    state, signal = step(
+        initial_state(asking, 0), packet(0, layer("a", 0, potential=0.5), options=[option("a", "conv")]), asking
+    )
+    assert [command.action for command in signal.commands] == [Action.GERMINATE]
+    germinated = layer("a", 1, stage=SeedStage.GERMINATED, kernel_id="a-conv", is_ready_for_transition=True)
+    _, signal = step(state, packet(1, germinated), asking)
+    assert signal.commands == ()
+    assert "waits for a person" in signal.reason
 
 
 def test_a_kernel_that_the_host_leans_on_is_retired_and_not_torn_out():

@@ -6,9 +6,12 @@ import itertools
 
 import pytest
 import torch
-from tolaria_support import SITE, Crash, CrashAt, config, equal, train, workload
+from tolaria_support import SIGNATURE, SITE, Crash, CrashAt, config, equal, kernel_hub, train, workload
 
 from esper.leyline import SeedStage
+from esper.leyline.steering import PersonsWord, Verdict
+from esper.storage import Storage
+from esper.tolaria.steering import Steering
 
 SLOW_SEED = f'[{{epoch: 0, site: "{SITE}", blueprint: mlp_2x, lr_factor: 0.1}}]'
 
@@ -62,6 +65,38 @@ def test_a_resumed_run_ends_bit_equal_under_each(tmp_path, settings):
         train(tmp_path / "disturbed", chosen, faults=CrashAt("step", 14))
     _, resumed = train(tmp_path / "disturbed", chosen, resume=True)
     assert equal(weights, resumed)
+
+
+class Person:
+    """Says a word about the first kernel at the end of an epoch."""
+
+    def __init__(self, directory, verdict: Verdict, epoch: int) -> None:
+        self.steering, self.verdict, self.epoch = Steering(Storage.at(directory)), verdict, epoch
+
+    def at(self, place: str, epoch: int) -> None:
+        if (place, epoch) == ("control", self.epoch):
+            [kernel] = kernel_hub()[0].kernels(signature=SIGNATURE)
+            word = PersonsWord(
+                run_id="run", site=SITE, seed_id="s0", kernel_id=kernel.kernel_id, verdict=self.verdict, by="ada"
+            )
+            self.steering.say(word)
+
+
+def test_a_run_that_asks_waits_for_the_word_and_grafts_on_it(tmp_path):
+    asking = config(tamiyo__ask_before_graft="true", tolaria__epochs="12", kasmina__max_training_epochs="11")
+    summary, _ = train(tmp_path / "silent", asking)
+    assert summary.events[-1].to_stage is SeedStage.TRAINING
+    summary, _ = train(tmp_path / "said", asking, faults=Person(tmp_path / "said", Verdict.APPROVE, 5))
+    graft = next(event for event in summary.events if event.to_stage is SeedStage.GRAFTING)
+    assert graft.epoch == 6
+    assert summary.events[-1].to_stage is SeedStage.FOSSILIZED
+
+
+def test_a_veto_removes_the_kernel_and_stands_in_the_summary(tmp_path):
+    summary, weights = train(tmp_path, faults=Person(tmp_path, Verdict.VETO, 1))
+    assert summary.events[-1].to_stage in {SeedStage.CULLED, SeedStage.DORMANT}
+    assert any(event.reason == "vetoed by ada" for event in summary.events)
+    assert not [name for name in weights if name.startswith("_esper.") and name.endswith("weight")]
 
 
 def test_a_seeds_own_rate_changes_what_it_learns(tmp_path):
