@@ -266,6 +266,7 @@ def shown(entry: KernelEntry) -> str:
         "id": kernel.kernel_id,
         "status": kernel.status.value,
         "blueprint": f"{kernel.blueprint_name} ({kernel.blueprint_id})",
+        "also known as": entry.aliases,
         "signature": kernel.signature.key,
         "pipeline": f"{kernel.pipeline.value}, optimization level {kernel.optimization_level}",
         "tags": kernel.tags,

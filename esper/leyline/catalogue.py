@@ -117,6 +117,7 @@ class KernelEntry(Contract):
     Attributes:
         performance: `speed` of its last benchmark; without one 1.0 for a kernel that runs as the eager module
             (optimization level 0), and None, not known, for native code.
+        aliases: names of other blueprints of the same IR that share it; it is found by their tags as well.
         benchmarks: the last few, oldest first.
     """
 
@@ -124,10 +125,17 @@ class KernelEntry(Contract):
     performance: Finite | None
     statistics: KernelStatistics
     benchmarks: tuple[BenchmarkResult, ...] = ()
+    aliases: tuple[Name, ...] = ()
 
 
 class KernelBrief(NamedTuple):
-    """What one chooses a kernel by. A thousand of these travel in the time of a hundred whole records."""
+    """What one chooses a kernel by. A thousand of these travel in the time of a hundred whole records.
+
+    There is one of each kernel, however many blueprints of the same IR share it: so a kernel is counted once, and
+    chosen as often as any other. `blueprint` is the one it was made from, as its signed container says; that name is
+    what a seed shows, and what failures and embargoes are kept by, so a design cannot escape them under another name.
+    `aliases` are the other blueprints' names, by which it may be asked for; `tags` are of all of them.
+    """
 
     kernel_id: str
     blueprint_id: str
@@ -139,6 +147,7 @@ class KernelBrief(NamedTuple):
     needs_neighbour: bool
     tags: tuple[str, ...]
     risk: float | None
+    aliases: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, kernel: CompiledKernelArtifact) -> KernelBrief:

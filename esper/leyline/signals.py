@@ -106,7 +106,7 @@ class LayerHealthReport(Contract):
 class KernelOption(Contract):
     """A kernel that fits a site and is ready, as Tamiyo sees it. Costs are per sample, forward.
 
-    `risk` is Urabrask's `risk_score`, None where there is none.
+    `risk` is Urabrask's `risk_score`, None where there is none. `blueprint` and `aliases`: see `KernelBrief`.
     """
 
     site: str
@@ -118,6 +118,7 @@ class KernelOption(Contract):
     zero_at_birth: bool
     tags: tuple[str, ...] = ()
     risk: Fraction | None = None
+    aliases: tuple[str, ...] = ()
 
 
 class BudgetState(Contract):

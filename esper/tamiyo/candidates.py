@@ -85,7 +85,7 @@ def find_candidates(
         state: after it has seen `packet`.
         packet: the current one.
         config: limits, and the strategy that kernels must suit.
-        blueprint: only kernels of this one, even where it failed before: somebody asked for it by name.
+        blueprint: only kernels that go by this name, even where they failed before: somebody asked for it by name.
     """
     room = room_of(state, packet)
     found: list[Candidate] = []
@@ -130,7 +130,7 @@ def _usable(
     """The kernels for this site that nothing forbids, or why there are none."""
     ready = [option for option in packet.options if option.site == site]
     if blueprint is not None:
-        ready = [option for option in ready if option.blueprint == blueprint]
+        ready = [option for option in ready if blueprint in {option.blueprint, *option.aliases}]
     if not ready:
         return "no kernel is ready" if blueprint is None else f"no kernel of {blueprint} is ready"
     usable: list[KernelOption] = []

@@ -118,7 +118,8 @@ class ScheduledGrowth:
             pending = f"; {packet.epoch.pending} kernels are still being compiled" if packet.epoch.pending else ""
             return found.excluded.get(entry.site, "no health came from this site") + pending
         option = candidate.options[0]
-        reason = f"scheduled for epoch {entry.epoch}: germinating {option.blueprint} at site {entry.site}"
+        made_from = "" if option.blueprint == entry.blueprint else f" (a kernel made from {option.blueprint})"
+        reason = f"scheduled for epoch {entry.epoch}: germinating {entry.blueprint} at site {entry.site}{made_from}"
         return candidate.germinate(option, entry, reason, entry=i)
 
 

@@ -52,7 +52,7 @@ def kernel_options(
     Args:
         hub: where they are.
         sites: name to signature.
-        blueprints: names that may be used; None for any.
+        blueprints: names that may be used, of any blueprint that has the kernel; None for any.
         fits: site and id of a blueprint that starts from a neighbouring layer, to whether the host has one there.
 
     Raises:
@@ -73,10 +73,11 @@ def kernel_options(
             zero_at_birth=kernel.zero_at_birth,
             tags=kernel.tags,
             risk=kernel.risk,
+            aliases=kernel.aliases,
         )
         for site, signature in sites.items()
         for kernel in kernels[signature]
-        if blueprints is None or kernel.blueprint in blueprints
+        if blueprints is None or not {kernel.blueprint, *kernel.aliases}.isdisjoint(blueprints)
         if not kernel.needs_neighbour or fits(site, kernel.blueprint_id)
     ]
     places = {site: place for place, site in enumerate(sites)}

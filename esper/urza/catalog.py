@@ -445,6 +445,7 @@ class Catalog:
 
     def _target_compiled(self, event: Event, body: records.TargetCompiled) -> None:
         target = self.target(event.id)
+        self._kernels.share(body.kernel_id, self.blueprint(target.blueprint_id))
         kernel_ids = dict.fromkeys((*target.kernel_ids, self.kernel(body.kernel_id).kernel_id))
         settled = target.settled | {body.fingerprint}
         self._replace(

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any
 
 from esper.leyline import (
+    Blueprint,
     CompiledKernelArtifact,
     FieldReport,
     KernelStatus,
@@ -30,7 +31,7 @@ from esper.leyline.catalogue import (
     KernelQuery,
     KernelStatistics,
 )
-from esper.leyline.kernels import check_kernel_transition
+from esper.leyline.kernels import check_kernel_transition, merged_tags
 
 KEPT_BENCHMARKS = 8
 """The last so many of a kernel are kept at hand; the log keeps all."""
@@ -83,6 +84,23 @@ class KernelIndex:
         self._by_status[kernel.status][id_] = None
         for tag in kernel.tags:
             self._by_tag.setdefault(tag, {})[id_] = None
+
+    def share(self, kernel_id: str, blueprint: Blueprint) -> None:
+        """Notes that a blueprint has this kernel: found by its name and tags from here on, those kept for Urabrask not.
+
+        See `KernelBrief` for what that means to those who choose.
+        """
+        brief = self._briefs[self.get(kernel_id).kernel_id]
+        names = dict.fromkeys((brief.blueprint, *brief.aliases, blueprint.name))
+        tags = tuple(dict.fromkeys((*brief.tags, *merged_tags(blueprint.tags, ()))))
+        if (len(names), len(tags)) == (1 + len(brief.aliases), len(brief.tags)):
+            return
+        self._briefs[kernel_id] = brief._replace(aliases=tuple(names)[1:], tags=tags)
+        for tag in tags[len(brief.tags) :]:
+            # oldest first, as in every index: it may be older than kernels that have the tag already
+            self._by_tag[tag] = dict.fromkeys(
+                sorted((*self._by_tag.get(tag, ()), kernel_id), key=self._places.__getitem__)
+            )
 
     def mark(self, kernel_id: str, status: KernelStatus) -> None:
         """Changes a status; raises `ConflictError` if the status table forbids it."""
@@ -175,6 +193,7 @@ class KernelIndex:
             performance=self.performance(kernel_id),
             statistics=self.statistics(kernel_id),
             benchmarks=self._benchmarks.get(kernel_id, ()),
+            aliases=self._briefs[kernel_id].aliases,
         )
 
     def search(self, query: KernelQuery, of_blueprint: Iterable[str] | None = None) -> KernelPage:

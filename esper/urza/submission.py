@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Protocol
 
@@ -180,7 +181,7 @@ def submit(hub: Assets, body: BlueprintSubmission) -> Submitted:
         misfits=tuple(Misfit(signature=signature, reason=reason) for signature, reason in reasons.items()),
         queue_position=outlook.queue_position,
         estimated_s=outlook.estimated_s,
-        note=_note(blueprint, has_targets=bool(targets)),
+        note="; ".join(filter(None, (_note(blueprint, has_targets=bool(targets)), _ignored(blueprint, body)))),
     )
 
 
@@ -193,6 +194,19 @@ def view_of(hub: Queries, blueprint_id: str) -> BlueprintView:
         outlook=hub.outlook(blueprint_id),
         targets=tuple(TargetView(**{name: getattr(target, name) for name in fields}) for target in targets),
     )
+
+
+def _ignored(blueprint: Blueprint, body: BlueprintSubmission) -> str:
+    """What of a repeated submission has no effect, in words: a blueprint stays as it was submitted first."""
+    asked = {"tags": body.tags, "priority": body.priority, "parent_id": body.parent_id, "metadata": body.metadata}
+    names = [name for name, value in asked.items() if name in body.model_fields_set]
+    kept = {name: getattr(blueprint, name) for name in names if getattr(blueprint, name) != asked[name]}
+    if not kept:
+        return ""
+    words = ", ".join(f"{name} {json.dumps(value)}" for name, value in kept.items())
+    is_more_urgent = body.priority > blueprint.priority and "priority" in kept
+    queued = f"; what is still queued is compiled with priority {body.priority}" if is_more_urgent else ""
+    return f"{blueprint.name} was submitted before and keeps its {words}{queued}; another name is another blueprint"
 
 
 def _note(blueprint: Blueprint, *, has_targets: bool) -> str:

@@ -28,7 +28,7 @@ SIGNATURE = SiteSignature(kind=SiteKind.FEATURE_MAP, channels=8, extent=(8, 8))
 SHADOW = Evidence(kind=EvidenceKind.SHADOW, gain=0.1, stderr=0.01, num_pairs=360)
 
 
-def option(site, blueprint, params=600, flops=10_000, *, zero=True, risk=None):
+def option(site, blueprint, params=600, flops=10_000, *, zero=True, risk=None, aliases=()):
     return KernelOption(
         site=site,
         kernel_id=f"{site}-{blueprint}",
@@ -38,6 +38,7 @@ def option(site, blueprint, params=600, flops=10_000, *, zero=True, risk=None):
         flops_per_sample=flops,
         zero_at_birth=zero,
         risk=risk,
+        aliases=aliases,
     )
 
 

@@ -78,6 +78,20 @@ def test_schedule_is_kept_to_the_epoch_warm_up_or_not():
     assert all(signal.vetoes == () for signal in host.signals)
 
 
+def test_a_schedule_may_name_a_kernel_by_any_name_of_its_design():
+    """The IR of `mine` is that of a shipped design, which was compiled first; embargoes go by the name of that one."""
+    config = TamiyoConfig(policy="schedule", schedule=(graft(1, blueprint="mine"),))
+    options = (option("a", "conv", aliases=("other", "mine")),)
+    host = PaperHost(config, options, {"a": 1.0}, FLAT)
+    host.run()
+    assert host.germinated == [(1, "a", "conv")]
+    expected = "scheduled for epoch 1: germinating mine at site a (a kernel made from conv)"
+    assert host.signals[1].reason == expected
+    asked = packet(1, layer("a", 1), options=options, embargoed=("a:conv",))
+    _, signal = step(initial_state(config, 0), asked, config)
+    assert (signal.commands, signal.vetoes) == ((), ("schedule, epoch 1, mine at a: conv is under embargo there",))
+
+
 def test_a_scheduled_graft_that_must_wait_is_vetoed_until_it_can_be_done():
     config = TamiyoConfig(policy="schedule", schedule=(graft(2), graft(3, "b")))
     host = PaperHost(config, OPTIONS, {"a": 1.0, "b": 1.0}, FLAT)

@@ -27,3 +27,18 @@ def test_a_design_that_copies_a_layer_is_offered_only_where_the_host_has_one():
     ]
     assert asked == [("a", "linear_stack"), ("b", "linear_stack")], "the others need none"
     assert kernel_options(hub, SITES, blueprints=["nothing"], fits=fits) == ()
+
+
+def test_a_shipped_design_under_a_name_of_ones_own_is_offered_once_and_by_either_name():
+    config = parse_config({"tezzeret": {"blueprints": ["mlp_adapter"]}})
+    hub, _ = local_hub(list(SITES.values())[:1], config)
+    shipped = hub.blueprints(name="mlp_adapter")[0]
+    hub.submit_blueprint(shipped.ir, name="mine", targets=[SITES["a"]], tags=["my-tag"])
+    [kernel] = hub.kernels()
+    assert hub.claim("w", fingerprint=kernel.fingerprint) is None
+    for blueprints in (None, ["mine"], ["mlp_adapter"], ["mlp_adapter", "mine"]):
+        options = kernel_options(hub, SITES, blueprints=blueprints, fits=lambda *_: True)
+        assert [(one.site, one.blueprint, one.aliases) for one in options] == [
+            (site, "mlp_adapter", ("mine",)) for site in SITES
+        ]
+        assert all("my-tag" in one.tags for one in options)

@@ -342,6 +342,26 @@ class HubConformance:
         assert hub.blueprint(two.blueprint_id).status is BlueprintStatus.VALIDATED
         assert hub.kernels(blueprint_id=one.blueprint_id) == hub.kernels(blueprint_id=two.blueprint_id) == [record]
 
+    @pytest.mark.parametrize("is_later", [False, True], ids=["both-wait", "compiled-before"])
+    def test_a_shared_kernel_goes_by_every_name_and_tag_and_counts_once(self, hub, is_later):
+        def submit_mine():
+            hub.submit_blueprint(design(), name="mine", targets=[VECTOR], tags=["my-tag", "adapter", "high_speed"])
+
+        hub.submit_blueprint(design(), name="shipped", targets=[VECTOR], tags=["adapter"])
+        if not is_later:
+            submit_mine()
+        job = hub.claim("w", fingerprint=BUILD)
+        record, container = artifact_of(job, tags=("adapter", "low_memory"))
+        hub.complete(job, record, container)
+        if is_later:
+            submit_mine()
+        assert hub.claim("w", fingerprint=BUILD) is None
+        [brief] = hub.kernel_briefs(VECTOR)
+        assert (brief.kernel_id, brief.blueprint, brief.aliases) == (record.kernel_id, "shipped", ("mine",))
+        assert brief.tags == ("adapter", "low_memory", "my-tag"), "high_speed is Urabrask's to give"
+        assert hub.count_kernels([VECTOR]) == 1
+        assert hub.kernel(record.kernel_id) == record, "what was signed stays as it is"
+
     def test_workers_of_another_build_compile_what_is_asked_for_again(self, hub):
         hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
         job = hub.claim("w", fingerprint=BUILD)

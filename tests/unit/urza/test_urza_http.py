@@ -122,6 +122,34 @@ def test_without_targets_it_is_compiled_for_what_runs_have_asked_for(client, hub
     assert (body["queue_position"], body["note"]) == (3, "")
 
 
+def test_a_kernel_is_found_by_the_tags_of_every_design_that_has_it(client, hub):
+    for name in ("shipped", "mine"):
+        hub.submit_blueprint(design(), name=name, targets=[VECTOR], tags=[f"tag-{name}"])
+    job = hub.claim("w", fingerprint=BUILD)
+    hub.complete(job, *artifact_of(job, tags=("tag-shipped",)))
+    compiled(hub, "younger", tags=("tag-mine",))
+    assert hub.claim("w", fingerprint=BUILD) is None
+    for tags, names in (("tag-shipped", ["shipped"]), ("tag-mine", ["shipped", "younger"])):
+        found = client.get(f"{API}/kernels/search", params={"tags": tags}).json()
+        assert [entry["kernel"]["blueprint_name"] for entry in found["kernels"]] == names
+    assert [entry["aliases"] for entry in found["kernels"]] == [["mine"], []]
+
+
+def test_what_a_repeated_submission_cannot_change_is_said(client):
+    target = VECTOR.model_dump(mode="json")
+    form = submission(tags=["old"], priority=3, targets=[target], pipelines=["fast"])
+    assert client.post(f"{API}/blueprints", json=form).json()["note"] == ""
+    assert client.post(f"{API}/blueprints", json=form).json()["note"] == ""
+    assert client.post(f"{API}/blueprints", json=submission(targets=[target])).json()["note"] == ""
+    note = client.post(f"{API}/blueprints", json=form | {"tags": ["new"], "priority": 9}).json()["note"]
+    assert note == (
+        'adapter was submitted before and keeps its tags ["old"], priority 3; what is still queued is compiled with '
+        "priority 9; another name is another blueprint"
+    )
+    note = client.post(f"{API}/blueprints", json=form | {"metadata": {"a": 1}}).json()["note"]
+    assert note == "adapter was submitted before and keeps its metadata {}; another name is another blueprint"
+
+
 def test_a_target_that_does_not_fit_is_named_with_the_reason(client):
     targets = [IMAGE.model_dump(mode="json")]
     body = client.post(f"{API}/blueprints", json=submission(targets=targets)).json()
