@@ -120,6 +120,11 @@ def own_hub(storage: str, *, take_over: bool) -> Iterator[Hub]:
         hub.project(place)
 
 
+def writing(storage: str, *, take_over: bool) -> contextlib.AbstractContextManager[UrzaHandle | Hub]:
+    """The Urza that serves a storage on the joined cluster, or this process as its Urza; see those two for the rest."""
+    return on_platform(storage) if is_joined() else own_hub(storage, take_over=take_over)
+
+
 def _check_ended(writer: str, place: Storage) -> None:
     host, pid, _ = writer.rsplit(":", 2)
     if host != socket.gethostname():

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from esper.leyline.errors import UnavailableError
-from jobs.assets import NothingThereError, find_blueprint, is_joined, on_platform, own_hub, reading
+from jobs.assets import NothingThereError, find_blueprint, is_joined, reading, writing
 from jobs.options import (
     DEFAULT_STORAGE,
     Descending,
     Json,
     Limit,
     Offset,
+    Reason,
     Storage,
     TakeOver,
     complete_blueprint,
@@ -92,8 +93,7 @@ def submit_command(
     body = parse_form({"submitted_by": _user()} | read_form(file), changes, source=str(file))
     if wait is not None and not is_joined():
         raise UnavailableError("--wait needs a platform that compiles", remedy="join one: RAY_ADDRESS=auto")
-    opened = on_platform(storage) if is_joined() else own_hub(storage, take_over=take_over)
-    with opened as hub:
+    with writing(storage, take_over=take_over) as hub:
         if parent is not None:
             body = body.model_copy(update={"parent_id": find_blueprint(hub, parent)})
         submitted = submit(hub, body)
@@ -180,6 +180,30 @@ def lineage(name: NameArg, storage: Storage = DEFAULT_STORAGE, as_json: Json = F
             return
         below = hub.descendants(id_)
     typer.echo("\n".join(tree(line, below)))
+
+
+@blueprints_app.command("retire")
+def retire(
+    name: NameArg,
+    reason: Reason,
+    take_over: TakeOver = False,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> None:
+    """Take a design out of use, for good: what is queued of it is not compiled any more. Its kernels stay in use.
+
+    A kernel is retired by itself: esper kernels retire.
+    """
+    with reading(storage) as there:  # where nothing lies nothing is made
+        id_ = find_blueprint(there, name)
+    with writing(storage, take_over=take_over) as hub:
+        hub.retire_blueprint(id_, reason)
+        blueprint = hub.blueprint(id_)
+    if as_json:
+        print_json(blueprint.model_dump(mode="json"))
+    else:
+        what = f"{blueprint.name} version {blueprint.version}"
+        typer.echo(f"{what} is {blueprint.status.value}: {blueprint.reason}, id {id_}")
 
 
 @blueprints_app.command("check")

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from esper.leyline.errors import ConfigError, StorageError
-from jobs.assets import find_blueprint, find_kernel, reading
+from jobs.assets import find_blueprint, find_kernel, reading, writing
 from jobs.options import (
     DEFAULT_STORAGE,
     Descending,
     Json,
     Limit,
     Offset,
+    Reason,
     Storage,
+    TakeOver,
     complete_blueprint,
     complete_kernel,
     complete_signature,
@@ -133,6 +135,31 @@ def show(kernel: KernelArg, storage: Storage = DEFAULT_STORAGE, as_json: Json = 
         print_json(entry.model_dump(mode="json"))
     else:
         typer.echo(shown(entry))
+
+
+@kernels_app.command("retire")
+def retire(
+    kernel: KernelArg,
+    reason: Reason,
+    take_over: TakeOver = False,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> None:
+    """Take a kernel out of use, for good: no run is offered it any more. What has grafted it goes on with it.
+
+    The same design is compiled again only by another build of the workers.
+    """
+    from esper.leyline import KernelStatus
+
+    with reading(storage) as there:  # where nothing lies nothing is made
+        id_ = find_kernel(there, kernel)
+    with writing(storage, take_over=take_over) as hub:
+        hub.mark_kernel(id_, KernelStatus.RETIRED, reason)
+        entry = hub.kernel_entry(id_)
+    if as_json:
+        print_json(entry.model_dump(mode="json"))
+    else:
+        typer.echo(f"kernel {id_[:12]} of {entry.kernel.blueprint_name} is RETIRED: {entry.reason}")
 
 
 @kernels_app.command("fetch")
@@ -264,7 +291,7 @@ def shown(entry: KernelEntry) -> str:
     kernel, statistics = entry.kernel, entry.statistics
     facts = {
         "id": kernel.kernel_id,
-        "status": kernel.status.value,
+        "status": kernel.status.value + (f": {entry.reason}" if entry.reason else ""),
         "blueprint": f"{kernel.blueprint_name} ({kernel.blueprint_id})",
         "also known as": entry.aliases,
         "signature": kernel.signature.key,

@@ -35,6 +35,7 @@ TakeOver = Annotated[
         "--take-over", help="Write though the storage was last served from another machine, where nothing is up now."
     ),
 ]
+Reason = Annotated[str, typer.Option(help="Why, in words: whoever asks for it later is told.")]
 
 
 def print_json(value: Any) -> None:

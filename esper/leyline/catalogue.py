@@ -118,6 +118,7 @@ class KernelEntry(Contract):
         performance: `speed` of its last benchmark; without one 1.0 for a kernel that runs as the eager module
             (optimization level 0), and None, not known, for native code.
         aliases: names of other blueprints of the same IR that share it; it is found by their tags as well.
+        reason: why it was rejected or retired.
         benchmarks: the last few, oldest first.
     """
 
@@ -126,6 +127,7 @@ class KernelEntry(Contract):
     statistics: KernelStatistics
     benchmarks: tuple[BenchmarkResult, ...] = ()
     aliases: tuple[Name, ...] = ()
+    reason: str = ""
 
 
 class KernelBrief(NamedTuple):

@@ -289,6 +289,13 @@ class Catalog:
         """The kernel that this work gave, if it was done."""
         return self._kernels.by_compile_key(key)
 
+    def verdict(self, kernel: CompiledKernelArtifact) -> str:
+        """Why work that gave this kernel has failed since; empty while the kernel is validated."""
+        if kernel.status is KernelStatus.VALIDATED:
+            return ""
+        why = self._kernels.reason(kernel.kernel_id)
+        return f"the same work gave kernel {kernel.kernel_id[:12]}, which is {kernel.status.value}: {why}"
+
     def kernels(
         self,
         *,
@@ -468,7 +475,7 @@ class Catalog:
         self._kernels.put(body)
 
     def _kernel_marked(self, event: Event, body: records.KernelMarked) -> None:
-        self._kernels.mark(event.id, body.status)
+        self._kernels.mark(event.id, body.status, body.reason)
 
     def _kernel_reported(self, _event: Event, body: FieldReport) -> None:
         self._kernels.count_report(body)

@@ -46,6 +46,7 @@ class KernelIndex:
         self._kernels: dict[str, CompiledKernelArtifact] = {}
         self._places: dict[str, int] = {}
         self._by_compile_key: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}  # of those that are not validated any more
         self._by_signature: dict[str, _Ids] = {}
         self._by_tag: dict[str, _Ids] = {}
         self._by_status: dict[KernelStatus, _Ids] = {status: {} for status in KernelStatus}
@@ -63,7 +64,16 @@ class KernelIndex:
     def copy(self) -> KernelIndex:
         """One that goes its own way from here on."""
         other = KernelIndex()
-        for flat in ("_kernels", "_briefs", "_places", "_by_compile_key", "_statistics", "_benchmarks", "_counted"):
+        for flat in (
+            "_kernels",
+            "_briefs",
+            "_places",
+            "_by_compile_key",
+            "_reasons",
+            "_statistics",
+            "_benchmarks",
+            "_counted",
+        ):
             setattr(other, flat, dict(getattr(self, flat)))
         for nested in ("_by_signature", "_by_tag", "_by_status"):
             setattr(other, nested, {key: dict(ids) for key, ids in getattr(self, nested).items()})
@@ -102,10 +112,11 @@ class KernelIndex:
                 sorted((*self._by_tag.get(tag, ()), kernel_id), key=self._places.__getitem__)
             )
 
-    def mark(self, kernel_id: str, status: KernelStatus) -> None:
-        """Changes a status; raises `ConflictError` if the status table forbids it."""
+    def mark(self, kernel_id: str, status: KernelStatus, reason: str) -> None:
+        """Changes a status, for a reason; raises `ConflictError` if the status table forbids it."""
         kernel = self.get(kernel_id)
         check_kernel_transition(kernel.status, status)
+        self._reasons[kernel_id] = reason
         self._kernels[kernel_id] = kernel.model_copy(update={"status": status})
         del self._by_status[kernel.status][kernel_id]
         self._by_status[status][kernel_id] = None
@@ -148,6 +159,10 @@ class KernelIndex:
         """The kernel that this work gave, if it was done."""
         kernel_id = self._by_compile_key.get(key)
         return None if kernel_id is None else self._kernels[kernel_id]
+
+    def reason(self, kernel_id: str) -> str:
+        """Why a kernel was rejected or retired; empty for one that was not."""
+        return self._reasons.get(kernel_id, "")
 
     def by_signature(self, signature: SiteSignature) -> Iterable[str]:
         """The ids of a signature's kernels, oldest first."""
@@ -194,6 +209,7 @@ class KernelIndex:
             statistics=self.statistics(kernel_id),
             benchmarks=self._benchmarks.get(kernel_id, ()),
             aliases=self._briefs[kernel_id].aliases,
+            reason=self.reason(kernel_id),
         )
 
     def search(self, query: KernelQuery, of_blueprint: Iterable[str] | None = None) -> KernelPage:

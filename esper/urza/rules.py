@@ -164,7 +164,9 @@ def claim(
 
     A worker holds at most one lease: one that asks again, because a reply was lost, gets what it holds. Leases that
     ran out are ended first. Targets whose kernel exists already, from the same IR, are settled without work, and those
-    whose very work another worker does at this moment wait for it.
+    whose very work another worker does at this moment wait for it. Where that kernel was rejected or retired, the
+    target has failed with that reason: the same work of the same build gives the same code, so to do it again would
+    bring back under another id what somebody has taken out of use. Another build, or another IR, is other work.
 
     Returns:
         The target, as it was before the facts, and the facts.
@@ -189,7 +191,7 @@ def claim(
             continue
         if kernel is None:
             return target, [*facts, _lease(target, worker, fingerprint, time + lease_s)]
-        facts += [_lease(target, SELF, fingerprint, time), _compiled(target, kernel)]
+        facts += [_lease(target, SELF, fingerprint, time), _settled(catalog, target, kernel)]
     return None, facts
 
 
@@ -247,7 +249,7 @@ def complete(
     """Settles a target with its kernel.
 
     Late is not lost: a worker whose lease ran out is accepted as long as no other has the work. Where the same work
-    gave a kernel already, that one stands.
+    gave a kernel already, that one stands; if it was rejected or retired, the target has failed: see `claim`.
 
     Returns:
         The id of the kernel that stands, and the facts.
@@ -260,14 +262,15 @@ def complete(
     target = catalog.target(job.job_id)
     _check_artifact(catalog, target, artifact)
     stands = catalog.kernel_by_compile_key(artifact.compile_key)
-    if target.state is TargetState.COMPILED and stands is not None:
+    is_said = target.state is TargetState.FAILED and target.lease == job.lease and stands is not None
+    if stands is not None and (target.state is TargetState.COMPILED or (is_said and catalog.verdict(stands))):
         return stands.kernel_id, []
     facts = [] if _holds(target, job) else [_lease(target, job.worker, artifact.fingerprint, time)]
     _check_not_retired(catalog, target)
     if stands is None:
         stands = artifact
         facts.append(Fact(EventKind.KERNEL_STORED, artifact.kernel_id, artifact))
-    return stands.kernel_id, [*facts, _compiled(target, stands)]
+    return stands.kernel_id, [*facts, _settled(catalog, target, stands)]
 
 
 def fail(catalog: Catalog, job: CompileJob, reason: str, log: str, *, time: float) -> list[Fact]:
@@ -374,6 +377,9 @@ def _lease(target: Target, worker: str, fingerprint: str, deadline: float) -> Fa
     return Fact(EventKind.TARGET_LEASED, target.job_id, body)
 
 
-def _compiled(target: Target, kernel: CompiledKernelArtifact) -> Fact:
+def _settled(catalog: Catalog, target: Target, kernel: CompiledKernelArtifact) -> Fact:
+    if verdict := catalog.verdict(kernel):
+        failed = records.TargetFailed(fingerprint=kernel.fingerprint, reason=verdict)
+        return Fact(EventKind.TARGET_FAILED, target.job_id, failed)
     body = records.TargetCompiled(kernel_id=kernel.kernel_id, fingerprint=kernel.fingerprint)
     return Fact(EventKind.TARGET_COMPILED, target.job_id, body)

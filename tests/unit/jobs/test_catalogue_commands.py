@@ -159,6 +159,27 @@ def test_what_is_shown_to_people(esper, storage, file):
     assert len(esper("blueprints", "ls", "--library")[1].splitlines()) >= 12
 
 
+def test_a_kernel_and_a_design_are_taken_out_of_use(esper, answer, storage, file):
+    submitted = answer("blueprints", "submit", file, "--target", VECTOR.key, "--pipeline", "fast")
+    [kernel] = compile_all(storage).kernels()
+    told = esper("kernels", "retire", kernel.kernel_id[:10], "--reason", "diverged twice")
+    assert told == (0, f"kernel {kernel.kernel_id[:12]} of mine is RETIRED: diverged twice\n", "")
+    entry = answer("kernels", "retire", kernel.kernel_id, "--reason", "said again")
+    assert (entry["kernel"]["status"], entry["reason"]) == ("RETIRED", "diverged twice")
+    assert "RETIRED: diverged twice" in esper("kernels", "show", kernel.kernel_id)[1]
+    assert answer("kernels", "ls")["kernels"] == []
+    again = answer("blueprints", "submit", file, "--name", "again", "--target", VECTOR.key, "--pipeline", "fast")
+    compile_all(storage)
+    assert "diverged twice" in answer("blueprints", "show", again["id"])["blueprint"]["reason"]
+
+    told = esper("blueprints", "retire", "mine", "--reason", "a better one")
+    assert told == (0, f"mine version 1 is RETIRED: a better one, id {submitted['id']}\n", "")
+    retired = answer("blueprints", "retire", submitted["id"][:8], "--reason", "said again")
+    assert (retired["status"], retired["reason"]) == ("RETIRED", "a better one")
+    code, _, err = esper("blueprints", "submit", file, "--target", WIDE.key)
+    assert (code, "mine is retired" in err) == (1, True), (code, err)
+
+
 def test_a_page_says_that_there_is_more(esper, storage, file):
     for name in ("a1", "b1", "c1"):
         esper("blueprints", "submit", file, "--name", name, "--target", VECTOR.key)
@@ -209,6 +230,9 @@ def test_a_family_is_shown_from_its_root(esper, answer, storage, file):
         (("blueprints", "ls"), ("storage: no catalogue below", "esper train")),
         (("kernels", "ls"), ("storage: no catalogue below",)),
         (("blueprints", "show", "nothing"), ("no catalogue below",)),
+        (("blueprints", "retire", "mine", "--reason", "x"), ("no catalogue below",)),
+        (("kernels", "retire", "0123", "--reason", "x"), ("no catalogue below",)),
+        (("kernels", "retire", "0123"), ("--reason",)),
         (("blueprints", "submit", "missing.yaml"), ("file: cannot read missing.yaml", "No such file")),
         (("blueprints", "submit", "mine.yaml", "--wait", 1), ("--wait needs a platform", "RAY_ADDRESS")),
         (("blueprints", "submit", "mine.yaml", "--target", "vector-0"), ("no site signature", "feature_map-16x8x8")),
@@ -239,6 +263,8 @@ def test_what_is_wrong_is_one_line_and_nothing_is_made(esper, storage, file, tmp
         (("kernels", "ls", "--blueprint", "nothing"), ("no blueprint 'nothing'",)),
         (("kernels", "show", "abcd"), ("kernel: no kernel 'abcd'", "esper kernels ls")),
         (("kernels", "show", "a"), ("kernel: no kernel 'a'",)),
+        (("kernels", "retire", "abcd", "--reason", "x"), ("kernel: no kernel 'abcd'", "esper kernels ls")),
+        (("blueprints", "retire", "nothing", "--reason", "x"), ("blueprint: no blueprint 'nothing'",)),
     ],
 )
 def test_what_is_not_there_is_one_line(esper, storage, file, tmp_path, monkeypatch, arguments, words):

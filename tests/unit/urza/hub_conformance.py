@@ -362,6 +362,41 @@ class HubConformance:
         assert hub.count_kernels([VECTOR]) == 1
         assert hub.kernel(record.kernel_id) == record, "what was signed stays as it is"
 
+    @pytest.mark.parametrize("status", [KernelStatus.RETIRED, KernelStatus.REJECTED])
+    def test_a_kernel_out_of_use_settles_no_new_work(self, hub, status):
+        kernel = compiled(hub, "first")
+        ir = hub.blueprint(kernel.blueprint_id).ir
+        hub.mark_kernel(kernel.kernel_id, status, "diverged in a run")
+        id_ = hub.submit_blueprint(ir, name="third", targets=[VECTOR]).blueprint_id
+        assert hub.claim("w", fingerprint=BUILD) is None
+        third = hub.blueprint(id_)
+        assert third.status is BlueprintStatus.INVALID
+        assert f"kernel {kernel.kernel_id[:12]}, which is {status.value}: diverged in a run" in third.reason
+        assert hub.kernels() == hub.kernels(blueprint_id=id_) == []
+        # another build is other work
+        assert hub.claim("w", fingerprint=NEXT_BUILD) is None
+        hub.submit_blueprint(ir, name="third", targets=[VECTOR])
+        job = hub.claim("w", fingerprint=NEXT_BUILD)
+        record, container = artifact_of(job, fingerprint=NEXT_BUILD)
+        assert hub.complete(job, record, container) == record
+        assert hub.kernels() == hub.kernels(blueprint_id=id_) == [record]
+        assert hub.blueprint(id_).status is BlueprintStatus.VALIDATED
+
+    def test_work_that_another_did_and_that_was_retired_meanwhile_fails(self, hub):
+        """Two workers have targets of one work: the second asked with another build, and was updated on the way."""
+        for name in ("one", "two"):
+            hub.submit_blueprint(design(), name=name, targets=[VECTOR])
+        first, second = hub.claim("w1", fingerprint=BUILD), hub.claim("w2", fingerprint=NEXT_BUILD)
+        stands, container = artifact_of(first)
+        hub.complete(first, stands, container)
+        hub.mark_kernel(stands.kernel_id, KernelStatus.RETIRED, "too slow")
+        for _ in range(2):  # a reply may be lost
+            answer = hub.complete(second, *artifact_of(second, content=b"other"))
+            assert (answer.kernel_id, answer.status) == (stands.kernel_id, KernelStatus.RETIRED)
+        failed = hub.blueprint(second.blueprint.blueprint_id)
+        assert (failed.status, "too slow" in failed.reason) == (BlueprintStatus.INVALID, True)
+        assert hub.kernels() == []
+
     def test_workers_of_another_build_compile_what_is_asked_for_again(self, hub):
         hub.submit_blueprint(design(), name="adapter", targets=[VECTOR])
         job = hub.claim("w", fingerprint=BUILD)
