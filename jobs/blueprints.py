@@ -259,8 +259,8 @@ def told(submitted: Submitted) -> str:
         words.append(f"targets: {', '.join(target.key for target in submitted.targets)}")
     words += [f"does not fit {misfit.signature.key}: {misfit.reason}" for misfit in submitted.misfits]
     if submitted.queue_position:
-        when = "" if submitted.estimated_s is None else f", about {submitted.estimated_s:.1f} s from now"
-        words.append(f"{submitted.queue_position} to be compiled until it is done{when}")
+        when = f"about {submitted.estimated_s:.1f} s from now"
+        words.append(f"{submitted.queue_position} to be compiled until it is done, {when}")
     if submitted.note:
         words.append(submitted.note)
     return "\n".join(words)
@@ -283,8 +283,7 @@ def _row(blueprint: Blueprint) -> dict[str, Any]:
 def _shown(view: BlueprintView) -> str:
     blueprint, outlook = view.blueprint, view.outlook
     waits = (
-        f"{outlook.queue_position} to be compiled until it is done"
-        + ("" if outlook.estimated_s is None else f", about {outlook.estimated_s:.1f} s")
+        f"{outlook.queue_position} to be compiled until it is done, about {outlook.estimated_s:.1f} s"
         if outlook.num_open
         else ""
     )

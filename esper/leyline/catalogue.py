@@ -221,12 +221,12 @@ class Outlook(Contract):
         num_open: its targets that are queued or being compiled.
         queue_position: how many targets of anyone are to be compiled before its last one is done, itself included;
             0 if it waits for nothing.
-        estimated_s: seconds until then, from the compile times so far; None if nothing was compiled yet.
+        estimated_s: seconds until then, from the compile times so far; before the first of a pipeline from a guess.
     """
 
     num_open: Count
     queue_position: Count
-    estimated_s: Finite | None
+    estimated_s: Finite
 
 
 class Backlog(Contract):

@@ -250,9 +250,12 @@ class Catalog:
         work_s: dict[str, float] = {}
         for target in self.open_targets():
             (queued if target.state is TargetState.QUEUED else leased)[target.device] += 1
-            seconds = self._compile_s.get(target.pipeline, GUESSED_S[target.pipeline])
-            work_s[target.device] = work_s.get(target.device, 0.0) + seconds
+            work_s[target.device] = work_s.get(target.device, 0.0) + self._seconds(target)
         return Backlog(queued=dict(queued), leased=dict(leased), work_s=work_s)
+
+    def _seconds(self, target: Target) -> float:
+        """What its compilation will take: the running mean of its pipeline, or a guess before the first."""
+        return self._compile_s.get(target.pipeline, GUESSED_S[target.pipeline])
 
     def census(self) -> Census:
         """How much there is, and what waits."""
@@ -271,11 +274,9 @@ class Catalog:
         line = self.open_targets()
         own = [place for place, target in enumerate(line, 1) if target.blueprint_id == blueprint_id]
         ahead = line[: own[-1]] if own else []
-        means = [self._compile_s.get(target.pipeline) for target in ahead]
-        known = [mean for mean in means if mean is not None]
+        work_s = sum(map(self._seconds, ahead))
         num_workers = len({target.worker for target in line if target.state is TargetState.LEASED}) or 1
-        estimated_s = sum(known) / num_workers if len(known) == len(means) else None
-        return Outlook(num_open=len(own), queue_position=len(ahead), estimated_s=estimated_s)
+        return Outlook(num_open=len(own), queue_position=len(ahead), estimated_s=work_s / num_workers)
 
     def kernel(self, kernel_id: str) -> CompiledKernelArtifact:
         """Raises `NotFoundError` for an unknown id."""

@@ -108,7 +108,7 @@ class Submitted(Contract):
         targets: signatures that it is compiled for, now or before.
         misfits: targets that it does not fit.
         queue_position: targets of anyone to be compiled before its last one is done, itself included; 0: none waits.
-        estimated_s: seconds until then; None as long as nothing was compiled yet.
+        estimated_s: seconds until then: see `Outlook`.
         note: what a person should know, in words; empty where there is nothing.
     """
 
@@ -119,7 +119,7 @@ class Submitted(Contract):
     targets: tuple[SiteSignature, ...]
     misfits: tuple[Misfit, ...] = ()
     queue_position: int
-    estimated_s: Finite | None
+    estimated_s: Finite
     note: str = ""
 
 

@@ -136,7 +136,7 @@ def test_what_is_shown_to_people(esper, storage, file):
     assert "mine version 1 is UNVALIDATED" in out
     assert f"targets: {VECTOR.key}" in out
     assert f"does not fit {IMAGE.key}" in out
-    assert "2 to be compiled until it is done; it is compiled as soon as" in out
+    assert "2 to be compiled until it is done, about 30.1 s from now; it is compiled as soon as" in out
     hub = compile_all(storage)
     kernel = hub.kernels()[0]
     _, out, _ = esper("blueprints", "ls")

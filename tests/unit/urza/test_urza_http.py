@@ -51,7 +51,7 @@ def test_a_posted_design_is_compiled_found_and_downloaded(client, hub):
     answer = client.post(f"{API}/blueprints", json=asked)
     assert answer.status_code == 201
     body = answer.json()
-    assert (body["status"], body["queue_position"], body["estimated_s"]) == ("UNVALIDATED", 1, None)
+    assert (body["status"], body["queue_position"], body["estimated_s"]) == ("UNVALIDATED", 1, 0.1)
     assert (body["note"], body["misfits"]) == ("", [])
     blueprint_id = body["id"]
     assert answer.headers["location"] == f"{API}/blueprints/{blueprint_id}"
