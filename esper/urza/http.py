@@ -94,6 +94,27 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 Offset = Annotated[int, Query(ge=0, le=1 << 31)]
 
 
+class BlueprintParameters(Contract):
+    """A list of blueprints.
+
+    Attributes:
+        tag: may be repeated: each must be there.
+        name: only versions of this name.
+    """
+
+    status: BlueprintStatus | None = None
+    tag: tuple[str, ...] = ()
+    name: str | None = None
+    order: BlueprintOrder = BlueprintOrder.CREATED
+    descending: bool = False
+    limit: Limit = 100
+    offset: Offset = 0
+
+    def query(self) -> BlueprintQuery:
+        """As the hub is asked."""
+        return BlueprintQuery(**self.model_dump(exclude={"tag"}), tags_all=self.tag)
+
+
 def _add_blueprints(app: FastAPI, hub: Callable[[], Assets]) -> None:
     @app.post(f"{PREFIX}/blueprints", status_code=201, tags=["blueprints"])
     def submit_blueprint(body: BlueprintSubmission, response: Response) -> Submitted:
@@ -103,27 +124,9 @@ def _add_blueprints(app: FastAPI, hub: Callable[[], Assets]) -> None:
         return submitted
 
     @app.get(f"{PREFIX}/blueprints", tags=["blueprints"])
-    def list_blueprints(
-        *,
-        status: BlueprintStatus | None = None,
-        tag: Annotated[list[str] | None, Query()] = None,
-        name: str | None = None,
-        order: BlueprintOrder = BlueprintOrder.CREATED,
-        descending: bool = False,
-        limit: Limit = 100,
-        offset: Offset = 0,
-    ) -> BlueprintPage:
+    def list_blueprints(parameters: Annotated[BlueprintParameters, Query()]) -> BlueprintPage:
         """Lists blueprints; of several tags each must be there."""
-        query = BlueprintQuery(
-            status=status,
-            tags_all=tuple(tag or ()),
-            name=name,
-            order=order,
-            descending=descending,
-            limit=limit,
-            offset=offset,
-        )
-        return hub().search_blueprints(query)
+        return hub().search_blueprints(parameters.query())
 
     @app.get(f"{PREFIX}/blueprints/{{blueprint_id}}", tags=["blueprints"])
     def get_blueprint(blueprint_id: str) -> BlueprintView:

@@ -179,6 +179,8 @@ def test_blueprints_are_listed_and_lineage_goes_to_the_root(client):
 
     assert listed("") == (2, ["adapter", "wide"])
     assert listed("tag=a&tag=b") == (1, ["adapter"])
+    assert listed("tag=a") == (2, ["adapter", "wide"])
+    assert listed("offset=1") == (2, ["wide"])
     assert listed("name=wide&status=UNVALIDATED") == (1, ["wide"])
     assert listed("order=name&descending=true&limit=1") == (2, ["wide"])
 
@@ -218,7 +220,9 @@ def test_what_is_wrong_is_named_with_its_status(client, hub):
     for query in ("limit=0", "limit=9999", "status=NO", "offset=-1", "unknown=1", "signature=vector-x"):
         error = problem(client.get(f"{API}/kernels?{query}"), 422)
         assert error["field"] == query.partition("=")[0]
-    problem(client.get(f"{API}/blueprints?limit=0"), 422)
+    for query in ("limit=0", "limit=9999", "status=NO", "offset=-1", "stauts=INVALID", "tags=x", "order=size"):
+        error = problem(client.get(f"{API}/blueprints?{query}"), 422)
+        assert error["field"] == query.partition("=")[0]
     problem(client.get(f"{API}/kernels/search?min_performance=nan"), 422)
     known = hub.submit_blueprint(design(), name="adapter", targets=[])
     hub.retire_blueprint(known.blueprint_id, "a better one")
