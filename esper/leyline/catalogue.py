@@ -261,6 +261,7 @@ class Census(Contract):
         num_kernels: VALIDATED ones.
         num_signatures: site signatures that runs have registered.
         num_queued, num_compiling: targets that wait for a compiler, and that one has leased.
+        unmaintained: why the last round of maintenance failed; empty where it did not, and where none runs.
     """
 
     num_blueprints: Count
@@ -268,6 +269,7 @@ class Census(Contract):
     num_signatures: Count
     num_queued: Count
     num_compiling: Count
+    unmaintained: str = ""
 
 
 class MaintenanceReport(Contract):

@@ -339,6 +339,50 @@ def test_maintenance_on_demand_and_on_schedule(address):
     assert "urza-maintenance" not in {thread.name for thread in threading.enumerate()}
 
 
+class Broken:
+    """A `FaultPlan` with a bug at a place for as long as `has_bug` is set."""
+
+    def __init__(self, place):
+        self._place = place
+        self.has_bug = threading.Event()
+        self.has_bug.set()
+
+    def at(self, place, step):
+        del step
+        if place == self._place and self.has_bug.is_set():
+            raise ZeroDivisionError("a bug")
+
+
+@pytest.mark.parametrize("place", ["sweeping", "checkpointed"])  # beside requests; with all of them held back
+def test_maintenance_goes_on_after_a_bug_and_says_so(address, caplog, place):
+    storage = Storage.at(address)
+    StoredBlobs(storage).put(b"no record names this")
+    for path in (storage.local / "blobs").rglob("*"):
+        os.utime(path, (0, 0))
+    faults = Broken(place)
+    actor = urza.UrzaActor(storage, config=UrzaConfig(maintain_every_s=0.05), faults=faults)
+    actor.ready()
+    assert until(lambda: actor.census().unmaintained) == "ZeroDivisionError('a bug')"
+    assert repr(actor) == f"Urza({storage.uri}): the last maintenance failed: ZeroDivisionError('a bug')"
+    actor.submit_blueprint(design(), name="meanwhile", targets=[VECTOR])
+    [first, *_] = [record for record in caplog.records if record.message == "urza.unmaintained"]
+    assert "test_urza_actor.py" in first.exc_text
+    faults.has_bug.clear()
+    until(lambda: not actor.census().unmaintained)
+    assert repr(actor) == f"Urza({storage.uri})"
+    assert [one.name for one in actor.call("blueprints", (), {})] == ["meanwhile"]
+    actor.close()
+
+
+def until(ask):
+    """What is answered once it is true; the machine may be busy."""
+    for _ in range(600):
+        if answer := ask():
+            return answer
+        threading.Event().wait(0.1)
+    raise AssertionError("it never came")
+
+
 def test_maintenance_keeps_what_the_configuration_says(address):
     storage = Storage.at(address)
     unnamed = StoredBlobs(storage).put(b"no record names this")
