@@ -311,6 +311,7 @@ def _targets(view: BlueprintView) -> str:
             "state": target.state.value,
             "kernel": target.kernel_ids[-1][:12] if target.kernel_ids else "",
             "worker": target.worker,
+            "lease_ends_at": target.deadline if target.state == "leased" else None,
             "reason": target.reason,
         }
         for target in view.targets

@@ -52,7 +52,7 @@ SignatureOption = Annotated[
 StatusOption = Annotated[str, typer.Option(help="validated, rejected, retired or any.")]
 PipelineOption = Annotated[str | None, typer.Option(help="Only kernels made so: fast or optimized.")]
 OrderOption = Annotated[
-    str, typer.Option(help="created, performance, gain, fetches, parameters, flops, memory or size.")
+    str, typer.Option(help="created, performance, gain, fetches, parameters, flops, memory, size or risk.")
 ]
 
 

@@ -11,11 +11,12 @@ import sys
 import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from typer.testing import CliRunner
 from urza_samples import IMAGE, VECTOR, WIDE, design
 
 from esper.leyline import KernelStatus
 from esper.leyline.canonical import canonical_hash
-from esper.leyline.catalogue import BenchmarkResult
+from esper.leyline.catalogue import BenchmarkResult, KernelOrder
 from esper.leyline.container import unpack
 from esper.leyline.keys import load_or_create, public_hex
 from esper.storage import Storage
@@ -26,6 +27,8 @@ from esper.urza.hub import Hub
 from esper.urza.rules import blueprint_id
 from jobs import cli, options
 from jobs.blueprints import tree
+from jobs.kernels import kernels_app
+from jobs.tables import time_of
 
 MINE = {
     "name": "mine",
@@ -178,6 +181,25 @@ def test_a_kernel_and_a_design_are_taken_out_of_use(esper, answer, storage, file
     assert (retired["status"], retired["reason"]) == ("RETIRED", "a better one")
     code, _, err = esper("blueprints", "submit", file, "--target", WIDE.key)
     assert (code, "mine is retired" in err) == (1, True), (code, err)
+
+
+def test_a_lease_is_shown_with_its_end(esper, storage, file):
+    esper("blueprints", "submit", file, "--target", VECTOR.key, "--pipeline", "fast")
+    hub = Hub.open(storage)
+    job = hub.claim("a-worker", fingerprint="build", lease_s=3600.0)
+    head, line = next(
+        part for part in esper("blueprints", "show", "mine")[1].split("\n\n") if "lease" in part
+    ).splitlines()
+    assert head.split()[-3:] == ["worker", "lease_ends_at", "reason"]
+    assert f"a-worker  {time_of(job.deadline)}" in line
+    hub.fail(job, "no")
+    assert time_of(job.deadline) not in esper("blueprints", "show", "mine")[1]
+
+
+def test_every_order_of_kernels_is_in_the_help():
+    for command in ("ls", "search"):
+        told = " ".join(CliRunner().invoke(kernels_app, [command, "--help"], terminal_width=400).stdout.split())
+        assert [order.value for order in KernelOrder if order.value not in told.partition("--order")[2]] == []
 
 
 def test_a_page_says_that_there_is_more(esper, storage, file):
