@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -79,6 +80,15 @@ class Built:
         return pack(manifest.model_copy(update={"native": native}), self.unsigned.weights, KEY, payload=members)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiler() -> None:
+    """Without a C++ compiler nothing here can be tested; where CI runs, `.ci/packages` has installed one."""
+    missing = [program for program in (os.environ.get("CXX", "g++"), "strip") if shutil.which(program) is None]
+    if missing:
+        words = f"native code cannot be compiled here: no {' and no '.join(missing)}; see .ci/packages"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(words)
+
+
 @pytest.fixture(scope="module")
 def built() -> Built:
     seen: list[tuple[NativeKernel, NativeVerdict]] = []
@@ -98,6 +108,7 @@ def built() -> Built:
     unsigned = build(job, fingerprint=target_fingerprint(), examine=examine, examine_native=watched)
     unsigned = pickle.loads(pickle.dumps(unsigned))  # as it comes from a child process
     artifact, container = sign(unsigned, KEY)
+    assert seen, f"no native code was examined: {unsigned.report.checks[-1].detail}"
     return Built(unsigned, artifact, container, *seen[0])
 
 
