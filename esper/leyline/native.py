@@ -49,6 +49,20 @@ class RungChange(Contract):
     timestamp: Finite = Field(default_factory=now)
 
 
+class PartTiming(Contract):
+    """CPU time of a part of a training step against the eager module's.
+
+    Attributes:
+        ratio, spread: median and interquartile range over pairs of blocks, native / eager.
+        native_ms, eager_ms: medians of one such part.
+    """
+
+    ratio: Annotated[Finite, Field(gt=0)]
+    spread: Annotated[Finite, Field(ge=0)]
+    native_ms: Annotated[Finite, Field(gt=0)]
+    eager_ms: Annotated[Finite, Field(gt=0)]
+
+
 class Timing(Contract):
     """CPU time of a training step (forward and backward) against the eager module's, both in one process.
 
@@ -59,6 +73,7 @@ class Timing(Contract):
         batch: samples in a step.
         num_threads: of torch.
         native_ms, eager_ms: median process-CPU milliseconds of one step (GPU: elapsed).
+        forward, backward: the same of both parts, from fewer pairs of blocks of their own; figures that decide nothing.
     """
 
     ratio: Annotated[Finite, Field(gt=0)]
@@ -68,6 +83,8 @@ class Timing(Contract):
     num_threads: Annotated[int, Field(ge=1)] = 1
     native_ms: Annotated[Finite, Field(gt=0)]
     eager_ms: Annotated[Finite, Field(gt=0)]
+    forward: PartTiming | None = None
+    backward: PartTiming | None = None
 
     @property
     def is_faster(self) -> bool:

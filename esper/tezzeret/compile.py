@@ -218,9 +218,25 @@ def benchmark(artifact: CompiledKernelArtifact, timing: Timing) -> BenchmarkResu
             "native_ms": timing.native_ms,
             "eager_ms": timing.eager_ms,
             "num_threads": timing.num_threads,
+            **_parts(timing),
         },
         machine=artifact.fingerprint,
     )
+
+
+def _parts(timing: Timing) -> dict[str, float]:
+    """Forward and backward apart, where they were timed so."""
+    return {
+        f"{name}_{what}": value
+        for name, part in (("forward", timing.forward), ("backward", timing.backward))
+        if part is not None
+        for what, value in (
+            ("native_ratio", part.ratio),
+            ("native_ratio_spread", part.spread),
+            ("native_ms", part.native_ms),
+            ("eager_ms", part.eager_ms),
+        )
+    }
 
 
 @dataclass(frozen=True, slots=True)

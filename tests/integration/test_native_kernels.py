@@ -128,6 +128,8 @@ def test_what_was_built_is_right_and_says_how_fast_it_is(built: Built):
     assert built.unsigned.manifest.native.timing.ratio == 0.8
     result = benchmark(built.artifact, built.unsigned.timing)
     assert (result.kernel_id, result.speed) == (built.artifact.kernel_id, 1.25)
+    assert {"forward_native_ratio", "backward_native_ratio", "forward_native_ratio_spread"} <= result.figures.keys()
+    assert "backward" in built.artifact.report.checks[-1].detail
 
 
 def test_gradients_are_right_where_the_output_is_a_view_and_an_op_is_kept_whole():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -10,8 +11,8 @@ from native_samples import NANS, native_of
 
 from esper.leyline import KernelRejectedError, SiteKind, SiteSignature
 from esper.leyline.lower import lower
-from esper.leyline.runtime import NativeKernel
-from esper.urabrask.native import examine_native
+from esper.leyline.runtime import NativeKernel, NativeModule
+from esper.urabrask.native import _split_block, examine_native
 from esper.urza.library import load_library
 
 SITE = SiteSignature(kind=SiteKind.VECTOR, channels=6)
@@ -135,3 +136,31 @@ def test_it_is_tried_with_odd_batches_and_inputs_that_are_not_contiguous():
     assert {batch for batch, _ in met} >= {1, 2, 3, 16, 17, 64}
     assert (17, False) in met
     assert (17, True) in met
+
+
+def test_forward_and_backward_are_timed_apart_too():
+    timing = examine_native(MODULE, SITE, native_of(MODULE, SITE)).timing
+    assert timing is not None
+    for part in (timing.forward, timing.backward):
+        assert part is not None
+        assert part.ratio > 0
+        assert part.spread >= 0
+        assert part.native_ms > 0
+        assert part.eager_ms > 0
+
+
+def test_the_parts_are_told_apart_by_where_the_work_is():
+    worked = {"s": 0.0}
+
+    def working(seconds: float):
+        def change(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+            worked["s"] += seconds
+            return tensors
+
+        return change
+
+    module = copy.deepcopy(MODULE).requires_grad_()
+    native = NativeModule(native_of(module, SITE, forward=working(2.0), backward=working(5.0)), module)
+    h, tangent = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
+    taken = _split_block(native, [h, *module.parameters()], tangent, lambda: worked["s"], steps=3)
+    assert taken == (2.0, 5.0)
