@@ -22,19 +22,21 @@ from esper.config import TezzeretConfig
 from esper.kasmina import export
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.loader import KernelLoader
+from esper.kasmina.native import open_checked
 from esper.leyline import (
     Blueprint,
     BlueprintStatus,
     CompiledKernelArtifact,
     CompileJob,
     Fault,
+    KernelRejectedError,
     Pipeline,
     SeedStage,
     SiteKind,
     SiteSignature,
 )
 from esper.leyline.canonical import canonical_hash
-from esper.leyline.container import kernel_id_of, pack
+from esper.leyline.container import kernel_id_of, pack, unpack
 from esper.leyline.lower import lower
 from esper.leyline.native import FASTER, NativeFacts, NativeVerdict, Rung
 from esper.leyline.runtime import NativeKernel, NativeModule, open_native
@@ -89,8 +91,8 @@ def compiler() -> None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(words)
 
 
-@pytest.fixture(scope="module")
-def built() -> Built:
+def make(site: SiteSignature) -> Built:
+    """Compiles the design for a site, as a worker's compiler does."""
     seen: list[tuple[NativeKernel, NativeVerdict]] = []
 
     def watched(module, signature, kernel):
@@ -103,13 +105,25 @@ def built() -> Built:
 
     blueprint = Blueprint(blueprint_id="b1", name=DESIGN, ir=IR, ir_hash=canonical_hash(IR), created_at=1.0)
     job = CompileJob(
-        job_id="j1", blueprint=blueprint, signature=SITE, pipeline=Pipeline.OPTIMIZED, worker="w1", deadline=0.0
+        job_id="j1", blueprint=blueprint, signature=site, pipeline=Pipeline.OPTIMIZED, worker="w1", deadline=0.0
     )
-    unsigned = build(job, fingerprint=target_fingerprint(), examine=examine, examine_native=watched)
+    unsigned = build(job, fingerprint=target_fingerprint(site.device), examine=examine, examine_native=watched)
     unsigned = pickle.loads(pickle.dumps(unsigned))  # as it comes from a child process
     artifact, container = sign(unsigned, KEY)
     assert seen, f"no native code was examined: {unsigned.report.checks[-1].detail}"
     return Built(unsigned, artifact, container, *seen[0])
+
+
+@pytest.fixture(scope="module")
+def built() -> Built:
+    return make(SITE)
+
+
+@pytest.fixture(scope="module")
+def built_for_gpu() -> Built:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return make(SITE.model_copy(update={"device": "cuda"}))
 
 
 def test_what_was_built_is_right_and_says_how_fast_it_is(built: Built):
@@ -265,6 +279,42 @@ def test_copies_share_the_code_and_pickling_is_refused(built: Built):
     assert copy.deepcopy(built.kernel) is built.kernel
     with pytest.raises(TypeError, match="does not pickle"):
         pickle.dumps(built.kernel)
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+def test_on_a_gpu_what_was_built_is_right(built_for_gpu: Built):
+    checks = {check.name: check for check in built_for_gpu.verdict.checks}
+    assert all(check.passed for check in checks.values()), checks
+    assert {"native.output", "native.gradient", "native.stable_nan", "native.deterministic"} <= checks.keys()
+    assert built_for_gpu.facts.target.device == "cuda"
+    assert built_for_gpu.artifact.optimization_level == 1
+    assert built_for_gpu.verdict.timing.native_ms > 0
+
+
+@pytest.mark.parametrize("batch", [1, 3, 33])
+def test_on_a_gpu_output_and_every_gradient_are_those_of_the_module(built_for_gpu: Built, module, batch: int):
+    module = module.cuda()
+    native = NativeModule(built_for_gpu.kernel, module)
+    h = torch.randn(batch, 8, device="cuda", requires_grad=True)
+    strided = h.detach().t().contiguous().t().requires_grad_()
+    expected = values(module, module, h)
+    for given in (h, strided):
+        assert far(values(native, module, given), expected) < 1e-4
+        assert native.conflict is None
+        assert batch < built_for_gpu.facts.min_batch or native.fallback is None
+
+
+def test_on_a_gpu_the_ladder_gives_native_code_and_on_a_cpu_the_ir(built_for_gpu: Built):
+    site = SITE.model_copy(update={"device": "cuda"})
+    shelf = Shelf()
+    shelf.containers[built_for_gpu.artifact.kernel_id] = built_for_gpu.container
+    loader = KernelLoader(shelf, PUBLIC, KernelCache(1 << 24))
+    found = loader.load(built_for_gpu.artifact.kernel_id, site, torch.device("cuda"))
+    assert found.native is not None, found.no_native
+    with pytest.raises(KernelRejectedError, match="the host computes on cpu"):
+        open_checked(unpack(built_for_gpu.container, PUBLIC), lower(IR, SITE), CPU)
 
 
 # ---------------------------------------------------------------- the ladder
