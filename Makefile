@@ -33,7 +33,9 @@ test-ray: $(STAMP)  ## the tests that start Ray
 	$(BIN)/coverage run -m pytest tests/architecture tests/actors tests/integration tests/faults -m "not soak"
 	@$(BIN)/coverage combine --quiet --append && $(BIN)/coverage report
 
-soak: $(STAMP)  ## the long tests; the kills of Urza keep their results in ESPER_SOAK_DIR (.soak) and go on there
+soak: $(STAMP)  ## the long tests; the kills keep their results in ESPER_SOAK_DIR (.soak) and go on there
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fuzz]" \
+	  || echo "atheris (the extra fuzz) cannot be installed here: its soak is skipped"
 	$(BIN)/python -m pytest tests -m soak
 
 check: $(STAMP)  ## lint, types, and who may import whom
