@@ -50,7 +50,9 @@ SignatureOption = Annotated[
     typer.Option(help="Only kernels for this site, such as vector-8-float32-cpu.", autocompletion=complete_signature),
 ]
 StatusOption = Annotated[str, typer.Option(help="validated, rejected, retired or any.")]
-PipelineOption = Annotated[str | None, typer.Option(help="Only kernels made so: fast or optimized.")]
+PipelineOption = Annotated[
+    str | None, typer.Option(help="Only kernels made so: fast, or optimized, whatever they run from.")
+]
 OrderOption = Annotated[
     str, typer.Option(help="created, performance, gain, fetches, parameters, flops, memory, size or risk.")
 ]
@@ -277,6 +279,7 @@ def _row(entry: KernelEntry) -> dict[str, Any]:
         "blueprint": kernel.blueprint_name,
         "signature": kernel.signature.key,
         "pipeline": kernel.pipeline.value,
+        "runs": kernel.runs_from,
         "status": kernel.status.value,
         "speed": entry.performance,
         "parameters": kernel.num_parameters,
@@ -296,6 +299,7 @@ def shown(entry: KernelEntry) -> str:
         "also known as": entry.aliases,
         "signature": kernel.signature.key,
         "pipeline": f"{kernel.pipeline.value}, optimization level {kernel.optimization_level}",
+        "runs from": _runs_from(entry),
         "tags": kernel.tags,
         "parameters": f"{kernel.num_parameters:,}",
         "FLOPs a sample": f"{kernel.flops_per_sample:,}",
@@ -335,6 +339,15 @@ def shown(entry: KernelEntry) -> str:
     ]
     parts = [fields(facts), table(checks, "no checks")]
     return "\n\n".join(parts + ([table(benchmarks, "")] if benchmarks else []))
+
+
+def _runs_from(entry: KernelEntry) -> str:
+    """Native code or the IR, and what share of eager's time native code takes, or would have taken."""
+    ratios = [result.figures["native_ratio"] for result in entry.benchmarks if "native_ratio" in result.figures]
+    took = f": {ratios[-1]:.2f} of eager's time" if ratios else ""
+    if entry.kernel.runs_from == "native":
+        return f"native code{took}"
+    return f"its IR; native code was not kept{took}" if ratios else "its IR"
 
 
 def _risk(report: ValidationReport) -> str | None:

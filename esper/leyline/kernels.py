@@ -251,6 +251,11 @@ class CompiledKernelArtifact(Contract):
     created_at: Finite = Field(default_factory=now)
 
     @property
+    def runs_from(self) -> str:
+        """`native`, or `ir`: a kernel by any pipeline whose native code was not kept runs as the eager module."""
+        return "native" if self.optimization_level > 0 else "ir"
+
+    @property
     def risk_score(self) -> float | None:
         """The report's, see `ValidationReport`."""
         return self.report.risk_score

@@ -12,15 +12,17 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
-from urza_samples import IMAGE, VECTOR, WIDE, design
+from urza_samples import BUILD, IMAGE, VECTOR, WIDE, artifact_of, design
 
-from esper.leyline import KernelStatus
+from esper.leyline import KernelStatus, Pipeline
 from esper.leyline.canonical import canonical_hash
 from esper.leyline.catalogue import BenchmarkResult, KernelOrder
 from esper.leyline.container import unpack
 from esper.leyline.keys import load_or_create, public_hex
+from esper.leyline.native import Timing
 from esper.storage import Storage
 from esper.tezzeret.builder import InProcess
+from esper.tezzeret.compile import benchmark
 from esper.tezzeret.worker import Idle, work_once
 from esper.urabrask.gauntlet import examine
 from esper.urza.hub import Hub
@@ -413,3 +415,26 @@ def test_the_shell_completes_names_ids_and_signatures(storage, file, esper, monk
     assert done.stdout.split() == [kernel.kernel_id]
     monkeypatch.setenv("ESPER_STORAGE", str(storage.local / "nothing"))
     assert options.complete_kernel("") == []
+
+
+@pytest.mark.parametrize(
+    ("level", "runs", "words"),
+    [
+        (0, "ir", "its IR; native code was not kept: 1.31 of eager's time"),
+        (1, "native", "native code: 0.81 of eager's"),
+    ],
+)
+def test_what_an_optimized_kernel_runs_from_is_told(esper, answer, storage, level: int, runs: str, words: str):
+    hub = Hub.open(storage)
+    hub.submit_blueprint(design(), name="mine", targets=[VECTOR], pipelines=[Pipeline.OPTIMIZED])
+    record, container = artifact_of(hub.claim("w", fingerprint=BUILD), optimization_level=level)
+    hub.complete(hub.claim("w", fingerprint=BUILD), record, container)
+    ratio = 0.81 if level else 1.31
+    timing = Timing(ratio=ratio, spread=0.1, num_pairs=15, batch=32, native_ms=ratio, eager_ms=1.0)
+    hub.benchmark(benchmark(record, timing))
+    for command in ("ls", "search"):
+        [row] = answer("kernels", command, "--pipeline", "optimized")["kernels"]
+        assert row["kernel"]["optimization_level"] == level
+        heads, line = esper("kernels", command, "--pipeline", "optimized")[1].splitlines()[:2]
+        assert line[heads.index("runs") :].split()[0] == runs
+    assert words in esper("kernels", "show", record.kernel_id)[1]
