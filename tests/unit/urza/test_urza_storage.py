@@ -228,6 +228,15 @@ class TestDeltaLog:
         assert after.maintain(kept_hours=0.0).problem == ""  # and what the stalled one wrote in vain goes
         assert len(list((storage.local / "events").glob("*.parquet"))) == 1
 
+    def test_what_is_removed_is_removed_once(self, storage):
+        log = DeltaLog.take_over(storage, Clock())
+        for seq in range(2, 7):
+            log.append([note(log, seq)])
+        assert [log.maintain(kept_hours=0.0).files_removed for _ in range(3)] == [6, 0, 0]
+        version = log._table.version()
+        log.maintain(kept_hours=0.0)
+        assert log._table.version() == version, "nothing to remove: nothing to seal"
+
     def test_what_a_killed_writer_left_goes_whatever_hours_are_kept(self, storage):
         log = DeltaLog.take_over(storage, Clock())
         left, fresh = (storage.local / "events" / f"part-{name}.parquet" for name in ("left", "fresh"))
