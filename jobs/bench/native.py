@@ -105,7 +105,10 @@ def _measure(name: str, signature: SiteSignature, folder: Path, *, first_steps: 
         return row | {"note": str(error)}
     row |= {"compile s": time.perf_counter() - began, "compile cpu s": _cpu_s() - cpu}
     kernel = open_native(f"bench-{name}-{signature.key}", code.facts, code.payload)
-    verdict = examine_native(module, signature, kernel)
+    try:
+        verdict = examine_native(module, signature, kernel)
+    except KernelRejectedError as error:
+        return row | {"note": str(error)}
     errors = {check.name: check.value for check in verdict.checks}
     row |= {
         "batches": f"{code.facts.min_batch}-{code.facts.max_batch}",
