@@ -347,22 +347,23 @@ def _settings(device: str) -> Iterator[None]:
     table = decomposition.decompositions
     if device == "cpu":
         removed = {op: table[op] for op in list(table) if any(str(op).startswith(f"aten.{name}.") for name in _KEPT)}
-    # what is kept whole reads its inputs by the strides that were traced; else Inductor chooses others, unnoticed
     constraints = lowering._maybe_layout_constraints  # noqa: SLF001 - its setter cannot take anything back
-    constrained = {op: constraints.get(op) for op in removed}
+    before = [(book, {op: book[op] for op in removed if op in book}) for book in (lowering.lowerings, constraints)]
     for op in removed:
         del table[op]
-        constraints[op] = lowering.constrain_to_fx_strides
+        # it reads its inputs by the strides that were traced; else Inductor chooses others, unnoticed. `warn`: where
+        # the variable CI is set, torch would have us take it apart
+        lowering.make_fallback(op, lowering.constrain_to_fx_strides, warn=False)
     decomposition.fast_random_decomps.cache_clear()
     try:
         with config.patch(changes):
             yield
     finally:
         table.update(removed)
-        for op, before in constrained.items():
-            del constraints[op]
-            if before is not None:
-                constraints[op] = before
+        for book, entries in before:
+            for op in removed:
+                book.pop(op, None)
+            book.update(entries)
         decomposition.fast_random_decomps.cache_clear()
 
 

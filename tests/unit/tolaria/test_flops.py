@@ -1,5 +1,7 @@
 """Every figure here is worked out by hand in the test's own arithmetic, not by calling the table's formulas."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -25,6 +27,26 @@ def backward(module, x):
     """The FLOPs of the backward alone."""
     out = module(x)
     return count_flops(lambda: out.backward(torch.ones_like(out)))
+
+
+def test_counting_does_not_touch_what_other_threads_run():
+    kernel, h = nn.Sequential(nn.Linear(4, 4), nn.GELU()), torch.randn(8, 4, requires_grad=True)
+    counts, inside, done = [], threading.Event(), threading.Event()
+
+    def counted():
+        inside.set()
+        done.wait(60)
+
+    thread = threading.Thread(target=lambda: counts.append(count_flops(counted)))
+    thread.start()
+    inside.wait(60)
+    try:
+        gradients = torch.autograd.grad(kernel(h).sum(), [h, *kernel.parameters()])
+    finally:
+        done.set()
+        thread.join(60)
+    assert len(gradients) == 3
+    assert counts == [0]
 
 
 def test_linear_forward_and_backward():
