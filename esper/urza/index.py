@@ -1,7 +1,7 @@
 """Kernels in memory, with what was learned of each, and the indexes by which they are found. Pure.
 
-Every index keeps its kernels oldest first, so a query that uses one needs no sorting: it starts from the smallest
-index that applies and looks the others up.
+Indexes keep their kernels oldest first, but for a kernel that gets another tag later. A query starts from the smallest
+index that applies, looks the others up, and sorts what it found, of which most is in order already.
 """
 
 from __future__ import annotations
@@ -107,10 +107,8 @@ class KernelIndex:
             return
         self._briefs[kernel_id] = brief._replace(aliases=tuple(names)[1:], tags=tags)
         for tag in tags[len(brief.tags) :]:
-            # oldest first, as in every index: it may be older than kernels that have the tag already
-            self._by_tag[tag] = dict.fromkeys(
-                sorted((*self._by_tag.get(tag, ()), kernel_id), key=self._places.__getitem__)
-            )
+            # at the end, though it may be older than others there: a page is sorted, and this happens at every kernel
+            self._by_tag.setdefault(tag, {})[kernel_id] = None
 
     def mark(self, kernel_id: str, status: KernelStatus, reason: str) -> None:
         """Changes a status, for a reason; raises `ConflictError` if the status table forbids it."""
