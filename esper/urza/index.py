@@ -101,6 +101,8 @@ class KernelIndex:
         See `KernelBrief` for what that means to those who choose.
         """
         brief = self._briefs[self.get(kernel_id).kernel_id]
+        if blueprint.name in (brief.blueprint, *brief.aliases) and all(tag in brief.tags for tag in blueprint.tags):
+            return  # as of nearly all: the design that it was built for
         names = dict.fromkeys((brief.blueprint, *brief.aliases, blueprint.name))
         tags = tuple(dict.fromkeys((*brief.tags, *merged_tags(blueprint.tags, ()))))
         if (len(names), len(tags)) == (1 + len(brief.aliases), len(brief.tags)):

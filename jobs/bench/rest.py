@@ -38,7 +38,7 @@ SIZE = 1_000
 def measure(*, seconds: float, num_clients: int, say: Say) -> tuple[list[dict[str, Any]], list[Goal], str]:
     """Measures; returns rows, goals, and what is to be said of them."""
     rows = []
-    with tempfile.TemporaryDirectory(prefix="esper-bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="esper-bench-", ignore_cleanup_errors=True) as scratch:
         storage = Storage.at(scratch)
         say(f"{SIZE:,} kernels: writing the catalogue")
         signatures = populate(storage, SIZE)

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str], say: Say) -> BenchResult:
     goals: list[Goal] = []
     with _cluster() as spawn:
         for size in sizes:
-            with tempfile.TemporaryDirectory(prefix="esper-bench-") as scratch:
+            with tempfile.TemporaryDirectory(prefix="esper-bench-", ignore_cleanup_errors=True) as scratch:
                 storage = Storage.at(scratch)
                 say(f"{size:,} kernels: writing the catalogue")
                 signatures = populate(storage, size)
@@ -208,7 +208,7 @@ def _fetches(spawn: Any, say: Say) -> tuple[list[dict[str, Any]], list[Goal]]:
     import ray
 
     rows, goals = [], []
-    with tempfile.TemporaryDirectory(prefix="esper-bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="esper-bench-", ignore_cleanup_errors=True) as scratch:
         storage = Storage.at(scratch)
         hub = Hub.open(storage)
         signature = SiteSignature(kind=SiteKind.VECTOR, channels=8)
@@ -240,14 +240,14 @@ def _fetches(spawn: Any, say: Say) -> tuple[list[dict[str, Any]], list[Goal]]:
 def _against_mlflow(python: str, say: Say) -> tuple[list[dict[str, Any]], str]:
     """The same work by both, each in a directory of its own, one after the other."""
     say(f"MLflow: {MLFLOW_SIZE:,} registrations and searches")
-    with tempfile.TemporaryDirectory(prefix="esper-bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="esper-bench-", ignore_cleanup_errors=True) as scratch:
         script = Path(__file__).with_name("mlflow_registry.py")
         command = [python, str(script), scratch, str(MLFLOW_SIZE), str(MLFLOW_SIZE)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)  # noqa: S603 - the caller's own interpreter
         if done.returncode:
             raise SystemExit(f"MLflow failed: {done.stderr[-1_000:]}")
         theirs = json.loads(done.stdout.splitlines()[-1])
-    with tempfile.TemporaryDirectory(prefix="esper-bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="esper-bench-", ignore_cleanup_errors=True) as scratch:
         hub = Hub.open(Storage.at(scratch))
         signatures = [SiteSignature(kind=SiteKind.VECTOR, channels=8 + i) for i in range(10)]
         registered = _timed(lambda i: register(hub, design(i + 1), f"design-{i}", [signatures[i % 10]]), MLFLOW_SIZE)
