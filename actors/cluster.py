@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -119,7 +120,26 @@ def connected(*, dashboard: bool = True, metadata: Mapping[str, str] | None = No
         _tell_submission(metadata)
         yield Cluster(owned=not joining, dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None)
     finally:
+        disconnect()
+
+
+def disconnect() -> None:
+    """Ends this process's part in Ray, and Ray itself if this process started it. Harmless where there is none.
+
+    While Ray takes its core worker down, another thread that lets go of an `ObjectRef` ends the whole process: exit
+    status 1, and no word but in Ray's own log (Ray 2.60). The garbage collector does that in whichever thread it
+    happens to run; so what waits for it goes first, and it rests meanwhile.
+    """
+    import ray
+
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        gc.collect()
         ray.shutdown()
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _worker_environment() -> dict[str, str]:

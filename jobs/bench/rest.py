@@ -115,7 +115,7 @@ def _ask(port: int, kind: str, paths: Sequence[str], *, seconds: float, num_clie
 @contextmanager
 def _gateway(storage: Storage) -> Iterator[tuple[int, list[str]]]:
     """Ray, Urza and the gateway behind Serve's proxy; yields its port and some kernels' ids."""
-    from actors.cluster import NAMESPACE, prepare_environment
+    from actors.cluster import NAMESPACE, disconnect, prepare_environment
 
     prepare_environment()
     import ray
@@ -137,7 +137,7 @@ def _gateway(storage: Storage) -> Iterator[tuple[int, list[str]]]:
         gateway.undeploy(storage)
         tamiyo.undeploy(stop_serve=True)
     finally:
-        ray.shutdown()
+        disconnect()
 
 
 @contextmanager

@@ -300,7 +300,7 @@ def _at_most(name: str, samples: Sequence[float], goal: float, quantile: float) 
 @contextmanager
 def _cluster() -> Iterator[Callable[[Storage], Any]]:
     """A Ray of its own; yields what starts the Urza of an address there, the one before it being stopped."""
-    from actors.cluster import NAMESPACE, prepare_environment
+    from actors.cluster import NAMESPACE, disconnect, prepare_environment
 
     prepare_environment()
     import ray
@@ -320,4 +320,4 @@ def _cluster() -> Iterator[Callable[[Storage], Any]]:
     try:
         yield spawn
     finally:
-        ray.shutdown()
+        disconnect()

@@ -18,6 +18,7 @@ import ray
 from test_nissa_metrics import DASHBOARD, queries
 
 from actors import nissa, oona, urza
+from actors.cluster import disconnect
 from esper.config import OonaConfig
 from esper.leyline import EpochRecord, FieldReport, LifecycleEvent, OonaMessage, Outcome, SeedStage, Topic
 from esper.leyline.kernels import SiteKind, SiteSignature
@@ -65,7 +66,7 @@ def endpoint(tmp_path_factory):
         bus.close()
         del hub, context
     finally:
-        ray.shutdown()
+        disconnect()
 
 
 def get(url):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from actors.cluster import disconnect
 from actors.nissa import NissaActor, connect, spawn
 from esper.leyline.errors import UnavailableError
 from esper.leyline.messages import OonaMessage, Topic
@@ -151,7 +152,7 @@ def cluster():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
     ray.init(num_cpus=1, include_dashboard=False, namespace="nissa-test", log_to_driver=False, logging_level="ERROR")
     yield ray
-    ray.shutdown()
+    disconnect()
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 

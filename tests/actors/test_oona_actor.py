@@ -9,6 +9,7 @@ import pytest
 import ray
 from bus_conformance import WAIT_S, BusConformance, numbers, step, take
 
+from actors.cluster import disconnect
 from actors.oona import RayTransport, connect, spawn
 from esper.config import OonaConfig
 from esper.leyline import BusCounts, ConflictError, NotFoundError, Topic, UnavailableError
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.ray
 def cluster():
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", namespace="test-oona")
     yield
-    ray.shutdown()
+    disconnect()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from urza_samples import VECTOR, design
 
 from actors import oona, pool, urza
-from actors.cluster import NAMESPACE
+from actors.cluster import NAMESPACE, disconnect
 from esper.config import OonaConfig, TezzeretConfig
 from esper.leyline import Pipeline
 from esper.storage import Storage
@@ -55,7 +55,7 @@ def platform(request, tmp_path) -> Iterator[tuple[urza.UrzaHandle, object]]:
     yield hub, compilers
     ray.get(compilers.stop.remote(), timeout=90)
     bus.stop()
-    ray.shutdown()
+    disconnect()
 
 
 def until(holds, what: str) -> None:

@@ -19,7 +19,7 @@ from ray.exceptions import ActorDiedError
 from urza_samples import VECTOR, design
 
 from actors import oona, pool, urza
-from actors.cluster import NAMESPACE
+from actors.cluster import NAMESPACE, disconnect
 from esper.config import OonaConfig, TezzeretConfig
 from esper.leyline import BlueprintStatus, CompiledKernelArtifact, EsperError, SiteKind, SiteSignature, Topic
 from esper.leyline.blueprints import parse_ir
@@ -54,7 +54,7 @@ def examine(module, ir, signature):
 def cluster():
     ray.init(namespace=NAMESPACE, num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
-    ray.shutdown()
+    disconnect()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from urza_samples import design
 
 from actors import oona, pool, urza
-from actors.cluster import NAMESPACE
+from actors.cluster import NAMESPACE, disconnect
 from esper.config import OonaConfig, TezzeretConfig
 from esper.leyline import BlueprintIR, BlueprintStatus, Node, Pipeline, SiteKind, SiteSignature
 from esper.leyline.container import unpack
@@ -52,7 +52,7 @@ def examine(module, ir, signature):
 def cluster():
     ray.init(namespace=NAMESPACE, num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
-    ray.shutdown()
+    disconnect()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import urza_clients
 import urza_kills
 from urza_kills import KillWhenArmed, Plan
 
-from actors.cluster import NAMESPACE
+from actors.cluster import NAMESPACE, disconnect
 from esper.storage import Storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -39,7 +39,7 @@ def kills_cluster():
         logging_level="ERROR",
     )  # fmt: skip
     yield
-    ray.shutdown()
+    disconnect()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,51 @@
+"""How a process leaves Ray."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[2]
+
+LEAVES = """
+import gc, sys, threading
+
+import ray
+from ray._private.worker import global_worker
+
+from actors.cluster import connected
+
+class Slow:
+    '''Stands for the core worker: a ref becomes garbage as it ends, then another thread has its turn.'''
+
+    def __init__(self, core_worker):
+        self._core_worker = core_worker
+
+    def __getattr__(self, name):
+        return getattr(self._core_worker, name)
+
+    def shutdown_driver(self):
+        cycle = [refs.pop()]
+        cycle.append(cycle)
+        del cycle
+        self._core_worker.shutdown_driver()
+        thread = threading.Thread(target=lambda: [[] for _ in range(10_000)])  # the collector would run in it
+        thread.start()
+        thread.join()
+
+with connected(dashboard=False):
+    refs = [ray.put(0)]
+    global_worker.core_worker = Slow(global_worker.core_worker)
+print("here", gc.isenabled())
+sys.exit(3)
+"""
+
+
+def test_a_ref_that_is_let_go_of_meanwhile_does_not_end_the_process():
+    command = [sys.executable, "-c", LEAVES]
+    left = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (left.returncode, left.stdout) == (3, "here True\n"), left.stderr
