@@ -9,8 +9,7 @@ wrapper, and so reduces the kernel's gradients over ranks explicitly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import nn
 from esper.kasmina.layer import Layer, key_of
 from esper.kasmina.probe import detached, forked_rng
 from esper.kasmina.seed import Seed
+from esper.leyline.autocast import no_autocast_cache
 from esper.leyline.errors import SiteError
 from esper.leyline.growth import PREFIX
 
@@ -73,7 +73,7 @@ def _replay(
     prefix = f"{PREFIX}.{key_of(layer.site)}.{seed.seed_id}."
     tensors = detached(module) | {prefix + name: leaf for name, leaf in leaves.items()}
     site = module.get_submodule(layer.site)
-    with torch.enable_grad(), forked_rng(module), _no_autocast_cache(), layer.shadow(seed, site):
+    with torch.enable_grad(), forked_rng(module), no_autocast_cache(), layer.shadow(seed, site):
         return loss_of(torch.func.functional_call(module, tensors, args))
 
 
@@ -84,14 +84,3 @@ def _update(seed: Seed, parameters: list[nn.Parameter], gradients: list[torch.Te
         parameter.grad = gradient * scale
     seed.optimizer.step()
     seed.optimizer.zero_grad(set_to_none=True)
-
-
-@contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    """Within it, autocast keeps no casts: those of the replay's detached weights must not serve the host."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)

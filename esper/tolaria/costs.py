@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from esper.leyline.autocast import no_autocast_cache
 from esper.leyline.growth import HEALTH_CHANNELS, HEALTH_ROWS, PREFIX, PROBE_FEATURES, Growable
 from esper.leyline.kernels import SiteSignature
 from esper.tolaria.flops import StepCosts
-from esper.tolaria.precision import FULL, Precision, no_cast_cache
+from esper.tolaria.precision import FULL, Precision
 from esper.tolaria.workload import model_args
 
 HEALTH_OPS = 4
@@ -83,7 +84,7 @@ class HostCosts:
 
     def _train_on_copies(self, args: tuple[Any, ...], targets: Any) -> None:
         module = self._growable.module
-        with _forked_rng(), _in_eval(module.get_submodule(PREFIX)), torch.enable_grad(), no_cast_cache():
+        with _forked_rng(), _in_eval(module.get_submodule(PREFIX)), torch.enable_grad(), no_autocast_cache():
             tensors = {
                 name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in module.named_parameters()
             }
@@ -96,7 +97,7 @@ class HostCosts:
 
     def _infer(self, args: tuple[Any, ...]) -> None:
         module = self._growable.module
-        with _forked_rng(), _in_eval(module), torch.no_grad(), no_cast_cache(), self._precision.forward():
+        with _forked_rng(), _in_eval(module), torch.no_grad(), no_autocast_cache(), self._precision.forward():
             module(*args)
 
 

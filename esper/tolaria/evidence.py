@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from esper.leyline.autocast import no_autocast_cache
 from esper.leyline.errors import DataError, NonFiniteError
 from esper.leyline.signals import Evidence, EvidenceKind
-from esper.tolaria.precision import FULL, Precision, no_cast_cache
+from esper.tolaria.precision import FULL, Precision
 from esper.tolaria.ranks import Ranks
 from esper.tolaria.task import Task
 from esper.tolaria.workload import Batch, batch_len, model_args, to_device
@@ -67,7 +68,7 @@ def evaluate(
     names = list(task.metrics)
     sums = torch.zeros(2 + len(names), dtype=torch.float64)  # samples, loss, metrics
     parts: list[torch.Tensor] = []
-    with _undisturbed(module), torch.no_grad(), no_cast_cache():
+    with _undisturbed(module), torch.no_grad(), no_autocast_cache():
         for batch in batches:
             inputs, targets = to_device(batch, device)
             args = model_args(inputs)

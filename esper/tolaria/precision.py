@@ -2,7 +2,7 @@
 
 Under bf16 a forward runs in torch's autocast, one region for each: autocast keeps the casts of weights until the
 outermost region ends, and a cast that was made without gradients would serve a later forward with them, whose weights
-then silently never train. For regions that people opened around all of it there is `no_cast_cache`.
+then silently never train. Regions that people open around all of it: `leyline.autocast`.
 """
 
 from __future__ import annotations
@@ -43,17 +43,6 @@ class Precision:
 
 FULL = Precision()
 """All in float32."""
-
-
-@contextmanager
-def no_cast_cache() -> Iterator[None]:
-    """Within it, autocast keeps no casts: for forwards without gradients, which may stand in somebody else's region."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)
 
 
 def _widened(value: Any) -> Any:

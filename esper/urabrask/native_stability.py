@@ -12,6 +12,7 @@ from torch import nn
 from esper.leyline import Check, SiteSignature
 from esper.leyline.runtime import NativeKernel, NativeModule
 from esper.urabrask.native_steps import Run, laid, names, native_step, normal, step, taken
+from esper.urabrask.saved import saved_for_backward
 from esper.urabrask.stability import extremes
 
 ODD_BATCH = 17
@@ -62,17 +63,8 @@ def deterministic(module: nn.Module, kernel: NativeKernel, signature: SiteSignat
 def saved_bytes(run: Run, module: nn.Module, h: torch.Tensor) -> int:
     """Bytes that a forward keeps for its backward, each once, without the parameters: those are there anyway."""
     owned = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-    sizes: dict[int, int] = {}
-    held = []  # an address counts once only while what lies there lives
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        held.append(storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.enable_grad():
+    with saved_for_backward() as kept:
         y = run(h)
-        kept = sum(size for address, size in sizes.items() if address not in owned)
+        size = sum(size for address, size in kept.sizes.items() if address not in owned)
         del y
-    return kept
+    return size

@@ -6,11 +6,10 @@ import statistics
 import time
 from collections.abc import Callable
 
-import torch
-
 from esper.leyline import Latency
 from esper.leyline.ops import count_flops, count_parameters, memory_bytes
 from esper.urabrask.finding import Finding
+from esper.urabrask.saved import saved_for_backward
 from esper.urabrask.subject import Subject, forward, run_pass
 
 MEASURED_BATCH = 2
@@ -58,18 +57,9 @@ def train_peak_bytes(subject: Subject, batch: int) -> int:
     copy of its output, is not in it.
     """
     h = subject.first_input(batch).requires_grad_()
-    sizes: dict[int, int] = {}
-    held = []  # an address counts once only while what lies there lives
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        held.append(storage)
-        return tensor
-
-    for parameter in subject.module.parameters():
-        count(parameter.detach())
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.enable_grad():
-        count(h.detach())
-        count(subject.module(h).detach())
-    return sum(sizes.values())
+    with saved_for_backward() as kept:
+        for parameter in subject.module.parameters():
+            kept.count(parameter.detach())
+        kept.count(h.detach())
+        kept.count(subject.module(h).detach())
+    return sum(kept.sizes.values())
