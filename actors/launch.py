@@ -168,6 +168,8 @@ def _without_secrets(config: RunConfig) -> RunConfig:
         return {key: value for key, value in options.items() if key not in {"key", "secret", "token"}}
 
     changes: dict[str, Any] = {"storage_options": public(config.storage_options)}
+    host = config.host.model_copy(update={"weights_options": public(config.host.weights_options)})
+    changes["host"] = host
     if isinstance(config.data, ParquetImageData | TextData):
         changes["data"] = config.data.model_copy(update={"options": public(config.data.options)})
     return config.model_copy(update=changes)

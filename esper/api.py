@@ -68,6 +68,7 @@ from esper.tolaria.ranks import Ranks, SoloRanks
 from esper.tolaria.schedules import optimizer_factory, scheduler_factory
 from esper.tolaria.session import Session
 from esper.tolaria.task import Task, resolve_task
+from esper.tolaria.weights import Trained
 from esper.tolaria.workload import Data, Workload, evaluation_batches, example_of, to_device
 
 if TYPE_CHECKING:
@@ -115,6 +116,9 @@ def grow(
 ) -> Run:
     """Trains a model that may grow, on Ray, and returns the finished run. Your `model` itself is not changed.
 
+    A model that is trained already is upgraded: it computes what it did until its first step, its validation before
+    that stands in the summary (`start`), and it grows within `budget`.
+
     Args:
         model: any `nn.Module`.
         train_data: (inputs, targets) tensors, a `Dataset`, or a factory `(rank, world, epoch) -> DataLoader`. Several
@@ -138,13 +142,13 @@ def grow(
         DataError: if the data are of no known kind.
         SiteError: if a site does not exist or cannot carry a seed.
     """
-    chosen = resolve_task(task)
+    chosen, start = resolve_task(task), config or RunConfig()
     resolved = _resolve(
-        config or RunConfig(),
+        start,
         {
             "task": chosen.name if isinstance(task, str) else "custom",
             "data": {"type": "given"},
-            "host": {"type": "given"},
+            "host": {**start.host.model_dump(include={"weights", "weights_options"}), "type": "given"},
             "budget": None if budget is None else budget.model_dump(),
             "tolaria.epochs": epochs,
             "tolaria.batch_size": batch_size,
@@ -166,6 +170,7 @@ def grow(
         task=chosen,
         optimizer=optimizer or optimizer_factory(resolved.tolaria.optimizer),
         scheduler=scheduler or scheduler_factory(resolved.tolaria.scheduler),
+        trained=Trained.of(resolved.host) or Trained(),  # nobody can tell from a model whether it is: so it is measured
     )
 
     def fresh() -> Workload:
@@ -457,7 +462,8 @@ def check_workload(workload: Workload, config: RunConfig) -> None:
 
     Raises:
         ConfigError: if a named blueprint is neither in the library nor in the storage's catalogue, or fits no site, a
-            scheduled graft cannot be made, or the trainer of this process has no GPU.
+            scheduled graft cannot be made, the weights to start from are not the host's, or the trainer of this
+            process has no GPU.
         SiteError: if a site does not exist or cannot carry a seed.
     """
     from esper.urza import named
@@ -467,6 +473,8 @@ def check_workload(workload: Workload, config: RunConfig) -> None:
     if config.tolaria.num_workers == 0:
         _device(config)
     trial = replace(workload, model=copy.deepcopy(workload.model))
+    if workload.trained is not None:
+        workload.trained.load_into(trial.model)
     try:
         sites = _wrap_workload(trial, config, torch.device("cpu")).sites
     except SiteError as error:  # its field is an argument's name; people write the setting

@@ -86,14 +86,24 @@ Data = Annotated[DigitsData | ParquetImageData | TextData | GivenData, Field(dis
 # ---------------------------------------------------------------- hosts
 
 
-class MlpHost(Section):
+class _Host(Section):
+    """What every host may start from."""
+
+    weights: str | None = None
+    """Trained weights to start from, a `state_dict` of this very host: a safetensors file, or one of `torch.save`; a
+    path or any fsspec address. Null starts from new ones."""
+    weights_options: dict[str, Any] = Field(default_factory=dict)
+    """Of the fsspec driver, for an address with a scheme. Secrets belong in its environment variables."""
+
+
+class MlpHost(_Host):
     """Linear layers with ReLU: inputs -> hidden... -> classes."""
 
     type: Literal["mlp"] = "mlp"
     hidden: tuple[PositiveInt, ...] = (8, 10)
 
 
-class CnnHost(Section):
+class CnnHost(_Host):
     """Stages of 3x3 convolution, batch norm and ReLU; each but the first halves the resolution. A linear head."""
 
     type: Literal["cnn"] = "cnn"
@@ -102,7 +112,7 @@ class CnnHost(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-class GptHost(Section):
+class GptHost(_Host):
     """A decoder-only transformer, pre-norm, learned positions, tied or untied head."""
 
     type: Literal["gpt"] = "gpt"
@@ -113,7 +123,7 @@ class GptHost(Section):
     tied: bool = False
 
 
-class ImportedHost(Section):
+class ImportedHost(_Host):
     """Your own model: `target: package.module:function`, called with `args`; must return an `nn.Module`."""
 
     type: Literal["import"] = "import"
@@ -121,7 +131,7 @@ class ImportedHost(Section):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
-class GivenHost(Section):
+class GivenHost(_Host):
     """A model handed over in Python (`esper.grow`)."""
 
     type: Literal["given"] = "given"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -353,3 +354,11 @@ def _s3_options(options: Mapping[str, Any] | None) -> dict[str, str]:
             )
         given["ca_bundle"] = bundle
     return {name: str(value) for name, value in given.items()}
+
+
+def driver_errors() -> tuple[type[Exception], ...]:
+    """What storage drivers raise for an address that cannot be used."""
+    known: list[type[Exception]] = [OSError, ValueError, ImportError]
+    if botocore := sys.modules.get("botocore.exceptions"):  # s3fs lets those about credentials through
+        known.append(botocore.BotoCoreError)
+    return tuple(known)

@@ -101,11 +101,13 @@ def train(
 @app.command()
 def export(
     run: RunArg,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the model.")] = Path("model.pt2"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Where to write it: a .pt2 program, or .safetensors weights.")
+    ] = Path("model.pt2"),
     storage: Storage = DEFAULT_STORAGE,
     as_json: Json = False,
 ) -> None:
-    """Write the grown model of a run as a .pt2 file that loads without Esper."""
+    """Write the grown model of a run as a file that loads without Esper."""
     from jobs.export import export_run
 
     result = export_run(run, storage, out)
@@ -113,7 +115,10 @@ def export(
         print_json(result)
     else:
         typer.echo(f"wrote {result['path']} ({result['bytes'] / 1024:.0f} KiB, {result['parameters']:,} parameters)")
-        typer.echo(f"use it: torch.export.load({str(out)!r}).module()(inputs)")
+        if out.suffix == ".safetensors":
+            typer.echo(f"use it: esper train CONFIG host.weights={out}, or safetensors.torch.load_file({str(out)!r})")
+        else:
+            typer.echo(f"use it: torch.export.load({str(out)!r}).module()(inputs)")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`esper export`: the grown model of a run as a file that loads without Esper."""
+"""`esper export`: the grown model of a run as a file that loads without Esper: a program, or its weights alone."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ from jobs.workload import ConfiguredWorkload
 
 
 def export_run(name: str, storage: str, out: Path) -> dict[str, Any]:
-    """Writes the run's last checkpoint as a `.pt2` program with a dynamic batch; returns what was written.
+    """Writes the run's last checkpoint; returns what was written.
+
+    Args:
+        name: of the run.
+        storage: where runs lie.
+        out: `.pt2` is a program with a dynamic batch; `.safetensors` is the plain `state_dict`, which `host.weights`
+            of another run takes if the run did not grow.
 
     Raises:
-        ConfigError: if the run's model was handed over in Python.
+        ConfigError: if the run's model was handed over in Python, or the suffix is neither.
         NotFoundError: if there is no such run, or it left no checkpoint.
     """
     import torch
 
     from esper.api import export_checkpoint
 
+    if out.suffix not in {".pt2", ".safetensors"}:
+        raise ConfigError(f"cannot write {out.name}", field="--out", remedy="end it in .pt2 or .safetensors")
     store = RunStore(storage)
     run_id = store.resolve(name)
     config = parse_config(yaml.safe_load(store.config_text(run_id)))
@@ -36,11 +44,16 @@ def export_run(name: str, storage: str, out: Path) -> dict[str, Any]:
         )
     workload = ConfiguredWorkload(config, data_root())()
     model = export_checkpoint(workload, config, directory=store.directory(run_id)).eval()
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(
-        model, workload.example, dynamic_shapes=tuple({0: batch} for _ in workload.example), strict=False
-    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    torch.export.save(program, out)
+    if out.suffix == ".safetensors":
+        import safetensors.torch
+
+        safetensors.torch.save_model(model, str(out))  # which writes tied weights once
+    else:
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.export.export(
+            model, workload.example, dynamic_shapes=tuple({0: batch} for _ in workload.example), strict=False
+        )
+        torch.export.save(program, out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"run_id": run_id, "path": str(out), "bytes": out.stat().st_size, "parameters": parameters}

@@ -25,7 +25,16 @@ LOG_FILE = "driver.log"
 
 def train(path: Path, overrides: list[str], *, as_json: bool) -> int:
     """Trains from a file; returns the exit code."""
-    return _launch(load_config(path, overrides), as_json=as_json)
+    return _launch(_pin_weights(load_config(path, overrides)), as_json=as_json)
+
+
+def _pin_weights(config: RunConfig) -> RunConfig:
+    """A path of weights that means the same file to workers, and to who resumes the run from another folder."""
+    weights = config.host.weights
+    if weights is None or "://" in weights:
+        return config
+    host = config.host.model_copy(update={"weights": str(Path(weights).expanduser().absolute())})
+    return config.model_copy(update={"host": host})
 
 
 def resume(name: str, storage: str, *, as_json: bool) -> int:

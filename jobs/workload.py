@@ -32,6 +32,7 @@ class ConfiguredWorkload:
         from esper.hosts import build_host
         from esper.tolaria.schedules import optimizer_factory, scheduler_factory
         from esper.tolaria.task import resolve_task
+        from esper.tolaria.weights import Trained
         from esper.tolaria.workload import Workload, example_of
 
         config = self.config
@@ -50,4 +51,5 @@ class ConfiguredWorkload:
             task=resolve_task(config.task),
             optimizer=optimizer_factory(config.tolaria.optimizer),
             scheduler=scheduler_factory(config.tolaria.scheduler),
+            trained=Trained.of(config.host),
         )

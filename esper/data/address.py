@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import IO, Any, cast
 import fsspec
 
 from esper.leyline.errors import DataError
+from esper.storage import driver_errors
 
 FIELD = "data.path"
 
@@ -72,14 +72,6 @@ def find(
         remedy="give a path or address that exists"
         + ("" if data_root or "://" in path else ", or set ESPER_DATA to the folder that holds it"),
     )
-
-
-def driver_errors() -> tuple[type[Exception], ...]:
-    """What storage drivers raise for an address that cannot be used."""
-    known: list[type[Exception]] = [OSError, ValueError, ImportError]
-    if botocore := sys.modules.get("botocore.exceptions"):  # s3fs lets those about credentials through
-        known.append(botocore.BotoCoreError)
-    return tuple(known)
 
 
 def _candidates(path: str, data_root: str | None) -> list[str]:

@@ -43,6 +43,20 @@ class Params(Contract):
     final: int
 
 
+class Start(Contract):
+    """A trained model on the validation data, wrapped and before its first step: equal to what the plain one comes to.
+
+    Attributes:
+        weights: address of what it started from; empty for a model that was handed over in Python.
+        val_metric: the task's headline metric; None without one.
+    """
+
+    weights: str = ""
+    val_loss: Finite
+    val_metric: Finite | None = None
+    metric_name: str | None = None
+
+
 class Flops(Contract):
     """FLOPs of the whole run by purpose; a multiply-add counts 2.
 
@@ -121,6 +135,8 @@ class RunSummary(Contract):
     finished_at: Finite | None = None
     metrics: Metrics = Metrics()
     params: Params
+    start: Start | None = None
+    """What a run that upgrades a trained model began with."""
     events: tuple[LifecycleEvent, ...] = ()
     rungs: tuple[RungChange, ...] = ()
     """When a kernel began to run from native code, or had to run from its IR, and why."""
@@ -144,9 +160,11 @@ class RunHistory(Contract):
         step_ms: milliseconds of every step, in order.
         graft_steps: steps at which the live path changed.
         decisions: (epoch, words) of every decision, waits too.
+        start: what a run that upgrades a trained model began with.
     """
 
     run_id: str
+    start: Start | None = None
     epochs: tuple[EpochRecord, ...] = ()
     step_ms: tuple[Finite, ...] = ()
     graft_steps: tuple[int, ...] = ()

@@ -68,6 +68,8 @@ def figures(summary: RunSummary) -> list[tuple[str, str]]:
     """The run's headline figures as (name, value), for the table and the report alike."""
     metrics, params, flops = summary.metrics, summary.params, summary.ledger.flops
     rows: list[tuple[str, str]] = []
+    if summary.start is not None:
+        rows.append(("started at", words.start(summary.start)))
     if metrics.val_accuracy is not None or metrics.test_accuracy is not None:
         parts = [("validation", metrics.val_accuracy), ("test", metrics.test_accuracy)]
         rows.append(("accuracy", ", ".join(f"{value:.1%} {name}" for name, value in parts if value is not None)))

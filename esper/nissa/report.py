@@ -176,6 +176,8 @@ def _cards(summary: RunSummary, history: RunHistory, lives: Sequence[Adaptation]
 
 
 def _from_first(history: RunHistory) -> str:
+    if history.start is not None and history.start.val_metric is not None:
+        return f"{history.start.val_metric:.1%} before the first step"
     first = next((r.val_metric for r in history.epochs if r.val_metric is not None), None)
     return f"{first:.1%} after the first epoch" if first is not None else ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from esper.leyline.native import Rung
 from esper.leyline.signals import Evidence, EvidenceKind
+from esper.leyline.summary import Start
 
 UNKNOWN = "—"
 """Stands for a figure that there is not."""
@@ -19,6 +20,15 @@ def short(value: float) -> str:
             digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
             return f"{scaled:.{digits}f}{prefix}"
     return f"{value:g}" if float(value).is_integer() else f"{value:.3g}"
+
+
+def start(begun: Start) -> str:
+    """What a trained model was worth before its first step: `87.2% validation, loss 0.3512, from small.safetensors`."""
+    parts = [] if begun.val_metric is None else [f"{metric(begun.metric_name, begun.val_metric)} validation"]
+    parts.append(f"loss {loss(begun.val_loss)}")
+    if begun.weights:
+        parts.append(f"from {begun.weights}")
+    return ", ".join(parts)
 
 
 def duration(seconds: float) -> str:

@@ -18,20 +18,22 @@ from typing import Any
 import torch
 
 from esper.config import RunConfig
-from esper.leyline.errors import ConfigError, EsperError, UnavailableError
+from esper.leyline.errors import ConfigError, EsperError, UnavailableError, UserError
 from esper.leyline.growth import Growable
 from esper.leyline.messages import Topic
 from esper.leyline.presence import Presence
 from esper.leyline.signals import EpochRecord, RunStarted
-from esper.leyline.summary import HISTORY_FILE, SUMMARY_FILE, RunStatus, RunSummary
+from esper.leyline.summary import HISTORY_FILE, SUMMARY_FILE, RunStatus, RunSummary, Start
 from esper.storage import Storage
-from esper.tolaria.checkpoint import Checkpoints
+from esper.tolaria.checkpoint import Checkpoints, Restored
 from esper.tolaria.commands import CommandLog
 from esper.tolaria.course import Ports
 from esper.tolaria.evidence import Evaluation
 from esper.tolaria.optim import SEED_KEY, Optimization, clip_norms
+from esper.tolaria.ranks import Ranks
 from esper.tolaria.session import Session
 from esper.tolaria.steering import Steering
+from esper.tolaria.weights import FIELD, Trained
 from esper.tolaria.workload import (
     Batch,
     Workload,
@@ -118,6 +120,9 @@ class Trainer:
         self._val = evaluation_batches(workload.val, batch_size=tolaria.batch_size)
         self._num_batches = self._train.num_batches(world=ports.ranks.world)
         self._device = _device_of(growable)
+        found = self._checkpoints.latest() if resume else None
+        if found is None and workload.trained is not None:
+            _load_together(workload.trained, growable, ports.ranks)
         if ports.ranks.world > 1:  # the wrapper of the live path takes equal weights for granted
             growable.module.load_state_dict(ports.ranks.broadcast(growable.module.state_dict()))
         parameters = [parameter for _, parameter in growable.live_parameters() if parameter.requires_grad]
@@ -144,8 +149,8 @@ class Trainer:
         self._presence = Presence()
         self._best = Best()
         self._resumed_from: int | None = None
-        if resume:
-            self._restore()
+        if found is not None:
+            self._restore(found)
 
     # ---------------------------------------------------------------- the run
 
@@ -177,6 +182,8 @@ class Trainer:
         if session.between:
             session.control()  # resumed: the decision of the saved epoch was taken after the checkpoint
         else:
+            if self._resumed_from is None:
+                self._measure_start()
             session.begin()
         last = self._config.tolaria.epochs
         while session.course.epoch < last and not self._out_of_patience():
@@ -190,6 +197,17 @@ class Trainer:
             self._write(RunStatus.RUNNING)
             if self._on_epoch is not None:
                 self._on_epoch(record)
+
+    def _measure_start(self) -> None:
+        """Validates a trained model before its first step: wrapping it has changed nothing, and here it is shown."""
+        trained, headline = self._workload.trained, self._workload.task.headline
+        if trained is None:
+            return
+        found = self.session.evaluate(self._val, purpose="validation", mode="eval")
+        metric = None if headline is None else found.metrics[headline]
+        start = Start(weights=trained.shown, val_loss=found.loss, val_metric=metric, metric_name=headline)
+        self.session.recorder.start(start)
+        log.info("run.started_trained", extra=start.model_dump())
 
     def _train_epoch(self) -> dict[str, float]:
         session, ranks = self.session, self._ports.ranks
@@ -266,10 +284,7 @@ class Trainer:
                 self._writer.save(record.epoch, state, best=best)
         self._ports.faults.at("checkpoint", record.epoch)
 
-    def _restore(self) -> None:
-        found = self._checkpoints.latest()
-        if found is None:
-            return
+    def _restore(self, found: Restored) -> None:
         self.session.load_state_dict(found.state["session"])
         self._best.value, self._best.epochs_since = found.state["best"]
         self._resumed_from = found.epoch
@@ -326,6 +341,20 @@ class Trainer:
             self._write(RunStatus.FAILED, error=f"{type(error).__name__}: {error}")
         except EsperError as second:  # the first error is what people must see
             log.error("summary.unwritten", extra={"error": str(second)})  # noqa: TRY400 - the first one is raised
+
+
+def _load_together(trained: Trained, growable: Growable, ranks: Ranks) -> None:
+    """Loads a trained model's weights on every rank, or refuses on all: one alone would leave the rest waiting."""
+    error = None
+    try:
+        trained.load_into(growable.module)
+    except UserError as refused:
+        error = refused
+    refusal = ranks.agree(None if error is None else str(error))
+    if error is not None:
+        raise error
+    if refusal is not None:
+        raise ConfigError(f"another worker: {refusal}", field=FIELD)
 
 
 def _reducing(model: torch.nn.Module, *, now: bool) -> AbstractContextManager[None]:

@@ -23,6 +23,7 @@ from esper.leyline.summary import (
     RunHistory,
     RunStatus,
     RunSummary,
+    Start,
     StepTimes,
 )
 from esper.tolaria.evidence import Evaluation
@@ -53,6 +54,7 @@ class Recorder:
         }
         self._started_at = now()
         self._compiler_before = _compiler_counts()
+        self._start: Start | None = None
         self._epochs: list[EpochRecord] = []
         self._step_ms: list[float] = []
         self._graft_steps: list[int] = []
@@ -71,6 +73,10 @@ class Recorder:
     def events(self) -> tuple[LifecycleEvent, ...]:
         """The events so far."""
         return tuple(self._events)
+
+    def start(self, start: Start) -> None:
+        """Notes what a trained model is worth before its first step."""
+        self._start = start
 
     def step(self, milliseconds: float) -> None:
         """Adds a step's time."""
@@ -133,6 +139,7 @@ class Recorder:
         """The series behind the pictures."""
         return RunHistory(
             run_id=self._head["run_id"],
+            start=self._start,
             epochs=tuple(self._epochs),
             step_ms=tuple(self._step_ms),
             graft_steps=tuple(self._graft_steps),
@@ -159,6 +166,7 @@ class Recorder:
             finished_at=None if status is RunStatus.RUNNING else now(),
             metrics=metrics,
             params=params,
+            start=self._start,
             events=tuple(self._events),
             rungs=tuple(self._rungs),
             field_reports=tuple(self._reports),
@@ -187,6 +195,7 @@ class Recorder:
         """Inverse of `state_dict`."""
         history = RunHistory.model_validate(state["history"])
         self._started_at = state["started_at"]
+        self._start = history.start
         self._epochs = list(history.epochs)
         self._step_ms = list(history.step_ms)
         self._graft_steps = list(history.graft_steps)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from esper.leyline.errors import DataError
 from esper.tolaria.optim import OptimizerFactory, SchedulerFactory
 from esper.tolaria.task import Task
+from esper.tolaria.weights import Trained
 
 Batch = tuple[Any, Any]
 """(inputs, targets); inputs are a tensor, or a tuple of the model's positional arguments."""
@@ -38,6 +39,8 @@ class Workload:
         train, val, test: see `Data`. Test data are touched once, after the last epoch.
         optimizer: makes the host's optimizer.
         scheduler: makes its scheduler from (optimizer, total steps); None is a constant rate.
+        trained: what the model was trained to before, so that its quality is measured before the first step; None is
+            a new model.
     """
 
     model: nn.Module
@@ -48,6 +51,7 @@ class Workload:
     optimizer: OptimizerFactory
     scheduler: SchedulerFactory | None = None
     test: Data | None = None
+    trained: Trained | None = None
 
 
 class Batches(Protocol):

@@ -121,6 +121,11 @@ def test_grow_as_on_the_first_page(task, model, data, site, tmp_path, monkeypatc
         before, True
     )
     assert "mlp_2x" in run.table()
+    with torch.no_grad():  # a model that was trained already shows what it was worth before the first step
+        before_loss = api.resolve_task(task).loss_fn(mine.eval()(val[0]), val[1])
+    assert run.summary.start is not None
+    assert run.summary.start.val_loss == pytest.approx(before_loss.item(), rel=1e-5)
+    assert "started at" in run.table()
     assert run.report().read_text().startswith("<!")
     plain = run.export()
     assert type(plain).__module__ != "esper"

@@ -15,7 +15,7 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 
 
 def test_the_promised_files_are_there():
-    expected = {"digits", "digits_mlp", "fashion_mnist", "cifar10", "shakespeare"}
+    expected = {"digits", "digits_mlp", "fashion_mnist", "cifar10", "shakespeare", "upgrade"}
     assert expected <= {path.stem for path in FILES}
 
 
@@ -29,10 +29,24 @@ def test_shipped_file_loads_under_a_name_of_its_own(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_host_fits_its_data(path):
     config = load_config(path)
-    shapes = {"digits": (1, 8, 8), "digits_mlp": (64,), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+    shapes = {
+        "digits": (1, 8, 8), "digits_mlp": (64,), "upgrade": (1, 8, 8),
+        "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32),
+    }  # fmt: skip
     shape = (config.data.context,) if isinstance(config.data, TextData) else shapes[path.stem]
     host = build_host(config.host, input_shape=shape, num_outputs=10, seed=config.seed)
     assert 0 < sum(parameter.numel() for parameter in host.parameters()) < 200_000
+
+
+def test_the_upgrade_names_commands_that_make_its_weights():
+    """Host, data and seed are those of the run that the file's comment tells people to train."""
+    small, upgrade = load_config(FOLDER / "digits.yaml"), load_config(FOLDER / "upgrade.yaml")
+    assert upgrade.host.weights == "small.safetensors"
+    assert upgrade.host.model_copy(update={"weights": None}) == small.host
+    assert (upgrade.data, upgrade.seed, upgrade.task) == (small.data, small.seed, small.task)
+    text = (FOLDER / "upgrade.yaml").read_text()
+    assert "esper train configs/digits.yaml tamiyo.policy=none" in text
+    assert "esper export latest --out small.safetensors" in text
 
 
 def keys(tree, prefix=""):
