@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
@@ -26,7 +27,7 @@ from esper.hosts import build_host
 from esper.kasmina.layer import Layer, Layers, all_layers
 from esper.kasmina.seed import KernelFacts, Seed
 from esper.kasmina.sites import find_sites
-from esper.leyline import RunSummary, SeedStage
+from esper.leyline import EpochRecord, RunSummary, SeedStage
 from esper.leyline.errors import NotFoundError
 from esper.leyline.growth import PREFIX
 from esper.leyline.lower import initialise
@@ -35,6 +36,7 @@ from esper.tamiyo.controller import LocalController
 from esper.tolaria.checkpoint import Checkpoints
 from esper.tolaria.schedules import optimizer_factory, scheduler_factory
 from esper.tolaria.task import resolve_task
+from esper.tolaria.weights import Trained
 from esper.tolaria.workload import Workload, example_of
 
 ARMS = ("none", "grow", "static", "stopped")
@@ -69,17 +71,26 @@ class Cell(BaseModel):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trained arm, and for `grow` the topology it ended with."""
+    """A trained arm, and for `grow` the topology it ended with.
+
+    Attributes:
+        epochs: the row of each.
+        weights: of the host, under its own keys.
+    """
 
     summary: RunSummary
     growth: dict[str, Any]
     parts: tuple[str, ...]
+    epochs: tuple[EpochRecord, ...] = ()
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def small(config: RunConfig, data: DataSets, *, policy: str, say: Callable[[str], None]) -> Outcome:
-    """Trains the host of the configuration under a policy."""
+def small(
+    config: RunConfig, data: DataSets, *, policy: str, say: Callable[[str], None], trained: Trained | None = None
+) -> Outcome:
+    """Trains the host of the configuration under a policy, from new weights or from trained ones."""
     config = _with(config, policy=policy)
-    workload = _workload(config, data, _host(config, data))
+    workload = replace(_workload(config, data, _host(config, data)), trained=trained)
     return _train(workload, config, say, grows=policy != "none")
 
 
@@ -157,6 +168,12 @@ def _workload(config: RunConfig, data: DataSets, model: nn.Module) -> Workload:
 
 def _train(workload: Workload, config: RunConfig, say: Callable[[str], None], *, grows: bool) -> Outcome:
     hub, public_key = None, None
+    epochs: list[EpochRecord] = []
+
+    def told(record: EpochRecord) -> None:
+        epochs.append(record)
+        say(f"epoch {record.epoch + 1} of {record.num_epochs}")
+
     if grows:
         sites = find_sites(workload.model, workload.example, sites=config.kasmina.sites)
         hub, public_key = local_hub(sites.values(), config)
@@ -170,13 +187,15 @@ def _train(workload: Workload, config: RunConfig, say: Callable[[str], None], *,
             bus=None,
             controller=LocalController(config.tamiyo, seed=config.seed),
             public_key=public_key,
-            on_epoch=lambda record: say(f"epoch {record.epoch + 1} of {record.num_epochs}"),
+            on_epoch=told,
         )
         restored = Checkpoints(Storage.at(directory)).latest()
     if restored is None:
         raise NotFoundError("the run left no checkpoint")
     parts = tuple(f"{layer.site}:{facts.blueprint}" for layer, _, facts in _blended(workload.model))
-    return Outcome(summary, restored.state["session"]["growth"], parts)
+    state = workload.model.state_dict()
+    weights = {name: tensor.clone() for name, tensor in state.items() if not name.startswith(f"{PREFIX}.")}
+    return Outcome(summary, restored.state["session"]["growth"], parts, tuple(epochs), weights)
 
 
 def _blended(model: nn.Module) -> list[tuple[Layer, Seed, KernelFacts]]:
