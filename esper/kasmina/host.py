@@ -196,6 +196,10 @@ class Host:
             layer.current.losses = (0.0, 0)
         return reports
 
+    def soundness(self) -> Mapping[str, tuple[int, int]]:
+        found = {layer.site: layer.observer.health() for layer in all_layers(self._layers)}
+        return {site: (health.num_samples, health.num_skipped) for site, health in found.items()}
+
     def check(self, command: KasminaControlCommand) -> str | None:
         return self._life.check(command)
 

@@ -185,6 +185,10 @@ class Growable(Protocol):
         """
         ...
 
+    def soundness(self) -> Mapping[str, tuple[int, int]]:
+        """For each site, of this interval: samples of health that were finite, and sampled steps that were not."""
+        ...
+
     def check(self, command: KasminaControlCommand) -> str | None:
         """Why this command cannot be applied now; None if it can. Under DDP all ranks must agree before `apply`."""
         ...

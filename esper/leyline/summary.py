@@ -57,6 +57,14 @@ class Start(Contract):
     metric_name: str | None = None
 
 
+class Rollback(Contract):
+    """A return to the last good state; the kernels that were blamed are among the events."""
+
+    epoch: int
+    step: int
+    reason: str
+
+
 class Flops(Contract):
     """FLOPs of the whole run by purpose; a multiply-add counts 2.
 
@@ -141,6 +149,7 @@ class RunSummary(Contract):
     rungs: tuple[RungChange, ...] = ()
     """When a kernel began to run from native code, or had to run from its IR, and why."""
     field_reports: tuple[FieldReport, ...] = ()
+    rollbacks: tuple[Rollback, ...] = ()
     ledger: Ledger = Ledger()
     steps: StepTimes = StepTimes()
     compiler_in_trainer: CompilerInTrainer = CompilerInTrainer()

@@ -56,6 +56,8 @@ class _Outcome:
             yield _wide(lives, options) if options.max_width >= _WIDE else _narrow(lives, options)
         else:
             yield Text("no adaptation was begun", "dim")
+        for back in summary.rollbacks:
+            yield Text(f"{glyphs_for(options).marks[2]} {words.rollback(back)}", "yellow")
         for missing in summary.went_without:
             yield Text(f"{glyphs_for(options).marks[2]} went without {missing}", "yellow")
         if summary.status is RunStatus.INTERRUPTED:

@@ -190,6 +190,12 @@ def _notices(summary: RunSummary) -> str:
         parts.append(
             '<div class="notice" role="note"><b>The run was interrupted.</b> It can be resumed; see below.</div>'
         )
+    if summary.rollbacks:
+        items = "".join(f"<li>{html.escape(words.rollback(back))}</li>" for back in summary.rollbacks)
+        parts.append(
+            '<div class="notice" role="note"><b>Where the governor went back to the last good state</b> '
+            f"<ul>{items}</ul></div>"
+        )
     if summary.went_without:
         items = "".join(f"<li>{html.escape(text)}</li>" for text in summary.went_without)
         parts.append(f'<div class="notice" role="note"><b>What the run went without</b><ul>{items}</ul></div>')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from esper.leyline.native import Rung
 from esper.leyline.signals import Evidence, EvidenceKind
-from esper.leyline.summary import Start
+from esper.leyline.summary import Rollback, Start
 
 UNKNOWN = "—"
 """Stands for a figure that there is not."""
@@ -29,6 +29,11 @@ def start(begun: Start) -> str:
     if begun.weights:
         parts.append(f"from {begun.weights}")
     return ", ".join(parts)
+
+
+def rollback(back: Rollback) -> str:
+    """`set back at step 1,204 (epoch 7): the loss is nan`."""
+    return f"set back at step {back.step:,} (epoch {back.epoch + 1}): {back.reason}"
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ from esper.tolaria import governor
 from esper.tolaria.chronicle import Chronicle
 from esper.tolaria.course import Course
 from esper.tolaria.reach import Reach
+from esper.tolaria.watching import Watching
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class Adaptation:
 
     Attributes:
         norm: norm of the live weights when the live path last changed, or at the last snapshot.
+        watching: looks at the kernels that came onto the live path.
         watch_until: step until which it is compared at every step.
     """
 
@@ -35,6 +37,7 @@ class Adaptation:
         self._chronicle = chronicle
         self._reach = reach
         self._limits = limits
+        self.watching = Watching(course.growable, course.optimization)
         self.norm = 0.0
         self.watch_until = 0
 
@@ -74,6 +77,7 @@ class Adaptation:
             self._chronicle.tell_rung(rung)
         if change.events:
             self._chronicle.look()
+            self.watching.look_again()
 
     def path_changed(self) -> None:
         """The live path is another one from the next step on."""
@@ -81,6 +85,7 @@ class Adaptation:
         self._chronicle.outbox.mark(self._course.step)
         self.norm = self.weight_norm()
         self.watch_until = self._course.step + self._limits.watch_steps
+        self.watching.look_again()
         self.rebuild_parallel()
 
     def rebuild_parallel(self) -> None:

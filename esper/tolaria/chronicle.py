@@ -78,7 +78,7 @@ class Chronicle:
         self.recorder.event(event)
         self.outbox.publish(Topic.LIFECYCLE, event)
         outcome = _OUTCOMES.get(event.to_stage)
-        if outcome is not None and not event.refused:
+        if outcome is not None and not event.refused and not self._was_rolled_back(event):
             self._report(event.seed, outcome, event.reason)
 
     def tell_rung(self, change: RungChange) -> None:
@@ -94,8 +94,18 @@ class Chronicle:
         """Ends what is still under way as UNFINISHED."""
         self.look()
         for seed in self._course.growable.seeds():
-            if seed.stage.is_active:
+            if seed.stage.is_active and not self._was_rolled_back(self.event(seed, seed.stage, reason)):
                 self._report(seed.seed_id, Outcome.UNFINISHED, reason)
+
+    def _was_rolled_back(self, event: LifecycleEvent) -> bool:
+        """Whether this adaptation was reported as rolled back: its kernel is removed after that, which is no news."""
+        for past in reversed(self.recorder.events):
+            if past.seed == event.seed and past is not event and not past.refused:
+                if past.to_stage is SeedStage.ROLLED_BACK:
+                    return True
+                if past.to_stage is SeedStage.GERMINATED:
+                    return False
+        return False
 
     def _report(self, seed_id: str, outcome: Outcome, reason: str) -> None:
         now, before = self._course.seed(seed_id), self._seen.pop(seed_id, None)

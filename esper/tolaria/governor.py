@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -31,6 +31,8 @@ class Limits:
         watch_steps: steps after a change of the live path on which the norm of the weights is watched.
         norm_growth: factor by which it may grow meanwhile, or over an epoch. A grower was seen to write 2e15 into
             weights while the loss right after was normal.
+        graft_weight: root mean square of a kernel's weights, as a factor of the host's, above which it is out of line.
+        graft_update: the same of what one step changed of them.
         max_rollbacks: rollbacks without a new good snapshot between them; after that going back cannot help.
     """
 
@@ -41,6 +43,8 @@ class Limits:
     min_spread: float = 0.05
     watch_steps: int = 10
     norm_growth: float = 10.0
+    graft_weight: float = 1000.0
+    graft_update: float = 100.0
     max_rollbacks: int = 3
 
 
@@ -95,6 +99,45 @@ def judge_norm(before: float, after: float, limits: Limits) -> str | None:
         return "the weights are not finite"
     if before > 0 and after > limits.norm_growth * before:
         return f"the norm of the weights went from {before:.4g} to {after:.4g}"
+    return None
+
+
+def judge_graft(name: str, *, weight: float, update: float, host: float, limits: Limits) -> str | None:
+    """What is out of line in a kernel on the live path; None if nothing is.
+
+    Args:
+        name: of the kernel.
+        weight: root mean square of its weights.
+        update: that of what the last step changed of them.
+        host: that of the host's weights, when they were sound.
+        limits: how much more than the host's is too much.
+    """
+    if not math.isfinite(weight):
+        return f"the weights of {name} are not finite"
+    if host <= 0:
+        return None
+    if weight > limits.graft_weight * host:
+        return f"the weights of {name} are out of line: {weight:.4g} against {host:.4g} in the host"
+    if update > limits.graft_update * host:
+        return f"one step moved the weights of {name} by {update:.4g}, where the host's are {host:.4g}"
+    return None
+
+
+def judge_gradient(norm: float | None) -> str | None:
+    """What is wrong with the gradients of a step; None if they are finite, or there are none."""
+    return None if norm is None or math.isfinite(norm) else "the gradient is not finite"
+
+
+def judge_activations(sites: Mapping[str, tuple[int, int]], sound_before: Collection[str]) -> str | None:
+    """Which site put out what is not finite; None if none did, or only one that always does.
+
+    Args:
+        sites: for each site the samples that were finite, and the sampled steps that were not.
+        sound_before: sites that once were finite.
+    """
+    for site, (num_samples, num_skipped) in sites.items():
+        if num_skipped and (num_samples or site in sound_before):
+            return f"activations or gradients at {site} were not finite on {num_skipped} sampled steps"
     return None
 
 

@@ -10,6 +10,7 @@ from esper.leyline.errors import NonFiniteError
 from esper.leyline.growth import SeedView
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import Action, KasminaControlCommand
+from esper.leyline.summary import Rollback
 from esper.tolaria import governor, snapshot
 from esper.tolaria.adaptation import Adaptation
 from esper.tolaria.chronicle import Chronicle
@@ -46,15 +47,19 @@ class Guard:
         self._vitals = governor.Vitals()
         self._complaint: str | None = None
         self._snapshot: dict[str, Any] = {}
+        self._watching = adaptation.watching
+        self._sound_sites: set[str] = set()
         self.words = "ok"
         self.embargo: dict[str, int] = {}
 
     def watch(self, loss: float) -> None:
-        """Takes in the loss of a step."""
+        """Takes in the loss of a step, and looks at its gradients and at what it did to kernels on trial."""
         course, adaptation = self._course, self._adaptation
         self._vitals, judgement = governor.judge(self._vitals, loss, self._limits)
         if judgement.verdict is governor.Verdict.ROLLBACK:
             self._complaint = self._complaint or judgement.reason
+        norm = self._watching.gradient_norm()
+        self._complaint = self._complaint or governor.judge_gradient(norm) or self._out_of_line()
         if course.step < adaptation.watch_until and self._complaint is None:
             self._complaint = governor.judge_norm(adaptation.norm, adaptation.weight_norm(), self._limits)
 
@@ -81,6 +86,8 @@ class Guard:
         """Takes the snapshot to go back to."""
         self._snapshot = snapshot.take(self._course.growable, self._course.optimization)
         self._adaptation.norm = self._adaptation.weight_norm()
+        self._watching.measure_host()
+        self._watching.look_again()
 
     def passed(self) -> None:
         """An epoch ended in health."""
@@ -106,6 +113,7 @@ class Guard:
         log.warning("run.rolled_back", extra={"step": course.step, "reason": reason})
         self.words = f"rolled back at step {course.step}: {reason}"
         self._chronicle.recorder.decision(course.epoch, self.words)
+        self._chronicle.recorder.rollback(Rollback(epoch=course.epoch, step=course.step, reason=reason))
         blamed = [seed for seed in course.growable.seeds() if seed.stage.is_blended and seed.stage.is_active]
         for seed in blamed:
             self._chronicle.tell(self._chronicle.event(seed, SeedStage.ROLLED_BACK, reason))
@@ -123,6 +131,7 @@ class Guard:
             "embargo": dict(self.embargo),
             "norm": self._adaptation.norm,
             "watch_until": self._adaptation.watch_until,
+            "sound_sites": sorted(self._sound_sites),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -132,13 +141,26 @@ class Guard:
         self.embargo = {key: int(until) for key, until in state["embargo"].items()}
         self._adaptation.norm = float(state["norm"])
         self._adaptation.watch_until = int(state["watch_until"])
+        self._sound_sites = set(state.get("sound_sites", ()))  # younger than the first checkpoints
 
     def _ailment(self) -> str | None:
         """What is wrong with the weights; None if they are fit for a snapshot."""
         for name, tensor in self._course.growable.module.state_dict().items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 return f"{name} is not finite"
-        return governor.judge_norm(self._adaptation.norm, self._adaptation.weight_norm(), self._limits)
+        sites = self._course.growable.soundness()
+        found = governor.judge_activations(sites, self._sound_sites) or self._out_of_line()
+        self._sound_sites |= {site for site, (num_samples, _) in sites.items() if num_samples}
+        return found or governor.judge_norm(self._adaptation.norm, self._adaptation.weight_norm(), self._limits)
+
+    def _out_of_line(self) -> str | None:
+        """Which kernel on trial is out of line with the host."""
+        host, limits = self._watching.host_scale, self._limits
+        judged = (
+            governor.judge_graft(graft.name, weight=graft.weight, update=graft.update, host=host, limits=limits)
+            for graft in self._watching.grafts()
+        )
+        return next((words for words in judged if words is not None), None)
 
     def _divergence(self) -> str | None:
         """Which tensor is not bit-equal on all ranks; None if all are. Collective, the same on every rank."""

@@ -20,6 +20,7 @@ from esper.leyline.summary import (
     Ledger,
     Metrics,
     Params,
+    Rollback,
     RunHistory,
     RunStatus,
     RunSummary,
@@ -61,6 +62,7 @@ class Recorder:
         self._decisions: list[tuple[int, str]] = []
         self._events: list[LifecycleEvent] = []
         self._rungs: list[RungChange] = []
+        self._rollbacks: list[Rollback] = []
         self._reports: list[FieldReport] = []
         self._spent: dict[str, tuple[int, float]] = {}
 
@@ -73,6 +75,16 @@ class Recorder:
     def events(self) -> tuple[LifecycleEvent, ...]:
         """The events so far."""
         return tuple(self._events)
+
+    @property
+    def rollbacks(self) -> tuple[Rollback, ...]:
+        """The returns to a last good state so far."""
+        return tuple(self._rollbacks)
+
+    @property
+    def reports(self) -> tuple[FieldReport, ...]:
+        """The adaptations that came to an end so far."""
+        return tuple(self._reports)
 
     def start(self, start: Start) -> None:
         """Notes what a trained model is worth before its first step."""
@@ -101,6 +113,10 @@ class Recorder:
     def rung(self, change: RungChange) -> None:
         """Adds what a kernel runs from."""
         self._rungs.append(change)
+
+    def rollback(self, rollback: Rollback) -> None:
+        """Adds a return to the last good state."""
+        self._rollbacks.append(rollback)
 
     def spend(self, seed_id: str, *, flops: int, seconds: float) -> None:
         """Books what a seed cost behind the host."""
@@ -170,6 +186,7 @@ class Recorder:
             events=tuple(self._events),
             rungs=tuple(self._rungs),
             field_reports=tuple(self._reports),
+            rollbacks=tuple(self._rollbacks),
             ledger=ledger,
             steps=step_times(self._step_ms, self._graft_steps),
             compiler_in_trainer=_compiler_since(self._compiler_before),
@@ -188,6 +205,7 @@ class Recorder:
             "events": [event.model_dump(mode="json") for event in self._events],
             "rungs": [change.model_dump(mode="json") for change in self._rungs],
             "reports": [report.model_dump(mode="json") for report in self._reports],
+            "rollbacks": [rollback.model_dump(mode="json") for rollback in self._rollbacks],
             "spent": {seed: [flops, seconds] for seed, (flops, seconds) in self._spent.items()},
         }
 
@@ -202,6 +220,7 @@ class Recorder:
         self._decisions = list(history.decisions)
         self._events = [LifecycleEvent.model_validate(event) for event in state["events"]]
         self._rungs = [RungChange.model_validate(change) for change in state.get("rungs", ())]
+        self._rollbacks = [Rollback.model_validate(rollback) for rollback in state.get("rollbacks", ())]
         self._reports = [FieldReport.model_validate(report) for report in state["reports"]]
         self._spent = {seed: (int(flops), float(seconds)) for seed, (flops, seconds) in state["spent"].items()}
 

@@ -13,8 +13,8 @@ from plotly.offline import get_plotlyjs
 
 from esper.leyline.errors import StorageError
 from esper.leyline.seeds import SeedStage
-from esper.leyline.summary import CompilerInTrainer, Metrics, Params, RunHistory, RunStatus
-from esper.nissa import write_report
+from esper.leyline.summary import CompilerInTrainer, Metrics, Params, Rollback, RunHistory, RunStatus, Start
+from esper.nissa import table, write_report
 from esper.nissa.adaptations import adaptations
 from esper.nissa.charts import Chart, charts
 from esper.nissa.palette import LIGHT, TO_DARK
@@ -66,6 +66,24 @@ def whole() -> str:
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, Chart]:
     return {chart.name: chart for chart in charts(story.summary(), story.history())}
+
+
+def test_tells_where_the_governor_went_back_and_what_an_upgrade_began_with():
+    start = Start(weights="small.safetensors", val_loss=0.61, val_metric=0.772, metric_name="accuracy")
+    back = Rollback(epoch=3, step=1204, reason="the weights of <mlp> are out of line")
+    summary = story.summary(start=start, rollbacks=(back,))
+    history = story.history().model_copy(update={"start": start})
+    text = Page(render(summary, history)).text
+    for told in (
+        "Where the governor went back to the last good state",
+        "set back at step 1,204 (epoch 4): the weights of <mlp> are out of line",
+        "77.2% before the first step",
+        "77.2% validation, loss 0.6100, from small.safetensors",
+    ):
+        assert told in text, told
+    shown = " ".join(table(summary).split())
+    assert "set back at step 1,204 (epoch 4)" in shown
+    assert "started at 77.2% validation" in shown
 
 
 def test_tells_all_that_the_run_came_to(whole):

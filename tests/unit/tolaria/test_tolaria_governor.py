@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,11 +13,23 @@ from hypothesis import strategies as st
 from tolaria_support import BLUEPRINT, SITE, config, data, equal, kernel_hub, model
 
 from esper import kasmina
-from esper.leyline import NonFiniteError, SeedStage
+from esper.leyline import NonFiniteError, Outcome, SeedStage
 from esper.tamiyo.controller import LocalController
 from esper.tolaria import snapshot
 from esper.tolaria.course import Ports
-from esper.tolaria.governor import Limits, Verdict, Vitals, after_rollback, judge, judge_norm, vitals_from, vitals_state
+from esper.tolaria.governor import (
+    Limits,
+    Verdict,
+    Vitals,
+    after_rollback,
+    judge,
+    judge_activations,
+    judge_gradient,
+    judge_graft,
+    judge_norm,
+    vitals_from,
+    vitals_state,
+)
 from esper.tolaria.optim import Optimization
 from esper.tolaria.session import Session
 from esper.tolaria.task import TASKS
@@ -78,14 +92,68 @@ def test_vitals_round_trip():
     assert vitals_from(vitals_state(vitals)) == vitals
 
 
+def graft_words(**norms):
+    return judge_graft("mlp_2x at 3", limits=LIMITS, **norms)
+
+
+def test_a_kernel_is_measured_by_its_host():
+    assert graft_words(weight=3.0, update=0.5, host=0.1) is None
+    assert graft_words(weight=300.0, update=50.0, host=1.0) is None
+    words = graft_words(weight=2e15, update=0.0, host=0.1)
+    assert words == "the weights of mlp_2x at 3 are out of line: 2e+15 against 0.1 in the host"
+    words = graft_words(weight=30.0, update=11.0, host=0.1)
+    assert words == "one step moved the weights of mlp_2x at 3 by 11, where the host's are 0.1"
+    assert graft_words(weight=math.inf, update=math.inf, host=0.1) == "the weights of mlp_2x at 3 are not finite"
+    assert graft_words(weight=5.0, update=5.0, host=0.0) is None  # a host without weights is no measure
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6), st.floats(1e-6, 1e6), st.floats(1e-3, 1e3))
+def test_whether_a_kernel_is_in_line_does_not_depend_on_the_scale_of_the_network(weight, update, host, scale):
+    on_edge = any(abs(math.log10(limit * host / value)) < 1e-6 for limit, value in ((1e3, weight), (1e2, update)))
+    one = graft_words(weight=weight, update=update, host=host)
+    other = graft_words(weight=scale * weight, update=scale * update, host=scale * host)
+    assert on_edge or (one is None) == (other is None)
+
+
+@pytest.mark.parametrize(("norm", "words"), [(None, None), (1e30, None), (math.nan, "the gradient is not finite")])
+def test_gradients(norm, words):
+    assert judge_gradient(norm) == words
+
+
+def test_activations_that_were_finite_once_must_stay_so():
+    assert judge_activations({"a": (8, 0), "b": (8, 0)}, set()) is None
+    assert judge_activations({"a": (0, 3)}, set()) is None  # a mask of infinities may be meant
+    assert judge_activations({"a": (8, 0), "b": (8, 1)}, set()) == (
+        "activations or gradients at b were not finite on 1 sampled steps"
+    )
+    assert "at a" in str(judge_activations({"a": (0, 1)}, {"a"}))
+
+
+class Flaky(torch.nn.Module):
+    """A site that puts out NaN when told to; the host behind it hides that from the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Linear(12, 12)
+        self.broken = False
+
+    def forward(self, x):
+        return self.body(x) * (math.nan if self.broken else 1.0)
+
+
+class Hiding(torch.nn.Module):
+    def forward(self, x):
+        return x.detach().nan_to_num()
+
+
 class Loop:
     """One's own loop around a session, with real kernels."""
 
-    def __init__(self, **settings) -> None:
+    def __init__(self, *, host: torch.nn.Module | None = None, **settings) -> None:
         chosen = config(tolaria__epochs=20, **settings)
         x, y = data()
         torch.manual_seed(0)
-        self.host = kasmina.wrap(model(), example=(x[:2],), sites=[SITE], config=chosen.kasmina)
+        self.host = kasmina.wrap(host or model(), example=(x[:2],), sites=[SITE], config=chosen.kasmina)
         hub, key = kernel_hub()
         self.host.attach(hub, key, wait=True)
         self.x, self.y = x, y
@@ -105,13 +173,15 @@ class Loop:
         )
         self.session.begin()
 
-    def step(self, *, poison: float | None = None) -> None:
+    def step(self, *, poison: float | None = None, spoil: Callable[[], None] | None = None) -> None:
         i = self.session.course.step % 3
         x, y = self.x[40 * i : 40 * i + 40], self.y[40 * i : 40 * i + 40]
         self.optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(self.session.course.model(x), y)
         loss.backward()
         self.session.course.optimization.step()
+        if spoil is not None:
+            spoil()
         self.session.step((x, y), loss if poison is None else poison)
 
     def epoch(self) -> None:
@@ -174,6 +244,128 @@ def test_a_graft_that_goes_wrong_is_undone_and_its_seed_blamed(loop):
     assert events[-2].reason == "the loss is nan"
     assert events[-1].to_stage is SeedStage.CULLED
     assert any("rolled back" in words for _, words in loop.session.recorder.history().decisions)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(2e15, "out of line"), (500.0, "one step moved"), (math.nan, "are not finite")]
+)
+def test_a_kernel_out_of_line_with_its_host_is_taken_back_though_the_loss_is_normal(loop, value, words):
+    loop.until(SeedStage.GRAFTING)
+    loop.step()
+    assert loop.session.recorder.rollbacks == ()
+    name, weight = next((n, p) for n, p in loop.host.live_parameters() if n.startswith("_esper."))
+
+    def spoil() -> None:
+        with torch.no_grad():
+            weight.fill_(value)
+
+    loop.step(poison=1.0, spoil=spoil)
+    [back] = loop.session.recorder.rollbacks
+    assert words in back.reason
+    assert BLUEPRINT in back.reason
+    assert not any(n.startswith("_esper.") for n, _ in loop.host.live_parameters())
+    assert loop.host.seeds()[0].stage is SeedStage.CULLED
+    assert name not in loop.weights()
+
+
+def test_kernels_that_train_as_they_should_are_never_out_of_line(loop):
+    loop.until(SeedStage.FOSSILIZED)
+    for _ in range(3):
+        loop.epoch()
+    assert loop.session.recorder.rollbacks == ()
+
+
+def test_a_gradient_that_is_not_finite_is_seen_in_its_own_step(loop):
+    before = loop.weights()
+
+    def spoil() -> None:
+        next(loop.host.parameters()).grad[0, 0] = math.inf
+
+    loop.step(poison=1.0, spoil=spoil)
+    assert [back.reason for back in loop.session.recorder.rollbacks] == ["the gradient is not finite"]
+    assert equal(loop.weights(), before)
+
+
+def test_weights_that_are_not_finite_are_seen_at_the_end_of_the_epoch(loop):
+    for _ in range(12):  # beyond the steps that are watched one by one
+        loop.step(poison=1.0)
+
+    def spoil() -> None:
+        with torch.no_grad():
+            next(loop.host.parameters())[0, 0] = math.nan
+
+    loop.step(poison=1.0, spoil=spoil)
+    loop.session.end_epoch()
+    assert any("not finite" in back.reason for back in loop.session.recorder.rollbacks)
+    assert all(tensor.isfinite().all() for tensor in loop.weights().values() if tensor.is_floating_point())
+
+
+def test_activations_that_are_not_finite_are_seen_though_the_loss_is_normal():
+    host = model()
+    flaky = Flaky()
+    host[3] = flaky
+    host.insert(4, Hiding())
+    loop = Loop(host=host)
+    loop.epoch()
+    assert loop.session.recorder.rollbacks == ()
+    flaky.broken = True
+    for _ in range(3):
+        loop.step(poison=1.0)
+    flaky.broken = False
+    loop.session.end_epoch()
+    [back] = loop.session.recorder.rollbacks
+    assert back.reason == "activations or gradients at 3 were not finite on 1 sampled steps"
+    loop.host.close()
+
+
+def test_a_rollback_skips_the_pending_command_and_asks_for_none(loop):
+    loop.until(SeedStage.GRAFTING)
+    asked = []
+
+    class Watcher:
+        def decide(self, state, packet):
+            asked.append(packet)
+            return LocalController(loop.session.course.config.tamiyo).decide(state, packet)
+
+    loop.session.course.ports.controller = Watcher()
+    for _ in range(3):
+        loop.step()
+    with torch.no_grad():
+        next(loop.host.parameters()).fill_(math.nan)
+    num_events = len(loop.session.recorder.events)
+    loop.session.end_epoch()
+    assert asked == []
+    told = loop.session.recorder.events[num_events:]
+    assert [event.to_stage for event in told] == [SeedStage.ROLLED_BACK, SeedStage.CULLED]
+    loop.epoch()  # and then it decides again, and hears why
+    assert "rolled back" in asked[0].governor
+
+
+def test_blame_reaches_urza_as_the_outcome_of_the_kernel(loop):
+    loop.until(SeedStage.GRAFTING)
+    hub, kernel_id = loop.session.course.ports.hub, loop.host.seeds()[0].kernel_id
+    before = hub.outcomes(kernel_id)
+    loop.step(poison=math.nan)
+    assert hub.outcomes(kernel_id) - before == Counter({Outcome.ROLLED_BACK: 1})
+    report = loop.session.recorder.reports[-1]
+    assert (report.outcome, report.failure_reason) == (Outcome.ROLLED_BACK, "the loss is nan")
+
+
+def test_a_kernel_that_retires_after_a_rollback_is_reported_once(loop):
+    loop.until(SeedStage.EVALUATING)
+    loop.step(poison=math.nan)
+    assert loop.host.seeds()[0].stage.is_blended  # the snapshot knew it: it leaves by a ramp
+    loop.until(SeedStage.CULLED)
+    assert [report.outcome for report in loop.session.recorder.reports] == [Outcome.ROLLED_BACK]
+
+
+def test_an_embargoed_site_is_not_grown_again_before_its_time(loop):
+    loop.until(SeedStage.GRAFTING)
+    loop.step(poison=math.nan)
+    until = loop.session.course.epoch + 1 + loop.session.course.config.kasmina.embargo_epochs
+    assert loop.session._guard.embargo == {SITE: until, f"{SITE}:{BLUEPRINT}": until}
+    state = loop.session._guard.state_dict()
+    assert state["embargo"] == loop.session._guard.embargo  # and a resumed run knows it
 
 
 def test_blame_reaches_tamiyo_as_an_embargo(loop):
