@@ -1,7 +1,7 @@
 """What the governor looks at after each step: gradients, and the weights of kernels that have not proven themselves.
 
 A kernel's weights, and what one step changed of them, are set against the host's: its largest tensor by root mean
-square. The loss does not do for this: a grower was seen to write 2e15 into weights, and the loss right after was normal.
+square. The loss does not do for this: a grower was seen to write 2e15 into weights, and the loss after it was normal.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,9 +76,10 @@ class Watching:
         found = []
         for name, parameters, before in self._watched.values():
             now = [parameter.detach() for parameter in parameters]
-            updates = _scales(torch._foreach_sub(now, before))  # noqa: SLF001 - as torch's own optimizers do
+            updates = _scales([one - other for one, other in zip(now, before, strict=True)])
             found.append(GraftNorms(name, max(_scales(now)), max(updates)))
-            torch._foreach_copy_(before, now)
+            for kept, value in zip(before, now, strict=True):
+                kept.copy_(value)
         return found
 
     def gradient_norm(self) -> float | None:
@@ -91,7 +93,7 @@ class Watching:
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
 
 
-def _groups(optimization: Optimization) -> Sequence[Mapping[str, list[nn.Parameter]]]:
+def _groups(optimization: Optimization) -> Sequence[Mapping[str, Any]]:
     return optimization.optimizer.param_groups
 
 
@@ -100,5 +102,5 @@ def _scales(tensors: Sequence[torch.Tensor]) -> list[float]:
     filled = [tensor for tensor in tensors if tensor.numel()]
     if not filled:
         return []
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm(filled)]).tolist()  # noqa: SLF001
+    norms = torch.stack([torch.linalg.vector_norm(tensor).double() for tensor in filled]).tolist()
     return [norm / math.sqrt(tensor.numel()) for norm, tensor in zip(norms, filled, strict=True)]
