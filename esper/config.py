@@ -112,6 +112,26 @@ class CnnHost(_Host):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
+class ResNetHost(_Host):
+    """Stages of residual blocks (two 3x3 convolutions with batch norm); each but the first halves the resolution."""
+
+    type: Literal["resnet"] = "resnet"
+    channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (8, 16)
+    blocks_per_stage: PositiveInt = 1
+
+
+class VitHost(_Host):
+    """A vision transformer on square patches: pre-norm, learned positions, the mean over positions in a linear head."""
+
+    type: Literal["vit"] = "vit"
+    patch: PositiveInt = 2
+    """Side of a patch in pixels."""
+    width: PositiveInt = 32
+    depth: PositiveInt = 2
+    heads: PositiveInt = 4
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
 class GptHost(_Host):
     """A decoder-only transformer, pre-norm, learned positions, tied or untied head."""
 
@@ -137,7 +157,9 @@ class GivenHost(_Host):
     type: Literal["given"] = "given"
 
 
-Host = Annotated[MlpHost | CnnHost | GptHost | ImportedHost | GivenHost, Field(discriminator="type")]
+Host = Annotated[
+    MlpHost | CnnHost | ResNetHost | VitHost | GptHost | ImportedHost | GivenHost, Field(discriminator="type")
+]
 
 # ---------------------------------------------------------------- the systems
 
@@ -213,7 +235,8 @@ class KasminaConfig(Section):
     """Sites and seeds."""
 
     sites: Literal["auto"] | tuple[str, ...] = "auto"
-    """`auto` takes block outputs; else module paths or globs (`blocks.*`)."""
+    """`auto` takes block outputs; else module paths, globs (`blocks.*`) or names of classes (`TransformerBlock`). Of an
+    output with several tensors one is named: `blocks.*#0` of a tuple, `blocks.*#hidden` of a dict."""
     telemetry_every: PositiveInt = 10
     """Steps between samples of health, at least."""
     telemetry_share: Annotated[float, Field(gt=0, le=1)] | None = 0.02

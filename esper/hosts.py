@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from esper.config import CnnHost, GivenHost, GptHost, Host, ImportedHost, MlpHost
+from esper.config import CnnHost, GivenHost, GptHost, Host, ImportedHost, MlpHost, ResNetHost, VitHost
 from esper.leyline.errors import ConfigError
 
 
@@ -42,6 +42,10 @@ def build_host(config: Host, *, input_shape: Sequence[int], num_outputs: int, se
                 return Mlp(math.prod(input_shape), config.hidden, num_outputs)
             case CnnHost():
                 return _build_cnn(config, input_shape, num_outputs)
+            case ResNetHost():
+                return _build_resnet(config, input_shape, num_outputs)
+            case VitHost():
+                return _build_vit(config, input_shape, num_outputs)
             case GptHost():
                 return _build_gpt(config, input_shape, num_outputs)
             case ImportedHost():
@@ -50,7 +54,7 @@ def build_host(config: Host, *, input_shape: Sequence[int], num_outputs: int, se
                 raise ConfigError(
                     "this model was handed over in Python and cannot be built from a configuration",
                     field="host.type",
-                    remedy="call esper.grow, or name one of mlp, cnn, gpt, import",
+                    remedy="call esper.grow, or name one of mlp, cnn, resnet, vit, gpt, import",
                 )
 
 
@@ -124,12 +128,69 @@ class Cnn(nn.Module):
         return self.head(self.stages(x_BCHW).mean(dim=(2, 3)))
 
 
-class CausalAttention(nn.Module):
-    """Multi-head self-attention in which a position sees itself and those before it."""
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm and a skip around them (He et al. 2015, the basic block).
 
-    def __init__(self, width: int, heads: int, *, dropout: float) -> None:
+    Where the block changes its input's shape, the skip is a strided 1x1 convolution with batch norm.
+    """
+
+    def __init__(self, num_inputs: int, num_outputs: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(num_inputs, num_outputs, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(num_outputs)
+        self.conv2 = nn.Conv2d(num_outputs, num_outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(num_outputs)
+        self.act = nn.ReLU()
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(num_inputs, num_outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(num_outputs))
+            if stride != 1 or num_inputs != num_outputs
+            else None
+        )
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, outputs, H / stride, W / stride)."""
+        skip_BCHW = x_BCHW if self.downsample is None else self.downsample(x_BCHW)
+        branch_BCHW = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x_BCHW)))))
+        return self.act(branch_BCHW + skip_BCHW)
+
+
+class ResNet(nn.Module):
+    """A stem and stages of `ResidualBlock`; each stage but the first begins with stride 2. A pooled linear head.
+
+    Args:
+        num_inputs: image channels.
+        channels: channels of each stage.
+        blocks_per_stage: blocks in each stage.
+        num_outputs: width of the head.
+    """
+
+    def __init__(self, num_inputs: int, channels: Sequence[int], blocks_per_stage: int, num_outputs: int) -> None:
+        super().__init__()
+        width = channels[0]
+        self.stem = nn.Sequential(
+            nn.Conv2d(num_inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        self.stages = nn.Sequential()
+        for index, stage_width in enumerate(channels):
+            stage = nn.Sequential()
+            for block in range(blocks_per_stage):
+                stage.append(ResidualBlock(width, stage_width, stride=2 if index > 0 and block == 0 else 1))
+                width = stage_width
+            self.stages.append(stage)
+        self.head = nn.Linear(width, num_outputs)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, outputs)."""
+        return self.head(self.stages(self.stem(x_BCHW)).mean(dim=(2, 3)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; causal, a position sees itself and those before it only."""
+
+    def __init__(self, width: int, heads: int, *, dropout: float, causal: bool) -> None:
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.dropout = dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -138,17 +199,17 @@ class CausalAttention(nn.Module):
         """(B, T, D) to (B, T, D)."""
         q, k, v = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=dropout)
         return self.out(mixed.transpose(1, 2).flatten(-2))
 
 
 class TransformerBlock(nn.Module):
     """Pre-norm attention and a 4x MLP, each with its own skip."""
 
-    def __init__(self, width: int, heads: int, *, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, *, dropout: float, causal: bool = True) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = CausalAttention(width, heads, dropout=dropout)
+        self.attention = Attention(width, heads, dropout=dropout, causal=causal)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.drop = nn.Dropout(dropout)
@@ -200,21 +261,105 @@ class Gpt(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth) if is_last else 0.02)
 
 
+class Vit(nn.Module):
+    """A vision transformer (Dosovitskiy et al. 2020): patches, learned positions, pre-norm blocks, mean over positions.
+
+    Args:
+        num_inputs: image channels.
+        size: (H, W) of an image, multiples of `patch`.
+        patch: side of a square patch.
+        width, depth, heads: of the transformer.
+        num_outputs: width of the head.
+        dropout: after the embedding, in attention and after each branch.
+    """
+
+    def __init__(
+        self,
+        num_inputs: int,
+        size: Sequence[int],
+        *,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        num_outputs: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(num_inputs, width, patch, stride=patch)
+        self.positions_TD = nn.Parameter(torch.randn((size[0] // patch) * (size[1] // patch), width) * 0.02)
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.Sequential(
+            *(TransformerBlock(width, heads, dropout=dropout, causal=False) for _ in range(depth))
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_outputs)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, outputs)."""
+        x_BTD = self.patches(x_BCHW).flatten(2).transpose(1, 2)
+        return self.head(self.norm(self.blocks(self.drop(x_BTD + self.positions_TD))).mean(dim=1))
+
+
 def _build_cnn(config: CnnHost, input_shape: Sequence[int], num_outputs: int) -> nn.Module:
+    _check_images(config.type, input_shape)
+    _check_stages(config.channels, input_shape)
+    return Cnn(input_shape[0], config.channels, config.blocks_per_stage, num_outputs, dropout=config.dropout)
+
+
+def _build_resnet(config: ResNetHost, input_shape: Sequence[int], num_outputs: int) -> nn.Module:
+    _check_images(config.type, input_shape)
+    _check_stages(config.channels, input_shape)
+    return ResNet(input_shape[0], config.channels, config.blocks_per_stage, num_outputs)
+
+
+def _build_vit(config: VitHost, input_shape: Sequence[int], num_outputs: int) -> nn.Module:
+    _check_images(config.type, input_shape)
+    _check_heads(config.width, config.heads)
+    if any(side % config.patch for side in input_shape[1:]):
+        raise ConfigError(
+            f"patches of {config.patch}x{config.patch} do not tile {input_shape[1]}x{input_shape[2]} pixels",
+            field="host.patch",
+            remedy="give a divisor of both sides",
+        )
+    return Vit(
+        input_shape[0],
+        input_shape[1:],
+        patch=config.patch,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        num_outputs=num_outputs,
+        dropout=config.dropout,
+    )
+
+
+def _check_images(kind: str, input_shape: Sequence[int]) -> None:
     if len(input_shape) != 3:
         raise ConfigError(
-            f"a cnn takes images of (C, H, W), the data has samples of shape {tuple(input_shape)}",
+            f"a {kind} takes images of (C, H, W), the data has samples of shape {tuple(input_shape)}",
             field="host.type",
             remedy="choose host.type=mlp, or data with images (digits: data.layout=image)",
         )
-    halvings = len(config.channels) - 1
+
+
+def _check_stages(channels: Sequence[int], input_shape: Sequence[int]) -> None:
+    halvings = len(channels) - 1
     if min(input_shape[1:]) < 2**halvings:
         raise ConfigError(
-            f"{len(config.channels)} stages halve {input_shape[1]}x{input_shape[2]} pixels to nothing",
+            f"{len(channels)} stages halve {input_shape[1]}x{input_shape[2]} pixels to nothing",
             field="host.channels",
             remedy="give fewer stages",
         )
-    return Cnn(input_shape[0], config.channels, config.blocks_per_stage, num_outputs, dropout=config.dropout)
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        raise ConfigError(
+            f"{heads} heads do not divide a width of {width}",
+            field="host.heads",
+            remedy="give a divisor of host.width",
+        )
 
 
 def _build_gpt(config: GptHost, input_shape: Sequence[int], num_outputs: int) -> nn.Module:
@@ -224,12 +369,7 @@ def _build_gpt(config: GptHost, input_shape: Sequence[int], num_outputs: int) ->
             field="host.type",
             remedy="choose data.type=text, or another host",
         )
-    if config.width % config.heads:
-        raise ConfigError(
-            f"{config.heads} heads do not divide a width of {config.width}",
-            field="host.heads",
-            remedy="give a divisor of host.width",
-        )
+    _check_heads(config.width, config.heads)
     return Gpt(
         vocabulary=num_outputs,
         context=input_shape[0],

@@ -21,6 +21,7 @@ from esper.kasmina.layer import Layers, all_layers, layer_at, own_parameters, un
 from esper.kasmina.lifecycle import Lifecycle, Moment
 from esper.kasmina.loader import KernelLoader
 from esper.kasmina.neighbour import has_neighbours
+from esper.kasmina.outputs import path_of
 from esper.kasmina.reports import layer_report
 from esper.kasmina.shadow import AllReduce, train_shadow
 from esper.kasmina.sites import find_sites
@@ -47,7 +48,8 @@ def wrap(
         model: any module; it keeps its class, its weights and its keys, and gets one child, `_esper` (which is the
             identity, should the model run through its own children as `nn.Sequential` does).
         example: positional inputs of the model, such as one batch; one forward finds the sites and changes nothing.
-        sites: `auto` (block outputs), a module path or glob, or several.
+        sites: `auto` (block outputs), a module path, glob or class name, or several; of an output with several
+            tensors one is named, as `blocks.0#0` (see `outputs`).
         causal: whether sequence sites may only look back, as in language models.
         config: limits and rates; `sites` there is not read.
 
@@ -144,7 +146,7 @@ class Host:
         return change
 
     def has_neighbours(self, site: str, ir: BlueprintIR) -> bool:
-        return has_neighbours(self.module, site, ir, self.sites[site])
+        return has_neighbours(self.module, path_of(site), ir, self.sites[site])
 
     def request_native(self, seed_id: str, kernel_id: str) -> None:
         layer, seed = self._life.find(seed_id)
@@ -173,7 +175,7 @@ class Host:
         layer, seed = self._life.find(seed_id)
         if seed.stage is not SeedStage.TRAINING:
             raise ConflictError(f"seed {seed_id} is {seed.stage}: only one in TRAINING has a shadow")
-        with unobserved(self._layers), layer.shadow(seed, self._module.get_submodule(layer.site)):
+        with unobserved(self._layers), layer.shadow(seed, self._module.get_submodule(layer.path)):
             yield
 
     def record_evidence(self, seed_id: str, evidence: Evidence) -> None:
@@ -252,4 +254,4 @@ class Host:
         self._observing = observe
         for layer in all_layers(self._layers):
             layer.observing = observe
-            layer.sync(self._module.get_submodule(layer.site))
+            layer.sync(self._module.get_submodule(layer.path))

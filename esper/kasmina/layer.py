@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.kasmina.blending import blend
 from esper.kasmina.health import Observer
+from esper.kasmina.outputs import part_of, path_of, put, take
 from esper.kasmina.seed import KernelFacts, Seed
 from esper.kasmina.table import SeedTable
 from esper.leyline.errors import NotFoundError
@@ -36,6 +37,7 @@ class Layer(nn.Module):
     """The seeds of one site, oldest first: fossils, then the one seed that may still change.
 
     Attributes:
+        path: of the module whose output the site is, or is a part of.
         observing: whether the next training forward takes health.
         reach: norm of what the seed in GRAFTING would add at alpha = 1, as a share of the norm of h; taken at the first
             training forward after it was set to None, where the strategy goes by it.
@@ -45,6 +47,8 @@ class Layer(nn.Module):
     def __init__(self, site: str, signature: SiteSignature) -> None:
         super().__init__()
         self.site = site
+        self.path = path_of(site)
+        self._part = part_of(site)
         self.signature = signature
         self.table = SeedTable()
         self.seeds: list[Seed] = []
@@ -153,7 +157,11 @@ class Layer(nn.Module):
             self._handle.remove()
             self._handle = None
 
-    def _on_output(self, _site: nn.Module, _args: Any, h: torch.Tensor) -> torch.Tensor:
+    def _on_output(self, _site: nn.Module, _args: Any, output: Any) -> Any:
+        return put(output, self._part, self._grown(take(output, self._part)))
+
+    def _grown(self, h: torch.Tensor) -> torch.Tensor:
+        """What the site puts out for the host's own tensor."""
         for seed in self.seeds:
             if seed.stage.is_blended:
                 h = self._through(seed, h, seed.alpha)

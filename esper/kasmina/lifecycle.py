@@ -285,7 +285,7 @@ class Lifecycle:
         if self.loader is None:
             raise NotFoundError("no asset hub is attached", remedy="call attach() first")
         loaded = self.loader.load(kernel_id, layer.signature, self.device())
-        copy_neighbours(self.module, layer.site, loaded.module, loaded.facts.ir)
+        copy_neighbours(self.module, layer.path, loaded.module, loaded.facts.ir)
         return loaded
 
     def load(self, layer: Layer, seed: Seed, kernel_id: str) -> None:
@@ -360,7 +360,7 @@ class Lifecycle:
 
         def ready() -> LoadedKernel:
             loaded = future.result()
-            copy_neighbours(self.module, layer.site, loaded.module, loaded.facts.ir)
+            copy_neighbours(self.module, layer.path, loaded.module, loaded.facts.ir)
             return loaded
 
         try:
@@ -485,7 +485,7 @@ class Lifecycle:
 
     def _refresh(self, layer: Layer | None = None) -> None:
         if layer is not None:
-            layer.sync(self.module.get_submodule(layer.site))
+            layer.sync(self.module.get_submodule(layer.path))
         current = [(layer, layer.current) for layer in all_layers(self.layers)]
         self.shadows = [(layer, seed) for layer, seed in current if seed.stage is SeedStage.TRAINING]
         self._busy = bool(self._loading) or any(

@@ -5,7 +5,8 @@ The kernels of a site become one `torch.fx.GraphModule` called `grown`, a child 
 it as a forward hook, and so keeps its class, its attributes and the keys of its weights: hosts reach into their blocks
 (`nn.TransformerEncoder` asks its first layer for `self_attn`), which a replacement of the block would break.
 
-So `plain.get_submodule(site)` puts out `h + a * r(h)`, and `plain.get_submodule(site).grown.<seed>` is `r`.
+So `plain.get_submodule(site)` puts out `h + a * r(h)`, and `plain.get_submodule(site).grown.<seed>` is `r`. Where a
+site is one tensor of several (`path#0`), `grown` stands at `path`, lets the others pass, and is called `grown_0`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import fx, nn
 
 from esper.kasmina.host import Host
 from esper.kasmina.layer import Layer, Layers, all_layers
+from esper.kasmina.outputs import part_of
 from esper.kasmina.seed import Seed
 from esper.leyline.errors import ConflictError
 from esper.leyline.growth import PREFIX
@@ -46,7 +48,7 @@ def plain_module(host: Host | nn.Module) -> nn.Module:
     for layer in all_layers(layers):
         layer.release()
         if layer.blended():
-            _install(plain.get_submodule(layer.site), layer)
+            _install(plain.get_submodule(layer.path), layer)
     plain.zero_grad(set_to_none=True)
     return plain
 
@@ -55,11 +57,13 @@ def _install(site: nn.Module, layer: Layer) -> None:
     in_sequence = type(site).forward is nn.Sequential.forward
     if not in_sequence and isinstance(site, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         raise ConflictError(f"site {layer.site} is a {type(site).__name__} with a forward of its own: not exportable")
-    if hasattr(site, NAME):
-        raise ConflictError(f"site {layer.site} has an attribute {NAME!r} already", remedy="rename it")
+    part = part_of(layer.site)
+    name = NAME if part is None else f"{NAME}_{part}"
+    if hasattr(site, name):
+        raise ConflictError(f"site {layer.site} has an attribute {name!r} already", remedy="rename it")
     grown = _graph_of(layer, in_sequence=in_sequence)
     grown.train(site.training)
-    site.add_module(NAME, grown)
+    site.add_module(name, grown)
     if not in_sequence:
         site.register_forward_hook(grown)
 
@@ -70,13 +74,26 @@ def _graph_of(layer: Layer, *, in_sequence: bool) -> fx.GraphModule:
     if not in_sequence:
         graph.placeholder("site")
         graph.placeholder("inputs")
-    h = graph.placeholder("h")
+    output = graph.placeholder("h")
+    part = part_of(layer.site)
+    h = output if part is None else graph.call_function(operator.getitem, (output, part))
     for seed in layer.blended():
         root.add_module(seed.seed_id, layer.kernel(seed))
         h = _blend(graph, h, graph.call_module(seed.seed_id, (h,)), seed)
-    graph.output(h)
+    graph.output(_whole(graph, output, part, h))
     graph.lint()
     return fx.GraphModule(root, graph, class_name="Grown")
+
+
+def _whole(graph: fx.Graph, output: fx.Node, part: int | str | None, h: fx.Node) -> fx.Node:
+    """What `outputs.put` does, in nodes that need nothing of Esper."""
+    if part is None:
+        return h
+    if isinstance(part, str):
+        return graph.call_function(operator.or_, (output, {part: h}))
+    before = graph.call_function(operator.getitem, (output, slice(0, part)))
+    after = graph.call_function(operator.getitem, (output, slice(part + 1, None)))
+    return graph.call_function(operator.add, (graph.call_function(operator.add, (before, (h,))), after))
 
 
 def _blend(graph: fx.Graph, h: fx.Node, y: fx.Node, seed: Seed) -> fx.Node:

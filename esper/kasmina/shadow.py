@@ -72,7 +72,7 @@ def _replay(
 ) -> torch.Tensor:
     prefix = f"{PREFIX}.{key_of(layer.site)}.{seed.seed_id}."
     tensors = detached(module) | {prefix + name: leaf for name, leaf in leaves.items()}
-    site = module.get_submodule(layer.site)
+    site = module.get_submodule(layer.path)
     with torch.enable_grad(), forked_rng(module), no_autocast_cache(), layer.shadow(seed, site):
         return loss_of(torch.func.functional_call(module, tensors, args))
 

@@ -1,7 +1,8 @@
 """Where a host can grow: finds sites, and gives each the signature that a kernel must fit.
 
 A site is a submodule that is called exactly once a forward and whose output is one float tensor of a known layout, but
-not the host's own output. `auto` takes the outputs of blocks:
+not the host's own output; of a tuple or a dict, the tensor is named (see `outputs`). `auto` takes the outputs of
+blocks (of a tuple or a dict, the first tensor that fits):
 
 - containers (`Sequential`, `ModuleList`, `ModuleDict`), the host itself and modules that hold a container of blocks
   are walked through;
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from esper.kasmina.outputs import MARK, part_of, parts, path_of, take
 from esper.kasmina.probe import Call, Probe, is_output, probe
 from esper.leyline.errors import SiteError
 from esper.leyline.kernels import SiteKind, SiteSignature
@@ -46,11 +48,12 @@ def find_sites(
     Args:
         module: the host, not yet wrapped.
         example: positional inputs of the host, such as one batch; the first tensor's first dim is the batch.
-        sites: `auto`, or module paths and globs (`blocks.*`; a star stays within one part of a path).
+        sites: `auto`, or module paths, globs (`blocks.*`; a star stays within one part of a path) and names of module
+            classes (`TransformerBlock`), each with the name of a tensor where the output holds several (`blocks.*#0`).
         causal: whether sequences may only look back.
 
     Returns:
-        Module path to signature, in forward order.
+        Site (module path, and the tensor's name) to signature, in forward order.
 
     Raises:
         SiteError: if a named site does not exist or cannot carry a seed, or if none is found.
@@ -62,33 +65,50 @@ def find_sites(
     else:
         names = [name for pattern in sites for name in _named(module, seen, pattern)]
         remedy = None
-    ordered = sorted(set(names), key=lambda name: seen.calls[name].order)
+    ordered = sorted(dict.fromkeys(names), key=lambda name: seen.calls[path_of(name)].order)
     if not ordered:
         raise SiteError("this model has no place where a seed could stand", field="sites", remedy=remedy)
-    return {name: _signature(seen.calls[name].output, causal=causal) for name in ordered}
+    return {name: _signature(_tensor(seen, name), causal=causal) for name in ordered}
 
 
 # ---------------------------------------------------------------- named
 
 
 def _named(module: nn.Module, seen: Probe, pattern: str) -> list[str]:
-    paths = [name for name, _ in module.named_modules() if name]
-    if pattern in paths:
+    wanted, mark, part = pattern.partition(MARK)
+    modules = {name: m for name, m in module.named_modules() if name}
+    if wanted in modules:
         reason = _unfit(seen, pattern)
         if reason is not None:
             raise SiteError(f"{pattern} cannot carry a seed: {reason}", field="sites")
         return [pattern]
-    fitting = [path for path in paths if _matches(path, pattern) and _unfit(seen, path) is None]
+    chosen = [path for path, m in modules.items() if _matches(path, wanted) or type(m).__name__ == wanted]
+    fitting = [site for site in (f"{path}{mark}{part}" for path in chosen) if _unfit(seen, site) is None]
     if not fitting:
-        available = [path for path in paths if _unfit(seen, path) is None]
+        available = [site for path in modules for site in _sites_of(seen, path)]
         close = difflib.get_close_matches(pattern, available, n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
+        reasons = [f"{path}: {_unfit(seen, f'{path}{mark}{part}')}" for path in chosen]
+        why = f" that can carry a seed ({'; '.join(reasons)})" if reasons else ""
         raise SiteError(
-            f"no site {pattern!r} in this model",
+            f"no site {pattern!r} in this model{why}",
             field="sites",
             remedy=f"{hint}it has {', '.join(available) or 'no fitting place'}",
         )
     return fitting
+
+
+def _sites_of(seen: Probe, path: str) -> list[str]:
+    """What can be a site at a module: itself, or the tensors of its output that fit."""
+    if path not in seen.calls:
+        return []
+    output = seen.calls[path].output
+    names = [path] if isinstance(output, torch.Tensor) else [f"{path}{MARK}{name}" for name, _ in parts(output)]
+    return [name for name in names if _unfit(seen, name) is None]
+
+
+def _tensor(seen: Probe, site: str) -> torch.Tensor:
+    return take(seen.calls[path_of(site)].output, part_of(site))
 
 
 def _matches(path: str, pattern: str) -> bool:
@@ -96,16 +116,28 @@ def _matches(path: str, pattern: str) -> bool:
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
-def _unfit(seen: Probe, name: str) -> str | None:  # noqa: PLR0911 - one line a reason reads best
-    """Why a submodule cannot be a site; None if it can."""
-    call = seen.calls.get(name)
+def _unfit(seen: Probe, site: str) -> str | None:
+    """Why a submodule, or a tensor of its output, cannot be a site; None if it can."""
+    path, mark, part = site.partition(MARK)
+    call = seen.calls.get(path)
     if call is None:
         return "the forward does not call it"
     if call.count != 1:
         return f"the forward calls it {call.count} times"
-    h = call.output
+    entries = dict(parts(call.output))
+    if mark and part not in entries:
+        known = ", ".join(f"{path}{MARK}{name}" for name in entries)
+        return f"its output has no {part!r}{f'; it has {known}' if known else ''}"
+    h = entries[part] if mark else call.output
     if not isinstance(h, torch.Tensor):
-        return f"it puts out {type(h).__name__}, not one tensor"
+        fitting = [] if mark else _sites_of(seen, path)
+        named = f"; name one of it: {', '.join(fitting)}" if fitting else ""
+        return f"it puts out {type(h).__name__}, not one tensor{named}"
+    return _unfit_tensor(seen, h)
+
+
+def _unfit_tensor(seen: Probe, h: torch.Tensor) -> str | None:
+    """Why a submodule's tensor cannot be a site; None if it can."""
     if not h.is_floating_point() or h.layout != torch.strided or h.is_nested:
         return f"it puts out a tensor of {h.dtype}, {h.layout}, which no kernel computes"
     if h.ndim not in _KINDS:
@@ -159,8 +191,8 @@ def _walk(module: nn.Module, path: str, seen: Probe, head: str | None, found: li
             run = []
             if _walks_through(child):
                 _walk(child, name, seen, head, found)
-            elif _is_useful(seen, name):
-                found.append(name)
+            else:
+                found.extend([site for site in _sites_of(seen, name) if _is_useful(seen, site)][:1])
     found.extend(_site_of_run(run, seen, head))
 
 
@@ -187,7 +219,7 @@ def _is_useful(seen: Probe, name: str) -> bool:
     """Whether a module can be a site and there is something to learn there: more than one channel and position."""
     if _unfit(seen, name) is not None:
         return False
-    signature = _signature(seen.calls[name].output, causal=False)
+    signature = _signature(_tensor(seen, name), causal=False)
     return signature.channels > 1 and signature.extent != (1, 1)
 
 

@@ -106,7 +106,7 @@ def _restore_layer(life: Lifecycle, layer: Layer, entry: Mapping[str, Any]) -> N
         layer.seeds.append(seed)
         if saved["has_kernel"]:
             _restore_kernel(life, layer, seed, saved)
-    layer.sync(life.module.get_submodule(layer.site))
+    layer.sync(life.module.get_submodule(layer.path))
 
 
 def _restore_seed(seed: Seed, saved: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from esper.config import CnnHost, GivenHost, GptHost, ImportedHost, MlpHost
+from esper.config import CnnHost, GivenHost, GptHost, ImportedHost, MlpHost, ResNetHost, VitHost
 from esper.hosts import Gpt, TransformerBlock, build_host
 from esper.leyline import ConfigError
 
@@ -43,6 +43,32 @@ def test_cnn_dropout_is_a_module_only_where_asked_for():
     assert len(dropouts(build(CnnHost(channels=(4,), blocks_per_stage=3, dropout=0.1)))) == 3
 
 
+def test_resnet_downsamples_where_a_block_changes_the_shape():
+    host = build(ResNetHost(channels=(4, 8), blocks_per_stage=2))
+    blocks = [block for stage in host.stages for block in stage]
+    assert [block.downsample is not None for block in blocks] == [False, False, True, False]
+    assert host.stages(host.stem(torch.randn(2, 1, 8, 8))).shape == (2, 8, 4, 4)
+    assert host(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_a_residual_block_adds_its_branch_to_its_input():
+    block = build(ResNetHost(channels=(4,))).stages[0][0].eval()
+    nn.init.zeros_(block.norm2.weight)
+    x = torch.rand(2, 4, 8, 8)
+    assert torch.equal(block(x), x)
+
+
+def test_vit_sees_every_patch_from_every_other():
+    host = build(VitHost(width=16, heads=2)).eval()
+    x = torch.randn(1, 1, 8, 8, requires_grad=True)
+    assert host.positions_TD.shape == (16, 16)
+    seen = []
+    host.blocks.register_forward_hook(lambda m, args, out: seen.append(out))
+    assert host(x).shape == (1, 10)
+    first_position = torch.autograd.grad(seen[0][0, 0].sum(), x)[0]
+    assert first_position[..., -1, -1].abs() > 0, "the last patch reaches the first position"
+
+
 def gpt(**overrides):
     return build(GptHost(width=16, depth=2, heads=4, **overrides), shape=(12,), outputs=30)
 
@@ -78,7 +104,14 @@ def test_tied_head_shares_the_embedding():
 
 
 @pytest.mark.parametrize(
-    ("config", "shape"), [(MlpHost(), (64,)), (CnnHost(), (1, 8, 8)), (GptHost(width=8, heads=2), (6,))]
+    ("config", "shape"),
+    [
+        (MlpHost(), (64,)),
+        (CnnHost(), (1, 8, 8)),
+        (ResNetHost(), (1, 8, 8)),
+        (VitHost(), (1, 8, 8)),
+        (GptHost(width=8, heads=2), (6,)),
+    ],
 )
 def test_weights_depend_on_the_seed_alone(config, shape):
     torch.manual_seed(1)
@@ -104,6 +137,11 @@ def test_imported_host_is_called_with_its_args_and_seeded():
     [
         (CnnHost(), (64,), r"host.type: a cnn takes images .*data.layout=image"),
         (CnnHost(channels=(4, 4, 4, 4, 4)), (1, 8, 8), r"host.channels: 5 stages halve 8x8"),
+        (ResNetHost(), (64,), r"host.type: a resnet takes images"),
+        (ResNetHost(channels=(4, 4, 4, 4, 4)), (1, 8, 8), r"host.channels: 5 stages halve 8x8"),
+        (VitHost(), (64,), r"host.type: a vit takes images"),
+        (VitHost(patch=3), (1, 8, 8), "host.patch: patches of 3x3 do not tile 8x8"),
+        (VitHost(width=10), (1, 8, 8), "host.heads: 4 heads do not divide"),
         (GivenHost(), (8,), "host.type: this model was handed over in Python"),
         (GptHost(), (1, 8, 8), "host.type: a gpt takes tokens"),
         (GptHost(width=10, heads=4), (8,), "host.heads: 4 heads do not divide"),

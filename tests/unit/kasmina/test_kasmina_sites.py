@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import pickle
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
-from kasmina_support import Cnn, Transformer, assert_equal, mlp
+from kasmina_support import PUBLIC, Cnn, Driver, Shelf, Transformer, assert_equal, mlp
 from torch import nn
 
+from esper.kasmina import export, wrap
 from esper.kasmina.sites import find_sites
 from esper.leyline import SiteError, SiteKind, SiteSignature
 
@@ -101,6 +103,84 @@ def test_what_is_called_twice_is_no_site():
 def test_globs_stay_within_one_part_of_a_path():
     sites = find_sites(Transformer(), (TOKENS,), sites=["blocks.*", "blocks.0.mlp.1"])
     assert list(sites) == ["blocks.0.mlp.1", "blocks.0", "blocks.1"]
+
+
+class Pair(nn.Module):
+    """A block with two inputs and two outputs."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.one, self.two, self.form = nn.Linear(4, 4), nn.Linear(4, 4), form
+
+    def forward(self, x, memory):
+        x, memory = self.one(x + memory).relu(), self.two(memory).relu()
+        return {"x": x, "memory": memory, "note": "kept"} if self.form is dict else (x, memory, "kept")
+
+
+class Pairs(nn.Module):
+    def __init__(self, form=tuple):
+        super().__init__()
+        self.blocks = nn.ModuleList(Pair(form) for _ in range(2))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        memory = x
+        for block in self.blocks:
+            out = block(x, memory)
+            x, memory, note = out.values() if isinstance(out, dict) else out
+            assert note == "kept"
+        return self.head(x + memory)
+
+
+@pytest.mark.parametrize(("form", "names"), [(tuple, ("0", "1")), (dict, ("x", "memory"))])
+def test_of_several_outputs_one_tensor_is_named(form, names):
+    net, x = Pairs(form), (torch.randn(2, 4),)
+    vector = SiteSignature(kind=SiteKind.VECTOR, channels=4)
+    first, second = names
+    assert find_sites(net, x, sites=[f"blocks.1#{second}"]) == {f"blocks.1#{second}": vector}
+    assert list(find_sites(net, x, sites=[f"blocks.*#{first}"])) == [f"blocks.0#{first}", f"blocks.1#{first}"]
+    assert list(find_sites(net, x)) == [f"blocks.0#{first}", f"blocks.1#{first}"], "auto takes the first that fits"
+    with pytest.raises(SiteError, match=f"not one tensor; name one of it: blocks.0#{first}, blocks.0#{second}"):
+        find_sites(net, x, sites=["blocks.0"])
+    with pytest.raises(SiteError, match=f"has no '7'; it has blocks.0#{first}"):
+        find_sites(net, x, sites=["blocks.0#7"])
+    with pytest.raises(SiteError, match="has no '0'"):
+        find_sites(net, x, sites=["head#0"])
+
+
+@pytest.mark.parametrize(("form", "part"), [(tuple, "1"), (dict, "memory")])
+def test_a_kernel_grows_on_the_named_tensor_and_lets_the_others_pass(form, part):
+    torch.manual_seed(0)
+    net, x = Pairs(form), torch.randn(8, 4)
+    site = f"blocks.0#{part}"
+    host = wrap(net, example=(x,), sites=site)
+    shelf = Shelf()
+    host.attach(shelf, PUBLIC, wait=True)
+    driver = Driver("mlp", host)
+    driver.batches = [(x, torch.randint(3, (8,)))]
+    driver.to_fossil(site, shelf.put("mlp_adapter", host.sites[site]))
+    seen = []
+    handle = net.blocks[0].register_forward_hook(lambda m, args, out: seen.append(out))
+    before = nn.ReLU()(net.blocks[0].two(x))
+    kernel = net.get_submodule(f"_esper.blocks/0#{part}.s0")
+    host.eval()
+    with torch.no_grad():
+        expected = host(x)
+        ((value, memory, note),) = [out.values() if form is dict else out for out in seen]
+        assert torch.equal(memory, before + kernel(before)), "the kernel's own arithmetic reached the tensor"
+        assert torch.equal(value, net.blocks[0].one(x + x).relu())
+        assert note == "kept"
+        handle.remove()
+        plain = pickle.loads(pickle.dumps(export(host)))
+        assert torch.equal(plain(x), expected)
+        assert not any("esper" in type(m).__module__ for m in plain.modules())
+
+
+def test_sites_by_the_name_of_a_class():
+    assert list(find_sites(Transformer(), (TOKENS,), sites=["Block"])) == ["blocks.0", "blocks.1"]
+    assert list(find_sites(Pairs(), (torch.randn(2, 4),), sites=["Pair#1"])) == ["blocks.0#1", "blocks.1#1"]
+    with pytest.raises(SiteError, match=r"'MultiheadAttention' .*blocks.0.attention: it puts out tuple"):
+        find_sites(Transformer(), (TOKENS,), sites=["MultiheadAttention"])
 
 
 @pytest.mark.parametrize(
