@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from pathlib import Path
 
@@ -20,12 +19,12 @@ def mean(tensors):
         tensor.div_(dist.get_world_size())
 
 
-def rank_main(rank: int, port: int) -> None:
+def rank_main(rank: int, meeting: Path) -> None:
     sys.path.insert(0, str(SUPPORT))
     from identity import KINDS, trace
     from kasmina_support import assert_equal
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     try:
         for kind in KINDS:
             reference = trace(kind, None, steps=4, rank=rank, parallel=DistributedDataParallel)
@@ -44,8 +43,5 @@ def rank_main(rank: int, port: int) -> None:
         dist.destroy_process_group()
 
 
-def test_seeds_in_training_leave_no_trace_on_two_ranks():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(rank_main, args=(port,), nprocs=2)  # raises what a rank raised
+def test_seeds_in_training_leave_no_trace_on_two_ranks(tmp_path):
+    mp.spawn(rank_main, args=(tmp_path / "meeting",), nprocs=2)  # raises what a rank raised
