@@ -26,6 +26,7 @@ from esper.kasmina.reports import layer_report
 from esper.kasmina.shadow import AllReduce, train_shadow
 from esper.kasmina.sites import find_sites
 from esper.leyline.blueprints import BlueprintIR
+from esper.leyline.compiled import is_wrapper, runs_compiled
 from esper.leyline.errors import ConflictError
 from esper.leyline.growth import PREFIX, Change, SeedView, ShadowStep
 from esper.leyline.kernels import SiteSignature
@@ -55,14 +56,22 @@ def wrap(
 
     Raises:
         SiteError: if a site does not exist or cannot carry a seed.
-        ConflictError: if the model is wrapped already.
+        ConflictError: if the model is wrapped already, or is what `torch.compile(model)` returned.
     """
+    if is_wrapper(model):
+        raise ConflictError(
+            "this is torch.compile's wrapper around a model, not the model",
+            remedy="compile the model in place, model.compile(...), and hand over the model",
+        )
     if hasattr(model, PREFIX):
         raise ConflictError("this model is wrapped already", remedy="use the handle that wrap() returned")
     wanted = sites if sites == "auto" else (sites,) if isinstance(sites, str) else tuple(sites)
     signatures = find_sites(model, example, sites=wanted, causal=causal)
     layers = Layers(signatures).train(model.training)
     model.add_module(PREFIX, layers)
+    for layer in all_layers(layers):
+        if runs_compiled(model, layer.path):
+            layer.fix(model.get_submodule(layer.path))
     return Host(model, layers, config or KasminaConfig())
 
 

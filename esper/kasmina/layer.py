@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from esper.kasmina.health import Observer
 from esper.kasmina.outputs import part_of, path_of, put, take
 from esper.kasmina.seed import KernelFacts, Seed
 from esper.kasmina.table import SeedTable
+from esper.leyline.compiled import outside
 from esper.leyline.errors import NotFoundError
 from esper.leyline.growth import PREFIX
 from esper.leyline.kernels import SiteSignature
@@ -42,6 +44,7 @@ class Layer(nn.Module):
         reach: norm of what the seed in GRAFTING would add at alpha = 1, as a share of the norm of h; taken at the first
             training forward after it was set to None, where the strategy goes by it.
         natives: by seed id, the native code that computes its kernel; it owns no parameters.
+        is_fixed: whether the hook stays on the site for good, outside of what the host's owner compiled.
     """
 
     def __init__(self, site: str, signature: SiteSignature) -> None:
@@ -58,6 +61,7 @@ class Layer(nn.Module):
         self.natives: dict[str, NativeModule] = {}
         self._shadow: Seed | None = None
         self._handle: RemovableHandle | None = None
+        self.is_fixed = False
 
     # ---- seeds and kernels
 
@@ -142,22 +146,35 @@ class Layer(nn.Module):
             self._shadow = None
             self.sync(site)
 
+    def fix(self, site: nn.Module) -> None:
+        """Puts the hook on the site for good, for a host that its owner compiled (docs/adr/0008).
+
+        What was compiled knows of the hook's call, and nothing of what it does: that may change without a recompile.
+        """
+        self.is_fixed = True
+        # a partial, so that a copy of the host gets a hook of its own layer
+        self._handle = site.register_forward_hook(partial(outside(_call), self))
+
     def sync(self, site: nn.Module) -> None:
         """Puts the hook on the site if there is something to do there, and else takes it off."""
+        if self.is_fixed:
+            return
         busy = self.observing or self._shadow is not None or any(seed.stage.is_blended for seed in self.seeds)
         if busy and self._handle is None:
-            self._handle = site.register_forward_hook(self._on_output)
+            self._handle = site.register_forward_hook(self.on_output)
         elif not busy and self._handle is not None:
             self._handle.remove()
             self._handle = None
 
     def release(self) -> None:
         """Takes the hook off for good: what remains of the site is the host's own."""
+        self.is_fixed = False
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
-    def _on_output(self, _site: nn.Module, _args: Any, output: Any) -> Any:
+    def on_output(self, _site: nn.Module, _args: Any, output: Any) -> Any:
+        """The hook: what the site puts out, grown."""
         return put(output, self._part, self._grown(take(output, self._part)))
 
     def _grown(self, h: torch.Tensor) -> torch.Tensor:
@@ -179,6 +196,10 @@ class Layer(nn.Module):
             added = y.detach() - h.detach() if seed.facts.replaces else y.detach()
             self.reach = added.double().norm() / h.detach().double().norm().clamp_min(1e-12)
         return blend(h, y, alpha, replaces=seed.facts.replaces)
+
+
+def _call(layer: Layer, site: nn.Module, args: Any, output: Any) -> Any:
+    return layer.on_output(site, args, output)
 
 
 def _goes_by_drift(seed: Seed) -> bool:

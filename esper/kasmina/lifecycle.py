@@ -22,6 +22,7 @@ from esper.kasmina.neighbour import copy_neighbours
 from esper.kasmina.seed import Retirement, Seed
 from esper.kasmina.shadow import AllReduce
 from esper.kasmina.strategies import Course, Limits, judged, move
+from esper.leyline.compiled import runs_compiled
 from esper.leyline.errors import (
     EsperError,
     IllegalTransitionError,
@@ -190,6 +191,8 @@ class Lifecycle:
             case Action.GERMINATE:
                 if self.loader is None:
                     return "no asset hub is attached"
+                if runs_compiled(self.module, layer.path) and not layer.is_fixed:
+                    return "the host was compiled after it was wrapped, and would not see the kernel: wrap it last"
                 return None if command.kernel_id else "the command names no kernel"
             case Action.ADVANCE:
                 found = self.gate(layer, seed)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from esper.leyline.compiled import eagerly
 from esper.leyline.errors import SiteError
 
 
@@ -78,6 +79,7 @@ def probe(module: nn.Module, example: tuple[Any, ...]) -> Probe:
             if name:
                 stack.callback(submodule.register_forward_hook(_watcher(seen, name)).remove)
         stack.callback(lambda: [setattr(m, "training", mode) for m, mode in training])
+        stack.enter_context(eagerly(module))
         stack.enter_context(torch.no_grad())
         stack.enter_context(forked_rng(module))
         module.eval()

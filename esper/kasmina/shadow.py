@@ -19,6 +19,7 @@ from esper.kasmina.layer import Layer, key_of
 from esper.kasmina.probe import detached, forked_rng
 from esper.kasmina.seed import Seed
 from esper.leyline.autocast import no_autocast_cache
+from esper.leyline.compiled import eagerly
 from esper.leyline.errors import SiteError
 from esper.leyline.growth import PREFIX
 
@@ -73,7 +74,7 @@ def _replay(
     prefix = f"{PREFIX}.{key_of(layer.site)}.{seed.seed_id}."
     tensors = detached(module) | {prefix + name: leaf for name, leaf in leaves.items()}
     site = module.get_submodule(layer.path)
-    with torch.enable_grad(), forked_rng(module), no_autocast_cache(), layer.shadow(seed, site):
+    with eagerly(module), torch.enable_grad(), forked_rng(module), no_autocast_cache(), layer.shadow(seed, site):
         return loss_of(torch.func.functional_call(module, tensors, args))
 
 

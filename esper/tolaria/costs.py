@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from esper.leyline.autocast import no_autocast_cache
+from esper.leyline.compiled import eagerly
 from esper.leyline.growth import HEALTH_CHANNELS, HEALTH_ROWS, PREFIX, PROBE_FEATURES, Growable
 from esper.leyline.kernels import SiteSignature
 from esper.tolaria.flops import StepCosts
@@ -71,7 +72,8 @@ class HostCosts:
         if known is not None:
             return run(), known
         result: list[Any] = []
-        cost = self._costs.cost(lambda: result.append(run()), **key)
+        with eagerly(self._growable.module):
+            cost = self._costs.cost(lambda: result.append(run()), **key)
         return result[0], cost
 
     def state_dict(self) -> list[list[Any]]:
@@ -84,7 +86,13 @@ class HostCosts:
 
     def _train_on_copies(self, args: tuple[Any, ...], targets: Any) -> None:
         module = self._growable.module
-        with _forked_rng(), _in_eval(module.get_submodule(PREFIX)), torch.enable_grad(), no_autocast_cache():
+        with (
+            eagerly(module),
+            _forked_rng(),
+            _in_eval(module.get_submodule(PREFIX)),
+            torch.enable_grad(),
+            no_autocast_cache(),
+        ):
             tensors = {
                 name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in module.named_parameters()
             }
@@ -97,7 +105,14 @@ class HostCosts:
 
     def _infer(self, args: tuple[Any, ...]) -> None:
         module = self._growable.module
-        with _forked_rng(), _in_eval(module), torch.no_grad(), no_autocast_cache(), self._precision.forward():
+        with (
+            eagerly(module),
+            _forked_rng(),
+            _in_eval(module),
+            torch.no_grad(),
+            no_autocast_cache(),
+            self._precision.forward(),
+        ):
             module(*args)
 
 
