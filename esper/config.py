@@ -249,6 +249,9 @@ class KasminaConfig(Section):
     min_training_epochs: PositiveInt = 2
     max_training_epochs: PositiveInt = 6
     """A seed that shows no gain within so many epochs asks to be culled."""
+    max_slowdown: PositiveFloat | None = 10.0
+    """A kernel whose update behind the host takes more than so many times a step of the host is culled: it would slow
+    the host down. null, and deterministic mode, where no clock decides, never do."""
     ramp_epochs: PositiveFloat = 1.0
     """How long alpha takes from 0 to 1."""
     ramp: Literal["linear", "cosine", "sigmoid"] = "cosine"

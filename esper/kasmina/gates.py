@@ -35,6 +35,7 @@ class GateFacts:
         val_finite: the last validation loss since the graft was finite.
         retiring: alpha is on its way to 0.
         errors: shadow updates left out for a gradient that was not finite.
+        fault: how its kernel failed in use.
     """
 
     loaded: bool = True
@@ -43,6 +44,7 @@ class GateFacts:
     val_finite: bool = True
     retiring: bool = False
     errors: int = 0
+    fault: str = ""
 
 
 _STANDING = {
@@ -73,8 +75,9 @@ def gate(view: SeedView, evidence: Evidence | None, config: KasminaConfig, facts
     """
     if facts.retiring:
         return Gate(open=False, cull=False, words=f"retiring, alpha {view.alpha:.2f}")
-    if view.stage in _STANDING:
-        return Gate(open=False, cull=False, words=_STANDING[view.stage])
+    if view.stage in _STANDING or facts.fault:
+        words = _STANDING.get(view.stage) or f"its kernel fails: {facts.fault}"
+        return Gate(open=False, cull=view.stage not in _STANDING, words=words)
     if view.stage is SeedStage.GERMINATED:
         return _germinated(view, facts)
     if view.stage is SeedStage.TRAINING:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from esper.kasmina.shadow import AllReduce, train_shadow
 from esper.kasmina.sites import find_sites
 from esper.leyline.blueprints import BlueprintIR
 from esper.leyline.compiled import is_wrapper, runs_compiled
-from esper.leyline.errors import ConflictError
+from esper.leyline.errors import ConflictError, KernelFaultError
 from esper.leyline.growth import PREFIX, Change, SeedView, ShadowStep
 from esper.leyline.kernels import SiteSignature
 from esper.leyline.ports import AssetHub
@@ -171,13 +172,22 @@ class Host:
         if not self._life.shadows:
             return ShadowStep()
         losses: dict[str, float] = {}
+        seconds: dict[str, float] = {}
         with unobserved(self._layers):
             for layer, seed in self._life.shadows:
-                loss = train_shadow(self._module, layer, seed, args, loss_of, all_reduce=all_reduce)
+                if seed.fault:
+                    continue
+                began = perf_counter()
+                try:
+                    loss = train_shadow(self._module, layer, seed, args, loss_of, all_reduce=all_reduce)
+                except KernelFaultError as error:
+                    seed.fault = error.message
+                    continue
+                seconds[seed.seed_id] = perf_counter() - began
                 if isfinite(loss):
                     losses[seed.seed_id] = loss
                     seed.losses = (seed.losses[0] + loss, seed.losses[1] + 1)
-        return ShadowStep(losses)
+        return ShadowStep(losses, seconds)
 
     @contextmanager
     def shadowed(self, seed_id: str) -> Iterator[None]:
@@ -197,6 +207,9 @@ class Host:
         if seed.stage is not SeedStage.TRAINING:
             raise ConflictError(f"seed {seed_id} is {seed.stage}: evidence of worth is taken in TRAINING")
         seed.evidence = evidence
+
+    def fault(self, seed_id: str, words: str) -> None:
+        self._life.find(seed_id)[1].fault = words
 
     def close_epoch(self, *, run_id: str, epoch: int, step: int, val_loss: float | None) -> list[LayerHealthReport]:
         moment = Moment(run_id, epoch, step)

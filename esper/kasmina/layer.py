@@ -22,7 +22,7 @@ from esper.kasmina.outputs import part_of, path_of, put, take
 from esper.kasmina.seed import KernelFacts, Seed
 from esper.kasmina.table import SeedTable
 from esper.leyline.compiled import outside
-from esper.leyline.errors import NotFoundError
+from esper.leyline.errors import KernelFaultError, NotFoundError
 from esper.leyline.growth import PREFIX
 from esper.leyline.kernels import SiteSignature
 from esper.leyline.runtime import NativeKernel, NativeModule
@@ -183,15 +183,35 @@ class Layer(nn.Module):
             if seed.stage.is_blended:
                 h = self._through(seed, h, seed.alpha)
         if self._shadow is not None:
-            return self._through(self._shadow, h.detach(), 1.0)
+            return self._behind(self._shadow, h.detach())
         if self.observing and self.training and torch.is_grad_enabled():
             self.observer.watch(h)
         return h
 
+    def _behind(self, seed: Seed, h: torch.Tensor) -> torch.Tensor:
+        blended = self._through(seed, h, 1.0)
+        if torch.is_grad_enabled() and not blended.requires_grad and any(True for _ in self.kernel(seed).parameters()):
+            raise KernelFaultError("its output depends on none of its weights", field=seed.seed_id)
+        return blended
+
+    def _output(self, seed: Seed, h: torch.Tensor) -> torch.Tensor:
+        """What the seed's kernel puts out.
+
+        Raises:
+            KernelFaultError: if it raises, or puts out another shape. Whatever it does is not the host's fault.
+        """
+        native = self.natives.get(seed.seed_id)
+        try:
+            y = self.get_submodule(seed.seed_id)(h) if native is None else native(h)
+        except Exception as error:
+            raise KernelFaultError(f"it raised {type(error).__name__}: {error}", field=seed.seed_id) from error
+        if y.shape != h.shape:
+            raise KernelFaultError(f"it put out {tuple(y.shape)} for {tuple(h.shape)}", field=seed.seed_id)
+        return y
+
     def _through(self, seed: Seed, h: torch.Tensor, alpha: float) -> torch.Tensor:
         assert seed.facts is not None
-        native = self.natives.get(seed.seed_id)
-        y = self.get_submodule(seed.seed_id)(h) if native is None else native(h)
+        y = self._output(seed, h)
         if self.reach is None and self.training and torch.is_grad_enabled() and _goes_by_drift(seed):
             added = y.detach() - h.detach() if seed.facts.replaces else y.detach()
             self.reach = added.double().norm() / h.detach().double().norm().clamp_min(1e-12)

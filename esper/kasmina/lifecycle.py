@@ -120,6 +120,7 @@ class Lifecycle:
             val_finite=seed.val_finite,
             retiring=seed.retirement is not None,
             errors=seed.figure("errors"),
+            fault=seed.fault,
         )
         evidence = seed.harm if stage.is_blended else seed.evidence
         return gate(seed.view(layer.signature), evidence, self.config, facts)

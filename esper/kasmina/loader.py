@@ -21,6 +21,7 @@ from torch import nn
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.native import open_checked
 from esper.kasmina.seed import KernelFacts
+from esper.kasmina.warm_up import warm_up
 from esper.leyline.canonical import canonical_hash
 from esper.leyline.container import Kernel, KernelManifest, kernel_id_of, unpack
 from esper.leyline.errors import KernelRejectedError, TamperedError
@@ -30,8 +31,6 @@ from esper.leyline.ports import AssetHub
 from esper.leyline.runtime import NativeKernel
 
 _T = TypeVar("_T")
-
-WARM_UP_BATCH = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class KernelLoader:
         """
         kernel = self._verified(kernel_id, signature)
         module = build(kernel.manifest, kernel.weights).to(device)
-        _warm_up(module, signature, device)
+        warm_up(module, kernel.manifest.memory_bytes, signature, device)
         if kernel.manifest.pipeline is Pipeline.FAST:
             return LoadedKernel(_facts(kernel), module)
         try:
@@ -163,18 +162,3 @@ def _facts(kernel: Kernel) -> KernelFacts:
         replaces=manifest.replaces,
         zero_at_birth=manifest.zero_at_birth,
     )
-
-
-def _warm_up(module: nn.Module, signature: SiteSignature, device: torch.device) -> None:
-    """One forward and backward, so that the first step with the kernel pays for no first call; checks both."""
-    generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, signature.dtype)
-    h = torch.randn(signature.shape(WARM_UP_BATCH), generator=generator).to(device, dtype).requires_grad_()
-    with torch.enable_grad():
-        y = module(h)
-        if y.shape != h.shape:
-            raise KernelRejectedError(f"puts out {tuple(y.shape)} for {tuple(h.shape)}")
-        # a replacement that does not look at h is odd but legal, so an unused input is no error
-        gradients = torch.autograd.grad(y.sum(), [h, *module.parameters()], allow_unused=True)
-    if not all(bool(torch.isfinite(t).all()) for t in (y, *gradients) if t is not None):
-        raise KernelRejectedError("its output or gradient is not finite at warm-up")

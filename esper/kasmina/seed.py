@@ -56,6 +56,7 @@ class Seed:
         native_wanted: id of the one that was asked for.
         optimizer: of the kernel, while it is in TRAINING.
         losses: sum and count of the shadow's losses since the last interval.
+        fault: how its kernel failed in use; empty while it did not.
     """
 
     def __init__(self, seed_id: str, site: str, table: SeedTable, row: int) -> None:
@@ -78,6 +79,7 @@ class Seed:
         self.native_wanted: str | None = None
         self.optimizer: torch.optim.AdamW | None = None
         self.losses: tuple[float, int] = (0.0, 0)
+        self.fault = ""
         self.reason = ""
 
     @property
@@ -172,4 +174,5 @@ class Seed:
         self.evidence = self.baseline = None
         self.val_finite = True
         self.losses = (0.0, 0)
+        self.fault = ""
         self.put("errors", 0)

@@ -91,6 +91,7 @@ def _save_seed(seed: Seed, *, has_kernel: bool) -> dict[str, Any]:
         "val_finite": seed.val_finite,
         "retirement": [retirement.from_alpha, retirement.reason] if retirement else None,
         "losses": list(seed.losses),
+        "fault": seed.fault,
         "reason": seed.reason,
         "optimizer": copy.deepcopy(seed.optimizer.state_dict()) if seed.optimizer else None,
     }
@@ -122,6 +123,7 @@ def _restore_seed(seed: Seed, saved: Mapping[str, Any]) -> None:
     seed.val_finite = saved["val_finite"]
     seed.retirement = Retirement(*saved["retirement"]) if saved["retirement"] else None
     seed.losses = (saved["losses"][0], saved["losses"][1])
+    seed.fault = saved.get("fault", "")
     seed.reason = saved["reason"]
 
 

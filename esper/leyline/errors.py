@@ -18,6 +18,7 @@
     └── SafetyError               stop; continuing would harm
         ├── TamperedError         a hash or signature that does not match
         ├── NonFiniteError        a value that is NaN or infinite
+        ├── KernelFaultError      a kernel that fails in use, after it passed every check
         └── FencedError           another writer has taken over
 
 Every error pickles, so that it crosses actor boundaries unchanged.
@@ -128,6 +129,10 @@ class TamperedError(SafetyError):
 
 class NonFiniteError(SafetyError):
     """A value is NaN or infinite."""
+
+
+class KernelFaultError(SafetyError):
+    """A kernel fails in use: it raises, or puts out what does not fit. `field` names its seed."""
 
 
 class FencedError(SafetyError):

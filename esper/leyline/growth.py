@@ -99,9 +99,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class ShadowStep:
-    """What one call of `train_shadows` did: the loss of each seed in TRAINING at this batch."""
+    """What one call of `train_shadows` did, for each seed in TRAINING: its finite loss at this batch, and seconds."""
 
     losses: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Growable(Protocol):
@@ -147,7 +148,7 @@ class Growable(Protocol):
         *,
         all_reduce: Callable[[Sequence[torch.Tensor]], None] | None = None,
     ) -> ShadowStep:
-        """Trains every seed in TRAINING on one batch, behind the host: afterwards the host's weights, buffers,
+        """Trains every sound seed in TRAINING on one batch, behind the host: afterwards the host's weights, buffers,
         gradients, optimizer state and RNG are bit-identical to what they were.
 
         Args:
@@ -178,6 +179,12 @@ class Growable(Protocol):
         ...
 
     def record_evidence(self, seed_id: str, evidence: Evidence) -> None: ...
+
+    def fault(self, seed_id: str, words: str) -> None:
+        """Notes that a seed's kernel fails in use: its gate asks for removal, and it is trained no more. Under DDP all
+        ranks must say so together.
+        """
+        ...
 
     def close_epoch(self, *, run_id: str, epoch: int, step: int, val_loss: float | None) -> list[LayerHealthReport]:
         """Ends the interval: health of each site from the sampled steps, evidence of harm for blended seeds from

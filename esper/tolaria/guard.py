@@ -16,6 +16,7 @@ from esper.tolaria.adaptation import Adaptation
 from esper.tolaria.chronicle import Chronicle
 from esper.tolaria.course import Course
 from esper.tolaria.numerics import digests
+from esper.tolaria.tree import clone
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class Guard:
         self._snapshot: dict[str, Any] = {}
         self._watching = adaptation.watching
         self._sound_sites: set[str] = set()
+        self._unblended: dict[str, Any] | None = None  # the last one without a kernel that is blended and not permanent
+        self._blamed: set[str] = set()
         self.words = "ok"
         self.embargo: dict[str, int] = {}
 
@@ -85,6 +88,8 @@ class Guard:
     def remember(self) -> None:
         """Takes the snapshot to go back to."""
         self._snapshot = snapshot.take(self._course.growable, self._course.optimization)
+        if not self._on_trial():
+            self._unblended = self._snapshot
         self._adaptation.norm = self._adaptation.weight_norm()
         self._watching.measure_host()
         self._watching.look_again()
@@ -97,7 +102,9 @@ class Guard:
         """Restores the last good snapshot bit by bit, and puts the blame on the seeds that were blended meanwhile.
 
         A seed that was grafted since is culled (the restored host never met it); one that was blended already is
-        retired. Their sites are under embargo for `kasmina.embargo_epochs`. Collective.
+        retired. If it is blamed again, or if going back did not help, what was good then was not: the snapshot from
+        before its graft is restored, and the seed culled. Their sites are under embargo for `kasmina.embargo_epochs`.
+        Collective.
 
         Raises:
             NonFiniteError: if this happened `max_rollbacks` times without a healthy epoch between.
@@ -114,17 +121,21 @@ class Guard:
         self.words = f"rolled back at step {course.step}: {reason}"
         self._chronicle.recorder.decision(course.epoch, self.words)
         self._chronicle.recorder.rollback(Rollback(epoch=course.epoch, step=course.step, reason=reason))
-        blamed = [seed for seed in course.growable.seeds() if seed.stage.is_blended and seed.stage.is_active]
+        blamed = self._on_trial()
+        again = self._vitals.rollbacks > 1 or any(seed.seed_id in self._blamed for seed in blamed)
+        self._blamed |= {seed.seed_id for seed in blamed}
+        if again and blamed and self._unblended is not None:
+            self._snapshot = self._unblended
         for seed in blamed:
             self._chronicle.tell(self._chronicle.event(seed, SeedStage.ROLLED_BACK, reason))
             self._put_under_embargo(seed)
         snapshot.give_back(self._snapshot, course.growable, course.optimization)
         self._adaptation.path_changed()
         for seed in blamed:
-            self._remove(seed.seed_id, f"rolled back: {reason}")
+            self._remove(seed.seed_id, f"rolled back: {reason}", at_once=again)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state but for the snapshot, which is the checkpoint itself."""
+        """The state but for the last snapshot, which is the checkpoint itself."""
         return {
             "vitals": governor.vitals_state(self._vitals),
             "words": self.words,
@@ -132,6 +143,8 @@ class Guard:
             "norm": self._adaptation.norm,
             "watch_until": self._adaptation.watch_until,
             "sound_sites": sorted(self._sound_sites),
+            "blamed": sorted(self._blamed),
+            "unblended": self._unblended if self._on_trial() else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -142,6 +155,9 @@ class Guard:
         self._adaptation.norm = float(state["norm"])
         self._adaptation.watch_until = int(state["watch_until"])
         self._sound_sites = set(state.get("sound_sites", ()))  # younger than the first checkpoints
+        self._blamed = set(state.get("blamed", ()))  # younger than the first checkpoints, as what follows
+        if state.get("unblended") is not None:
+            self._unblended = clone(state["unblended"])
 
     def _ailment(self) -> str | None:
         """What is wrong with the weights; None if they are fit for a snapshot."""
@@ -181,10 +197,13 @@ class Guard:
         if seed.blueprint:
             self.embargo[f"{seed.site}:{seed.blueprint}"] = until
 
-    def _remove(self, seed_id: str, reason: str) -> None:
+    def _on_trial(self) -> list[SeedView]:
+        return [seed for seed in self._course.growable.seeds() if seed.stage.is_blended and seed.stage.is_active]
+
+    def _remove(self, seed_id: str, reason: str, *, at_once: bool) -> None:
         seed = self._course.seed(seed_id)
         if seed is None or not seed.stage.is_active:
             return
-        action = Action.RETIRE if seed.stage.is_blended else Action.CULL
+        action = Action.RETIRE if seed.stage.is_blended and not at_once else Action.CULL
         command = KasminaControlCommand(action=action, site=seed.site, seed_id=seed_id, reason=reason)
         self._adaptation.apply(command)

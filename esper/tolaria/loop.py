@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from esper.config import RunConfig
-from esper.leyline.errors import ConfigError, EsperError, UnavailableError, UserError
+from esper.leyline.errors import ConfigError, EsperError, KernelFaultError, UnavailableError, UserError
 from esper.leyline.growth import Growable
 from esper.leyline.messages import Topic
 from esper.leyline.presence import Presence
@@ -216,7 +216,11 @@ class Trainer:
         total, count = torch.zeros((), device=self._device), 0
         for batch in self._train.epoch(session.course.epoch, rank=ranks.rank, world=ranks.world):
             self._check_stop()
-            metric = self._train_step(to_device(batch, self._device), headline)
+            try:
+                metric = self._train_step(to_device(batch, self._device), headline)
+            except KernelFaultError as error:
+                self.session.abandon(error)
+                continue
             if metric is not None:
                 total += metric
                 count += 1

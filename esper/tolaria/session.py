@@ -24,6 +24,7 @@ from typing import Any, Self
 import torch
 
 from esper.config import RunConfig
+from esper.leyline.errors import KernelFaultError, NonFiniteError
 from esper.leyline.growth import PREFIX, Growable
 from esper.leyline.messages import Topic
 from esper.leyline.seeds import SeedStage
@@ -47,6 +48,7 @@ from esper.tolaria.packet import HostSize, live_flops, live_params
 from esper.tolaria.precision import Precision
 from esper.tolaria.reach import Reach
 from esper.tolaria.recorder import Recorder, metrics_of
+from esper.tolaria.slowness import Slowness
 from esper.tolaria.steering import Steering
 from esper.tolaria.task import Task
 from esper.tolaria.workload import Batch, Batches, batch_len, model_args, parts_of
@@ -139,6 +141,7 @@ class Session:
         share = None if config.deterministic else config.kasmina.telemetry_share
         self._pace = Pace(config.kasmina.telemetry_every, share)
         self._paced_version = growable.topology_version
+        self._slowness = Slowness(None if config.deterministic else config.kasmina.max_slowdown)
         self._prepared_for = -1
         self._mark = time.perf_counter()
 
@@ -190,6 +193,7 @@ class Session:
         seconds = time.perf_counter() - self._mark
         course.ledger.add("host", seconds=seconds)
         self._pace.took(seconds, sampled=self._observing)
+        self._slowness.host(seconds)
         value = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
         self._last_batch = batch
         self._book(batch)
@@ -207,6 +211,25 @@ class Session:
         if self._guard.act():
             self._prepared_for = -1  # what was readied went with the state that was given up
         if len(self._milliseconds) != self._steps_per_epoch:  # else `control` readies the next, after the decision
+            self._ready()
+
+    def abandon(self, error: KernelFaultError) -> None:
+        """To be called in place of `step`, where a kernel on the live path failed in the forward: goes back to the
+        last good state and removes the kernels that came since. The batch is lost. All ranks must have met the fault.
+
+        Raises:
+            NonFiniteError: if this happens again and again, though each time it was set back.
+        """
+        course = self.course
+        milliseconds = (time.perf_counter() - self._mark) * 1e3
+        course.ledger.add("host", seconds=milliseconds / 1e3)
+        self.recorder.step(milliseconds)
+        self._milliseconds.append(milliseconds)
+        self.outbox.send_steps(steps_per_epoch=self._steps_per_epoch)  # a batch holds consecutive steps
+        course.step += 1
+        self._guard.roll_back(f"a kernel fails: {error}")
+        self._prepared_for = -1
+        if len(self._milliseconds) != self._steps_per_epoch:
             self._ready()
 
     def end_epoch(self, metrics: Mapping[str, float] | None = None) -> EpochRecord:
@@ -255,11 +278,12 @@ class Session:
 
         def train() -> None:
             with precision.forward():
-                course.growable.train_shadows(
+                done = course.growable.train_shadows(
                     args,
                     lambda outputs: course.task.loss_fn(precision.full(outputs), targets),
                     all_reduce=ranks.mean_ if ranks.world > 1 else None,
                 )
+            self._slowness.shadows(done.seconds)
 
         _, flops = self._costs.counting(args, train, mode="shadow")
         return flops
@@ -311,7 +335,7 @@ class Session:
         ailment = self._guard.examine()
         if ailment is not None:
             self._prepared_for = -1
-        host = self._validate()
+        host, ailment = self._validate_or_go_back(ailment)
         self._take_evidence(host)
         val_loss = None if host is None else host.loss
         reports = course.growable.close_epoch(
@@ -439,6 +463,21 @@ class Session:
             error=error,
         )
 
+    def _validate_or_go_back(self, ailment: str | None) -> tuple[Evaluation | None, str | None]:
+        """Validates; where that shows the live path broken, goes back to the last good state and validates that.
+
+        Returns:
+            The evaluation, and the reason for going back, be it the given one.
+        """
+        try:
+            return self._validate(), ailment
+        except (NonFiniteError, KernelFaultError) as error:  # the same on every rank
+            if ailment is not None:
+                raise  # the state that was sound then is not now: going back cannot help
+            self._guard.roll_back(str(error))
+            self._prepared_for = -1
+            return self._validate(), str(error)
+
     def _validate(self) -> Evaluation | None:
         return None if self._val is None else self.evaluate(self._val, purpose="validation", mode="eval")
 
@@ -447,9 +486,17 @@ class Session:
         if self._val is None or host is None:
             return
         for seed_id in self._in_training():
+            slow = course.ports.ranks.agree(self._slowness.verdict(seed_id))
+            if slow is not None:
+                course.growable.fault(seed_id, slow)
+                continue
             began, before = time.perf_counter(), course.ledger.snapshot().flops.shadow
-            with course.growable.shadowed(seed_id):
-                candidate = self.evaluate(self._val, purpose="shadow", mode=f"eval-{seed_id}")
+            try:
+                with course.growable.shadowed(seed_id):
+                    candidate = self.evaluate(self._val, purpose="shadow", mode=f"eval-{seed_id}")
+            except (NonFiniteError, KernelFaultError) as error:  # of the kernel alone: the host's own loss was sound
+                course.growable.fault(seed_id, error.message)
+                continue
             evidence = compare(host, candidate, ranks=course.ports.ranks, device=course.device)
             course.growable.record_evidence(seed_id, evidence)
             flops = course.ledger.snapshot().flops.shadow - before
