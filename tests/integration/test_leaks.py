@@ -31,6 +31,8 @@ KERNEL_MB = 3 * 4 * 2 * WIDTH * 4 * WIDTH / 2**20
 """Of an `mlp_4x`: weights and the two moments of AdamW."""
 
 
+pytestmark = pytest.mark.timeout(900)  # 20 s on idle cores, minutes on busy ones
+
 ENDINGS = ("cull", "cull_live", "retire", "roll_back")
 """How cycles end: by a cull behind the host, by a cull or a retirement from the live path, or by a rollback."""
 
@@ -129,8 +131,16 @@ def held() -> dict[str, float]:
         "tensors": sum(issubclass(type(one), torch.Tensor) for one in objects),
         "modules": sum(issubclass(type(one), nn.Module) for one in objects),
         "threads": threading.active_count(),
-        "files": len(os.listdir("/proc/self/fd")),
+        "files": sum(1 for _ in Path("/proc/self/fd").iterdir()),
     }
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # others on the cores would make small tensors wait for each other
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts files as Linux lists them")
