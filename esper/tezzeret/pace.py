@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
+from esper.leyline import Pipeline
 from esper.tezzeret.neighbours import Neighbours
 
 Yields = Literal["auto", "between_epochs", "never"]
@@ -23,7 +24,9 @@ class Pace:
 
     - `never`: it may nevertheless;
     - `between_epochs`: it may not;
-    - `auto`: it may where a core is left over, by measurement; else for `share` of the time, so that it ends some day.
+    - `auto`: what is made from the IR may, since runs wait for it at their start and it is a second's work at a lower
+      priority than theirs; native code may where a core is left over, by measurement, else for `share` of the time, so
+      that it ends some day.
 
     Args:
         yields: see above.
@@ -44,7 +47,7 @@ class Pace:
         self._look = look
         self._clock = clock
 
-    def __call__(self) -> bool:
+    def __call__(self, pipeline: Pipeline) -> bool:
         if self._yields == "never":
             return True
         seen = self._look()
@@ -52,4 +55,6 @@ class Pace:
             return True
         if self._yields == "between_epochs":
             return False
+        if pipeline is Pipeline.FAST:
+            return True
         return seen.free_cores >= CORE_LEFT or self._clock() % PERIOD_S < self._share * PERIOD_S

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from esper.leyline import CompileJob, Fault, UnavailableError
+from esper.leyline import CompileJob, Fault, Pipeline, UnavailableError
 from esper.leyline.limits import DEFAULT_LIMITS, IRLimits
 from esper.tezzeret import wire
 from esper.tezzeret.builder import Verdict
@@ -59,7 +59,7 @@ class Limits:
     memory_mb: int = 4096
 
 
-def always() -> bool:
+def always(_pipeline: Pipeline) -> bool:
     """The pace of a compiler that has its cores to itself."""
     return True
 
@@ -74,7 +74,8 @@ class CompilerProcess:
         limits: of each job.
         ir_limits: what one kernel may cost.
         num_threads: of torch in the process.
-        may_run: asked many times a second while a job is under way: while it says no, the process is stopped.
+        may_run: asked many times a second while a job is under way, of its pipeline: while it says no, the process is
+            stopped.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class CompilerProcess:
         limits: Limits = Limits(),
         ir_limits: IRLimits = DEFAULT_LIMITS,
         num_threads: int = 1,
-        may_run: Callable[[], bool] = always,
+        may_run: Callable[[Pipeline], bool] = always,
     ) -> None:
         self._examine = examine
         self._examine_native = examine_native
@@ -188,7 +189,7 @@ class CompilerProcess:
             if child.resident_mb() > self._limits.memory_mb:
                 return self._died(child, f"took more than {self._limits.memory_mb} MB")
             tick()
-            child.pause(not self.may_run())
+            child.pause(not self.may_run(job.pipeline))
 
     def _died(self, child: _Child, how: str) -> wire.Broken:
         self.close()  # what it started may still run

@@ -89,8 +89,8 @@ class Deciding:
         Native code is no kernel of its own here: nothing waits for it.
 
         The first call waits for those on their way, `tamiyo.startup_s` at most: a run of seconds would be over before
-        the platform is up. In deterministic mode every call waits for all, so that what Tamiyo can choose from does
-        not depend on the clock.
+        the platform is up. What is not built by then is named among what the run went without. In deterministic mode
+        every call waits for all, so that what Tamiyo can choose from does not depend on the clock.
         """
         course = self._course
         hub = course.ports.hub
@@ -100,9 +100,10 @@ class Deciding:
         if course.config.deterministic:
             if self._request is not None:
                 self._request.join()
-            self._reach.ask("Tezzeret", lambda: _require_compiled(hub, signatures))
         elif not self._has_settled:
             self._settle(hub, signatures)
+        if course.config.deterministic or not self._has_settled or self._reach.lacks("Tezzeret"):
+            self._reach.ask("Tezzeret", lambda: _require_compiled(hub, signatures))
         self._has_settled = True
         pending = self._reach.ask("Urza", lambda: hub.pending(signatures, pipeline=Pipeline.FAST))
         ready = self._reach.ask("Urza", lambda: hub.count_kernels(signatures, pipeline=Pipeline.FAST))
@@ -175,5 +176,5 @@ class Deciding:
 def _require_compiled(hub: AssetHub, signatures: Sequence[SiteSignature]) -> bool:
     pending = hub.pending(signatures, pipeline=Pipeline.FAST)
     if pending:
-        raise UnavailableError(f"{pending} kernels are still being compiled")
+        raise UnavailableError(f"{pending} of the kernels for these sites were not built yet")
     return True

@@ -41,6 +41,10 @@ class Reach:
         """The systems that did not answer when last asked, in words."""
         return tuple(self._missing.values())
 
+    def lacks(self, system: str) -> bool:
+        """Whether the system did not answer when last asked."""
+        return system in self._missing
+
     def ask(self, system: str, question: Callable[[], T]) -> T | None:
         """Returns the answer; None if the system is not there and this run may go on without.
 

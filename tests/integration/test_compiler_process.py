@@ -26,7 +26,7 @@ from esper.leyline.canonical import canonical_hash
 from esper.tezzeret import wire
 from esper.tezzeret.compile import Unsigned, build
 from esper.tezzeret.fingerprint import target_fingerprint
-from esper.tezzeret.process import CompilerProcess, Limits
+from esper.tezzeret.process import CompilerProcess, Limits, always
 from esper.urabrask.gauntlet import examine
 
 IR = BlueprintIR(
@@ -83,7 +83,7 @@ def shared(search_path):
 @pytest.fixture
 def compiler(shared):
     """The compiler of this module; one that a test ended is replaced, as it always is."""
-    shared._limits, shared.may_run = LIMITS, lambda: True
+    shared._limits, shared.may_run = LIMITS, always
     return shared
 
 
@@ -224,7 +224,7 @@ def test_while_it_may_not_run_it_is_stopped_and_its_clock_too(compiler):
     states: list[str] = []
     began = time.monotonic()
 
-    def may_run() -> bool:
+    def may_run(_pipeline: Pipeline) -> bool:
         stat = Path(f"/proc/{compiler.pid}/stat").read_text()
         states.append(stat.rpartition(")")[2].split()[0])
         return time.monotonic() - began > 2.0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import nn
 
 from esper import kasmina
@@ -135,16 +136,8 @@ def held() -> dict[str, float]:
     }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
+def come_and_go(_rank):
     torch.set_num_threads(1)  # others on the cores would make small tensors wait for each other
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts files as Linux lists them")
-def test_kernels_that_come_and_go_leave_nothing():
     cycles = Cycles()
     seen = []
     try:
@@ -163,8 +156,7 @@ def test_kernels_that_come_and_go_leave_nothing():
     assert len(cycles.optimizer.state) == sum(1 for _ in cycles.host.live_parameters())
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts files as Linux lists them")
-def test_a_kernel_that_stays_would_be_seen():
+def stay(_rank):
     cycles = Cycles()
     try:
         cycles.cycle("cull")
@@ -178,3 +170,9 @@ def test_a_kernel_that_stays_would_be_seen():
         cycles.host.close()
     assert held()["tensors"] >= before["tensors"] + len(list(kept.module.parameters()))
     assert after["threads"] == before["threads"]  # one loader, not one a kernel
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts files as Linux lists them")
+@pytest.mark.parametrize("happens", [come_and_go, stay])
+def test_kernels_that_come_and_go_leave_nothing_and_one_that_stays_is_seen(happens):
+    mp.spawn(happens, nprocs=1)  # in a process without the leftovers of other tests; raises what it raised

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from esper.leyline import Pipeline
 from esper.leyline.presence import Presence, TrainerOnMachine, trainers
 from esper.tezzeret.neighbours import LOOK_EVERY_S, Neighbours, Watch
 from esper.tezzeret.pace import PERIOD_S, Pace
@@ -19,22 +20,23 @@ ROOMY = Neighbours(num_trainers=1, free_cores=1.0)
 
 
 @pytest.mark.parametrize(
-    ("yields", "seen", "share_of_time"),
+    ("yields", "pipeline", "seen", "share_of_time"),
     [
-        ("never", CROWDED, 1.0),
-        ("auto", ALONE, 1.0),
-        ("auto", ROOMY, 1.0),
-        ("auto", CROWDED, 0.25),
-        ("between_epochs", ALONE, 1.0),
-        ("between_epochs", ROOMY, 0.0),
-        ("between_epochs", CROWDED, 0.0),
+        ("never", Pipeline.OPTIMIZED, CROWDED, 1.0),
+        ("auto", Pipeline.OPTIMIZED, ALONE, 1.0),
+        ("auto", Pipeline.OPTIMIZED, ROOMY, 1.0),
+        ("auto", Pipeline.OPTIMIZED, CROWDED, 0.25),
+        ("auto", Pipeline.FAST, CROWDED, 1.0),
+        ("between_epochs", Pipeline.OPTIMIZED, ALONE, 1.0),
+        ("between_epochs", Pipeline.OPTIMIZED, ROOMY, 0.0),
+        ("between_epochs", Pipeline.FAST, CROWDED, 0.0),
     ],
 )
-def test_it_runs_for_this_share_of_the_time(yields, seen, share_of_time):
+def test_it_runs_for_this_share_of_the_time(yields, pipeline, seen, share_of_time):
     times = [PERIOD_S * n / 100 for n in range(1000)]
     clock = iter(times)
     pace = Pace(yields, 0.25, lambda: seen, lambda: next(clock))
-    assert sum(pace() for _ in times) / len(times) == pytest.approx(share_of_time, abs=0.02)
+    assert sum(pace(pipeline) for _ in times) / len(times) == pytest.approx(share_of_time, abs=0.02)
 
 
 def test_a_trainer_shows_when_it_takes_steps_and_leaves_no_sign(tmp_path):
