@@ -51,6 +51,7 @@ from torch import nn
 
 from esper import kasmina
 from esper.config import Budget, RunConfig, parse_config
+from esper.kasmina.breaker import Breaker, guarded
 from esper.leyline.errors import ConfigError, NotFoundError, SiteError
 from esper.leyline.growth import SeedView
 from esper.leyline.kernels import SiteSignature
@@ -428,6 +429,8 @@ def train_local(
     # ranks draw different dropout masks; what must be equal on all comes from rank 0
     with numerics(seed=config.seed + 7919 * ranks.rank, deterministic=config.deterministic, num_threads=threads):
         host = _wrap_workload(workload, config, device)
+        breaker = Breaker("Urza", failures=config.kasmina.breaker_failures, rest_s=config.kasmina.breaker_s)
+        hub = None if hub is None else guarded(hub, breaker)
         if hub is not None and public_key is not None:
             # several ranks must hold a kernel at the same step: none may depend on its own loader's pace
             wait = config.deterministic or ranks.world > 1
@@ -437,6 +440,7 @@ def train_local(
             bus=bus,
             controller=controller,
             request_kernels=None if hub is None else partial(request_kernels, hub, host.sites.values(), config, run_id),
+            circuit=breaker.circuit,
             ranks=ranks,
             stop=stop,
             faults=faults or NoFaults(),

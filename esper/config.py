@@ -227,6 +227,9 @@ class TolariaConfig(Section):
     checkpoint_every: PositiveInt = 1
     """Epochs between checkpoints."""
     keep_checkpoints: PositiveInt = 2
+    agree_s: PositiveFloat = 60.0
+    """A worker that cannot say for so long whether it holds a kernel makes all of them refuse it. Deterministic mode
+    waits for it instead."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often Ray Train restarts workers that died."""
 
@@ -271,6 +274,10 @@ class KasminaConfig(Section):
     """A culled site waits so long before it is DORMANT again."""
     cache_mb: PositiveInt = 256
     """Verified kernels that a worker keeps at hand."""
+    breaker_failures: PositiveInt = 3
+    """Calls to Urza in a row that fail before the trainer asks no more for a while."""
+    breaker_s: PositiveFloat = 10.0
+    """That while; then one call tries whether Urza is back."""
     public_key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """Ed25519 key whose signature kernels must carry; null takes the public half of `tezzeret.key_file` at the start
     of the run. It is pinned in the run's saved configuration and never read from the storage."""

@@ -130,6 +130,14 @@ class BudgetState(Contract):
     flops_limit: Annotated[int, Field(ge=0)] | None = None
 
 
+class CircuitState(StrEnum):
+    """Whether another system is asked: always, not at all for a while, or once to see whether it is back."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
 class EpochRecord(Contract):
     """One row of a run's history.
 
@@ -140,6 +148,7 @@ class EpochRecord(Contract):
         flops_per_sample: forward FLOPs of the live path for one sample.
         total_flops: FLOPs of everything so far (the ledger's total).
         pending: kernels that are submitted and not yet ready.
+        urza: the trainer's circuit breaker towards Urza.
     """
 
     run_id: str
@@ -159,6 +168,7 @@ class EpochRecord(Contract):
     step_ms: Finite = 0.0
     kernels_ready: Annotated[int, Field(ge=0)] = 0
     pending: Annotated[int, Field(ge=0)] = 0
+    urza: CircuitState = CircuitState.CLOSED
 
 
 class SystemStatePacket(Contract):

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from esper.leyline.contract import API_VERSION, Contract, Finite, now
 from esper.leyline.native import RungChange
-from esper.leyline.signals import EpochRecord, FieldReport, LifecycleEvent
+from esper.leyline.signals import CircuitState, EpochRecord, FieldReport, LifecycleEvent
 
 SUMMARY_FILE = "summary.json"
 HISTORY_FILE = "history.json"
@@ -63,6 +63,19 @@ class Rollback(Contract):
     epoch: int
     step: int
     reason: str
+
+
+class Circuit(Contract):
+    """The circuit breaker around a trainer's calls to Urza.
+
+    Attributes:
+        opened: how often Urza was given up for a while.
+        refused: calls that were not made meanwhile.
+    """
+
+    state: CircuitState = CircuitState.CLOSED
+    opened: int = 0
+    refused: int = 0
 
 
 class Flops(Contract):
@@ -150,6 +163,7 @@ class RunSummary(Contract):
     """When a kernel began to run from native code, or had to run from its IR, and why."""
     field_reports: tuple[FieldReport, ...] = ()
     rollbacks: tuple[Rollback, ...] = ()
+    urza: Circuit = Circuit()
     ledger: Ledger = Ledger()
     steps: StepTimes = StepTimes()
     compiler_in_trainer: CompilerInTrainer = CompilerInTrainer()

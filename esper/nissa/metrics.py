@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from esper.leyline.bus import BusStats
 from esper.leyline.catalogue import Backlog
+from esper.leyline.signals import CircuitState
 from esper.nissa.viewmodel import LiveView, SeedView
 
 
@@ -85,6 +86,12 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 "Kernels for the run's sites: ready, or on their way.",
                 ("run", "state"),
             ),
+            Metric(
+                "esper_run_urza_circuit",
+                Kind.GAUGE,
+                "The trainer's circuit breaker towards Urza: 0 closed, 1 half open, 2 open.",
+                _RUN,
+            ),
             Metric("esper_seeds", Kind.GAUGE, "Seeds by stage.", ("run", "stage")),
             Metric("esper_adaptations", Kind.COUNTER, "Adaptations that ended, by outcome.", ("run", "outcome")),
             Metric("esper_seed_alpha", Kind.GAUGE, "How far a site's seed is blended in, 0 to 1.", _SITE),
@@ -108,6 +115,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
     }
 )
 """Every metric, by name."""
+
+_CIRCUIT = {CircuitState.CLOSED: 0, CircuitState.HALF_OPEN: 1, CircuitState.OPEN: 2}
 
 COUNTED = frozenset({"esper_seeds", "esper_run_kernels", "esper_compile_jobs", "esper_bus_lag_messages"})
 """Gauges that count: absent is none."""
@@ -156,6 +165,7 @@ def _of_last_epoch(view: LiveView, run: Mapping[str, str]) -> Iterator[Sample]:
     if last is None:
         return
     yield Sample("esper_run_flops", last.total_flops, run)
+    yield Sample("esper_run_urza_circuit", _CIRCUIT[last.urza], run)
     yield Sample("esper_run_sample_flops", last.flops_per_sample, run)
     for split, loss in (("train", last.train_loss), ("val", last.val_loss)):
         if loss is not None:

@@ -94,6 +94,8 @@ def figures(summary: RunSummary) -> list[tuple[str, str]]:
         worst = f", worst near a graft {words.milliseconds(graft)}" if graft is not None else ""
         times = f"median {words.milliseconds(steps.median_ms)}, p99 {words.milliseconds(steps.p99_ms)}{worst}"
         rows.append(("steps", f"{steps.count:,}, {times}"))
+    if summary.urza.opened:
+        rows.append(("Urza", words.circuit(summary.urza)))
     return rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from esper.leyline.native import Rung
 from esper.leyline.signals import Evidence, EvidenceKind
-from esper.leyline.summary import Rollback, Start
+from esper.leyline.summary import Circuit, Rollback, Start
 
 UNKNOWN = "—"
 """Stands for a figure that there is not."""
@@ -34,6 +34,13 @@ def start(begun: Start) -> str:
 def rollback(back: Rollback) -> str:
     """`set back at step 1,204 (epoch 7): the loss is nan`."""
     return f"set back at step {back.step:,} (epoch {back.epoch + 1}): {back.reason}"
+
+
+def circuit(of: Circuit) -> str:
+    """`given up 2 times for a while, 14 calls not made; closed now`."""
+    return (
+        f"given up {of.opened} times for a while, {of.refused} calls not made; {of.state.value.replace('_', ' ')} now"
+    )
 
 
 def duration(seconds: float) -> str:

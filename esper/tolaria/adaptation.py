@@ -44,7 +44,9 @@ class Adaptation:
     def apply(self, command: KasminaControlCommand) -> None:
         """Carries out a command, or tells why not. Collective."""
         course = self._course
-        refusal = course.ports.ranks.agree(self._refusal(command))
+        # deterministic mode waits for what it must have; else nobody waits for a rank that hangs in loading
+        deadline_s = None if course.config.deterministic else course.config.tolaria.agree_s
+        refusal = course.ports.ranks.agree(self._refusal(command), deadline_s=deadline_s)
         if refusal is None:
             change = self._reach.ask(
                 "Urza",

@@ -99,6 +99,8 @@ class Checkpoints:
         manifest_bytes = self._folder.read(f"{name}/manifest.json")
         try:
             manifest = json.loads(manifest_bytes)
+            if manifest["epoch"] != epoch:
+                raise TamperedError(f"{name} holds a manifest of epoch {manifest['epoch']}")
             parts = {part: self._read(name, entry) for part, entry in manifest["files"].items()}
             tree = json.loads(parts["state"])
             state = unflatten(tree, safetensors.torch.load(parts["tensors"]))
@@ -140,7 +142,7 @@ class Checkpoints:
             content = self._folder.read(f"{name}/{entry['name']}")
         except NotFoundError as error:
             raise TamperedError(f"{name} lacks {entry['name']}") from error
-        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        if (hashlib.sha256(content).hexdigest(), len(content)) != (entry["sha256"], entry["size"]):
             raise TamperedError(f"{name}/{entry['name']} is not what its manifest vouches for")
         return content
 
@@ -160,7 +162,11 @@ class Checkpoints:
                 self._folder.remove(f"{name}/{other}")
 
     def _prune(self) -> None:
-        best = self._best_epoch()
+        try:
+            best = self._best_epoch()
+        except TamperedError as error:  # it may be any of them
+            log.warning("checkpoint.best_unknown", extra={"reason": str(error)})
+            return
         for epoch in self.epochs()[: -self._keep]:
             if epoch != best:
                 self._folder.remove(_name(epoch))

@@ -11,6 +11,7 @@ from torch import nn
 from esper.config import RunConfig
 from esper.leyline.growth import Growable, SeedView
 from esper.leyline.ports import AssetHub, Bus, Controller, FaultPlan, NoFaults
+from esper.leyline.summary import Circuit
 from esper.tolaria.ledger import LedgerBook
 from esper.tolaria.optim import Optimization
 from esper.tolaria.ranks import Ranks, SoloRanks
@@ -30,6 +31,7 @@ class Ports:
         hub, bus, controller: None in a run without that system, which then does not grow, tells nobody, or decides
             nothing. Used on rank 0 alone.
         request_kernels: submits the designs that fit the run's sites; called once, on rank 0, beside the training.
+        circuit: how the breaker around `hub` stands.
         ranks: the other trainers of the run.
         stop: asked at every step; a reason ends the run cleanly.
         faults: a script of faults, for tests.
@@ -39,6 +41,7 @@ class Ports:
     bus: Bus | None = None
     controller: Controller | None = None
     request_kernels: Callable[[], None] | None = None
+    circuit: Callable[[], Circuit] = Circuit
     ranks: Ranks = field(default_factory=SoloRanks)
     stop: Callable[[], str | None] = never
     faults: FaultPlan = field(default_factory=NoFaults)

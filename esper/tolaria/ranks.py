@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -11,6 +14,9 @@ from torch import nn
 from esper.leyline.growth import PREFIX
 
 T = TypeVar("T")
+
+_ROUNDS = itertools.count()
+"""Numbers the agreements of this process; all ranks come to the same ones, in the same order."""
 
 
 class Ranks(Protocol):
@@ -34,8 +40,13 @@ class Ranks(Protocol):
         """Averages tensors over ranks, in place."""
         ...
 
-    def agree(self, refusal: str | None) -> str | None:
-        """Returns the first rank's refusal, in rank order, or None if every rank passed None."""
+    def agree(self, refusal: str | None, *, deadline_s: float | None = None) -> str | None:
+        """Returns the first rank's refusal, in rank order, or None if every rank passed None.
+
+        Args:
+            refusal: of this rank.
+            deadline_s: a rank that says nothing for so long makes all refuse, itself too when it comes; None waits.
+        """
         ...
 
     def parallel(self, module: nn.Module, live: Sequence[str]) -> nn.Module:
@@ -66,7 +77,7 @@ class SoloRanks:
     def mean_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Nothing to average."""
 
-    def agree(self, refusal: str | None) -> str | None:
+    def agree(self, refusal: str | None, *, deadline_s: float | None = None) -> str | None:  # noqa: ARG002 - part of the port
         return refusal
 
     def parallel(self, module: nn.Module, live: Sequence[str]) -> nn.Module:  # noqa: ARG002 - part of the port
@@ -84,6 +95,7 @@ class TorchRanks:
         from torch import distributed
 
         self._distributed = distributed
+        self._store = distributed.distributed_c10d._get_default_store()  # noqa: SLF001 - torch gives no other way to it
         self._device = device or torch.device("cpu")
         self.rank: int = distributed.get_rank()
         self.world: int = distributed.get_world_size()
@@ -108,13 +120,36 @@ class TorchRanks:
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def agree(self, refusal: str | None) -> str | None:
+    def agree(self, refusal: str | None, *, deadline_s: float | None = None) -> str | None:
+        if deadline_s is not None:
+            return self._agree_by(deadline_s, refusal)
         # a word costs 4 bytes; only when somebody refuses are the words themselves sent
         flag = torch.tensor([0 if refusal is None else 1], device=self._device)
         self._distributed.all_reduce(flag)
         if not int(flag):
             return None
         return next(words for words in self.gather(refusal) if words is not None)
+
+    def _agree_by(self, deadline_s: float, refusal: str | None) -> str | None:
+        """Through the group's store, which can be waited for; an all-reduce cannot be given up by some ranks alone.
+
+        Each rank leaves its word. Whoever has all of them, or has waited long enough, proposes the verdict; the store
+        keeps the first proposal, and that one holds for all, also for a rank that comes later.
+        """
+        place = f"esper/agree/{next(_ROUNDS)}"
+        words = [f"{place}/{rank}" for rank in range(self.world)]
+        self._store.set(words[self.rank], json.dumps(refusal))
+        try:
+            self._store.wait(words, timedelta(seconds=deadline_s))
+        except RuntimeError:  # too late; what else may be wrong with the store is raised by the next call
+            silent = [rank for rank, word in enumerate(words) if not self._store.check([word])]
+            found = f"worker {silent[0]} did not answer within {deadline_s:g} s" if silent else None
+        else:
+            silent, found = [], None
+        if not silent:
+            said = (json.loads(self._store.get(word)) for word in words)
+            found = next((word for word in said if word is not None), None)
+        return json.loads(self._store.compare_set(f"{place}/verdict", "", json.dumps(found)))
 
     def parallel(self, module: nn.Module, live: Sequence[str]) -> nn.Module:
         from torch.nn.parallel import DistributedDataParallel

@@ -16,6 +16,7 @@ from esper.leyline.native import RungChange
 from esper.leyline.signals import EpochRecord, FieldReport, LifecycleEvent, Outcome
 from esper.leyline.summary import (
     BusCounts,
+    Circuit,
     CompilerInTrainer,
     Ledger,
     Metrics,
@@ -171,6 +172,7 @@ class Recorder:
         metrics: Metrics,
         bus: BusCounts,
         went_without: tuple[str, ...],
+        urza: Circuit,
         last_checkpoint: str | None,
         error: str | None = None,
     ) -> RunSummary:
@@ -192,6 +194,7 @@ class Recorder:
             compiler_in_trainer=_compiler_since(self._compiler_before),
             bus=bus,
             went_without=went_without,
+            urza=urza,
             last_checkpoint=last_checkpoint,
             error=error,
             versions=dict(versions()),

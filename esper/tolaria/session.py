@@ -459,6 +459,7 @@ class Session:
             metrics=metrics_of(course.task, rows[-1] if rows else None, test),
             bus=self.outbox.counts(),
             went_without=self.reach.went_without,
+            urza=course.ports.circuit(),
             last_checkpoint=last_checkpoint,
             error=error,
         )
@@ -524,6 +525,7 @@ class Session:
             step_ms=_mean(self._milliseconds),
             kernels_ready=ready,
             pending=pending,
+            urza=course.ports.circuit().state,
         )
 
     def _obey(self, signal: AdaptationSignal | None) -> None:

@@ -1,0 +1,179 @@
+"""One rank of a run over gloo: `python rank_script.py WHAT RANK WORLD folder`. What it saw lies in folder/RANK.pt."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from tolaria_support import BLUEPRINT, KEY, config, kernel_hub, train, workload
+from torch import distributed, nn
+
+from esper.api import local_hub
+from esper.config import CnnHost, GptHost, MlpHost
+from esper.hosts import build_host
+from esper.kasmina.sites import find_sites
+from esper.leyline import SeedStage
+from esper.tolaria.numerics import digests
+from esper.tolaria.ranks import SoloRanks, TorchRanks
+from esper.tolaria.schedules import optimizer_factory
+from esper.tolaria.task import TASKS
+from esper.tolaria.workload import Workload
+
+HOSTS = {
+    "mlp": (MlpHost(hidden=(8, 8)), (8,), "blocks.1", "mlp_2x"),
+    "cnn": (CnnHost(channels=(4, 4), dropout=0.1), (1, 8, 8), "stages.1.0", "conv_small"),
+    "gpt": (GptHost(width=8, depth=1, heads=2, dropout=0.1), (6,), "blocks.0", "mlp_adapter"),
+    "tied": (GptHost(width=8, depth=1, heads=2, tied=True), (6,), "blocks.0", "low_rank_adapter"),
+}
+
+
+class Saved:
+    """Keeps the weights of one step."""
+
+    def __init__(self, module: nn.Module, step: int) -> None:
+        self.module, self.step, self.weights = module, step, {}
+
+    def at(self, place: str, step: int) -> None:
+        if (place, step) == ("step", self.step):
+            self.weights = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
+
+
+class Hub:
+    """The hub of one rank, with something wrong with what it fetches."""
+
+    def __init__(self, inner, fetch) -> None:
+        self._inner, self.fetch = inner, fetch
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+
+class Tells:
+    """Leaves a file once the first decision was carried out."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def at(self, place: str, step: int) -> None:
+        if (place, step) == ("control", 0):
+            self._path.touch()
+
+
+def wait_for(path: Path) -> None:
+    give_up = time.monotonic() + 120
+    while not path.exists():
+        if time.monotonic() > give_up:
+            raise TimeoutError(path)
+        threading.Event().wait(0.02)
+
+
+def agreeing(rank: int, ranks, folder: Path) -> dict:
+    """What several agreements come to; in the third, rank 1 says its word only after rank 0 has given up."""
+    found = [
+        ranks.agree(None, deadline_s=60),
+        ranks.agree("my own reason" if rank == 1 else None, deadline_s=60),
+    ]
+    if rank == 1:
+        wait_for(folder / "given-up")
+    found.append(ranks.agree(None, deadline_s=0.5 if rank == 0 else 60))
+    (folder / "given-up").touch()
+    found.append(ranks.agree(None, deadline_s=60))
+    return {"found": found}
+
+
+def growing(rank: int, ranks, folder: Path, *, fetch=None, faults=None, **settings) -> dict:
+    """A run of the support's problem; rank 1 fetches as it is told."""
+    hub, key = kernel_hub()
+    given = {"faults": faults} if faults is not None else {}
+    if rank == 1 and fetch is not None:
+        hub = Hub(hub, lambda kernel_id: fetch(kernel_hub()[0], kernel_id))
+    chosen = config(deterministic=False, tolaria__epochs=3, **settings)
+    summary, weights = train(folder / "run", chosen, ranks=ranks, hub=hub, public_key=key, **given)
+    return {"weights": weights, "events": [event.model_dump(mode="json") for event in summary.events]}
+
+
+def tampered(hub, kernel_id: str) -> bytes:
+    content = bytearray(hub.fetch(kernel_id))
+    content[len(content) // 2] ^= 1
+    return bytes(content)
+
+
+def plain(ranks, folder: Path) -> dict:
+    """Twenty steps across a graft, on a host in which a batch's samples do not meet."""
+    torch.manual_seed(1)
+    host = nn.Sequential(nn.Linear(8, 12), nn.Sequential(nn.Linear(12, 12), nn.ReLU()), nn.Linear(12, 3))
+    site = {"kasmina__sites": "['1']", "tamiyo__schedule": f"[{{epoch: 0, site: '1', blueprint: {BLUEPRINT}}}]"}
+    chosen = config(**site)
+    problem = Workload(**{**vars(workload(chosen)), "model": host})
+    saved = Saved(host, 20)
+    summary, _ = train(folder / f"run-{ranks.world}", chosen, problem=problem, ranks=ranks, faults=saved)
+    graft = next(event.step for event in summary.events if event.to_stage is SeedStage.GRAFTING)
+    return {"weights": saved.weights, "graft": graft}
+
+
+def epochs_of(name: str, ranks, folder: Path) -> dict:
+    """Hashes of all tensors, seeds' too, after each epoch."""
+    host_config, shape, site, blueprint = HOSTS[name]
+    is_text = isinstance(host_config, GptHost)
+    host = build_host(host_config, input_shape=shape, num_outputs=11, seed=3)
+    generator = torch.Generator().manual_seed(5)
+    x = (
+        torch.randint(11, (160, *shape), generator=generator)
+        if is_text
+        else torch.randn(160, *shape, generator=generator)
+    )
+    y = (x + 1) % 11 if is_text else x.flatten(1)[:, :11].argmax(1)
+    graft = f"[{{epoch: 0, site: '{site}', blueprint: {blueprint}}}]"
+    chosen = config(
+        kasmina__sites=f"['{site}']", tamiyo__schedule=graft, tezzeret__blueprints=f"[{blueprint}]", tolaria__epochs=6
+    )
+    problem = Workload(
+        model=host, example=(x[:2],), train=(x[:120], y[:120]), val=(x[120:], y[120:]), scheduler=None,
+        task=TASKS["language_model" if is_text else "classification"],
+        optimizer=optimizer_factory(chosen.tolaria.optimizer),
+    )  # fmt: skip
+    hub, key = local_hub(find_sites(host, (x[:2],), sites=(site,), causal=is_text).values(), chosen, private_key=KEY)
+    seen: list[dict[str, str]] = []
+    summary, _ = train(
+        folder / name, chosen, problem=problem, ranks=ranks, hub=hub, public_key=key,
+        on_epoch=lambda record: seen.append(digests(host.state_dict())),
+    )  # fmt: skip
+    stages = [event.to_stage.value for event in summary.events if not event.refused]
+    return {"digests": json.dumps(seen), "stages": stages}
+
+
+def main(what: str, rank: int, world: int, folder: Path) -> None:
+    ranks = SoloRanks()
+    if world > 1:
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+        ranks = TorchRanks()
+    match what:
+        case "agreeing":
+            found = agreeing(rank, ranks, folder)
+        case "tampered":
+            found = growing(rank, ranks, folder, fetch=tampered)
+        case "silent":
+
+            def late(hub, kernel_id: str) -> bytes:
+                wait_for(folder / "decided")
+                return hub.fetch(kernel_id)
+
+            tells = Tells(folder / "decided") if rank == 0 else None
+            found = growing(rank, ranks, folder, fetch=late, faults=tells, tolaria__agree_s=0.5)
+        case "plain":
+            found = plain(ranks, folder)
+        case "hosts":
+            found = {name: epochs_of(name, ranks, folder) for name in HOSTS}
+        case unknown:
+            raise SystemExit(f"no {unknown}")
+    torch.save(found, folder / f"{rank}-of-{world}.pt")
+    if world > 1:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
