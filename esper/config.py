@@ -249,6 +249,9 @@ class KasminaConfig(Section):
     """Steps between shadow updates of seeds in TRAINING."""
     shadow_lr: PositiveFloat = 3e-3
     """Learning rate of a kernel in TRAINING (AdamW)."""
+    race: PositiveInt = 1
+    """Kernels that may train at one site at once, each behind the host and apart from the others; the one with the best
+    paired evidence is grafted and the others are culled. Each costs its own replays."""
     min_training_epochs: PositiveInt = 2
     max_training_epochs: PositiveInt = 6
     """A seed that shows no gain within so many epochs asks to be culled."""

@@ -86,7 +86,8 @@ class Host:
         self._observing = False
         self.cache = KernelCache(config.cache_mb << 20)
         for layer in all_layers(layers):
-            self._life.plant(layer)
+            for _ in range(config.race):
+                self._life.plant(layer)
 
     # ---- what people call on a model
 
@@ -120,9 +121,9 @@ class Host:
         """Moves or casts the model, and the optimizers of kernels in TRAINING with it."""
         self._module.to(*args, **kwargs)
         for layer in all_layers(self._layers):
-            optimizer = layer.current.optimizer
-            if optimizer is not None:
-                optimizer.load_state_dict(optimizer.state_dict())
+            for seed in layer.candidates:
+                if seed.optimizer is not None:
+                    seed.optimizer.load_state_dict(seed.optimizer.state_dict())
         return self
 
     # ---- what the port asks
@@ -217,7 +218,8 @@ class Host:
         reports = [layer_report(layer, moment, self._life.gate) for layer in all_layers(self._layers)]
         for layer in all_layers(self._layers):
             layer.observer.reset()
-            layer.current.losses = (0.0, 0)
+            for seed in layer.candidates:
+                seed.losses = (0.0, 0)
         return reports
 
     def soundness(self) -> Mapping[str, tuple[int, int]]:

@@ -36,7 +36,7 @@ def key_of(site: str) -> str:
 
 
 class Layer(nn.Module):
-    """The seeds of one site, oldest first: fossils, then the one seed that may still change.
+    """The seeds of one site, oldest first: fossils, and those that may still change.
 
     Attributes:
         path: of the module whose output the site is, or is a part of.
@@ -71,9 +71,13 @@ class Layer(nn.Module):
         return key_of(self.site)
 
     @property
-    def current(self) -> Seed:
-        """The seed on top, the only one that is not a fossil."""
-        return self.seeds[-1]
+    def candidates(self) -> list[Seed]:
+        """The seeds that may still change: all but the fossils. Where they race, several train at once."""
+        return [seed for seed in self.seeds if seed.stage is not SeedStage.FOSSILIZED]
+
+    def rivals(self, seed: Seed) -> list[Seed]:
+        """The other candidates that have begun."""
+        return [other for other in self.candidates if other is not seed and other.stage.is_active]
 
     def plant(self, seed_id: str) -> Seed:
         """Sets a DORMANT seed on top."""
@@ -131,7 +135,8 @@ class Layer(nn.Module):
 
     def blended(self) -> list[Seed]:
         """The seeds whose kernels are on the live path, in graft order."""
-        return [seed for seed in self.seeds if seed.stage.is_blended]
+        found = [seed for seed in self.seeds if seed.stage.is_blended]
+        return sorted(found, key=lambda seed: seed.figure("graft_order")) if len(found) > 1 else found
 
     # ---- the forward
 
@@ -179,9 +184,8 @@ class Layer(nn.Module):
 
     def _grown(self, h: torch.Tensor) -> torch.Tensor:
         """What the site puts out for the host's own tensor."""
-        for seed in self.seeds:
-            if seed.stage.is_blended:
-                h = self._through(seed, h, seed.alpha)
+        for seed in self.blended():
+            h = self._through(seed, h, seed.alpha)
         if self._shadow is not None:
             return self._behind(self._shadow, h.detach())
         if self.observing and self.training and torch.is_grad_enabled():

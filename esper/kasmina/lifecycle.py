@@ -190,18 +190,26 @@ class Lifecycle:
     def _refusal(self, layer: Layer, seed: Seed, command: KasminaControlCommand, target: SeedStage) -> str | None:
         match command.action:
             case Action.GERMINATE:
-                if self.loader is None:
-                    return "no asset hub is attached"
-                if runs_compiled(self.module, layer.path) and not layer.is_fixed:
-                    return "the host was compiled after it was wrapped, and would not see the kernel: wrap it last"
-                return None if command.kernel_id else "the command names no kernel"
+                return self._why_not_germinate(layer, seed, command)
             case Action.ADVANCE:
                 found = self.gate(layer, seed)
-                return None if found.open else f"the gate to {target} is shut: {found.words}"
+                if not found.open:
+                    return f"the gate to {target} is shut: {found.words}"
+                racing = [other.seed_id for other in layer.rivals(seed)] if target is SeedStage.GRAFTING else ()
+                return f"it races with {', '.join(racing)}: the losers are culled first" if racing else None
             case Action.RETIRE:
                 return "it is retiring already" if seed.retirement else None
             case Action.CULL:
                 return None
+
+    def _why_not_germinate(self, layer: Layer, seed: Seed, command: KasminaControlCommand) -> str | None:
+        if self.loader is None:
+            return "no asset hub is attached"
+        if runs_compiled(self.module, layer.path) and not layer.is_fixed:
+            return "the host was compiled after it was wrapped, and would not see the kernel: wrap it last"
+        if not command.kernel_id:
+            return "the command names no kernel"
+        return _why_no_race(layer, seed, command.strategy)
 
     # ---- the acts; each returns what it changed
 
@@ -350,8 +358,7 @@ class Lifecycle:
         change = self._take_pending()
         if not self._busy:
             return change
-        for layer in all_layers(self.layers):
-            seed = layer.current
+        for layer, seed in self._candidates():
             if seed.seed_id in self._loading and self._loading[seed.seed_id].done():
                 change += self._collect(layer, seed, moment)
             elif seed.retirement is not None or seed.stage is SeedStage.GRAFTING:
@@ -433,7 +440,7 @@ class Lifecycle:
             self.val_loss = val_loss
         for layer in all_layers(self.layers):
             layer.table.fields["epochs"] += 1
-            seed = layer.current
+        for layer, seed in self._candidates():
             if seed.stage.is_blended and val_loss is not None:
                 self._compare(seed, val_loss, finite=finite)
             if seed.stage is SeedStage.GRAFTING and seed.retirement is None:
@@ -470,10 +477,10 @@ class Lifecycle:
 
     def restore_requests(self) -> None:
         """Asks again for the kernels that GERMINATED seeds still wait for."""
-        for layer in all_layers(self.layers):
-            seed = layer.current
+        for layer, seed in self._candidates():
             if seed.stage is SeedStage.GERMINATED and seed.facts is None and seed.seed_id not in self._loading:
                 self._request(layer, seed)
+        for layer in all_layers(self.layers):
             for seed in layer.seeds:
                 if self.loader is not None and seed.facts is not None and seed.native_wanted and not seed.native:
                     wanted, seed.native_wanted = seed.native_wanted, None
@@ -490,11 +497,14 @@ class Lifecycle:
     def _refresh(self, layer: Layer | None = None) -> None:
         if layer is not None:
             layer.sync(self.module.get_submodule(layer.path))
-        current = [(layer, layer.current) for layer in all_layers(self.layers)]
+        current = self._candidates()
         self.shadows = [(layer, seed) for layer, seed in current if seed.stage is SeedStage.TRAINING]
         self._busy = bool(self._loading) or any(
             seed.stage is SeedStage.GRAFTING or seed.retirement is not None for _, seed in current
         )
+
+    def _candidates(self) -> list[tuple[Layer, Seed]]:
+        return [(layer, seed) for layer in all_layers(self.layers) for seed in layer.candidates]
 
     def device(self) -> torch.device:
         """Where the host's weights lie."""
@@ -553,3 +563,13 @@ class Lifecycle:
             reason=reason,
             refused=refused,
         )
+
+
+def _why_no_race(layer: Layer, seed: Seed, strategy: BlendStrategy) -> str | None:
+    """Why a kernel may not train beside those that have begun at its site; None if it may, or there are none."""
+    others = layer.rivals(seed)
+    if any(other.stage.is_blended for other in others):
+        return "another kernel of this site is on its way into the live path"
+    if others and BlendStrategy.DIRECT in {strategy, *(other.strategy for other in others)}:
+        return "a direct kernel takes no evidence, and so cannot race with others at its site"
+    return None

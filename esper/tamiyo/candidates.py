@@ -25,21 +25,33 @@ from esper.tamiyo.safety import Room, growth_is_blocked, growth_is_over, room_of
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A dormant seed and the kernels it may be given, by blueprint name."""
+    """A site's dormant seeds and the kernels they may be given, by blueprint name.
+
+    Attributes:
+        seed: the first of them.
+        others: those that may race with it.
+    """
 
     site: str
     signature: SiteSignature
     seed: HealthSignal
     options: tuple[KernelOption, ...]
+    others: tuple[HealthSignal, ...] = ()
 
     def germinate(
-        self, option: KernelOption, settings: TamiyoConfig | ScheduledGraft, reason: str, *, entry: int | None = None
+        self,
+        option: KernelOption,
+        settings: TamiyoConfig | ScheduledGraft,
+        reason: str,
+        *,
+        entry: int | None = None,
+        seed: HealthSignal | None = None,
     ) -> Order:
-        """Returns the order to begin with this kernel here, in the way of `settings`."""
+        """Returns the order to begin with this kernel here, in the way of `settings`, in `seed` or the first."""
         return Order(
             action=Action.GERMINATE,
             site=self.site,
-            seed_id=self.seed.seed_id,
+            seed_id=(seed or self.seed).seed_id,
             reason=reason,
             option=option,
             strategy=BlendStrategy(settings.strategy),
@@ -91,20 +103,20 @@ def find_candidates(
     found: list[Candidate] = []
     excluded: dict[str, str] = {}
     for layer in packet.layers:
-        seed = _resting_seed(layer, packet)
-        if isinstance(seed, str):
-            excluded[layer.layer_id] = seed
+        seeds = _resting_seeds(layer, packet)
+        if isinstance(seeds, str):
+            excluded[layer.layer_id] = seeds
             continue
         options = _usable(layer.layer_id, state, packet, config, room, blueprint)
         if isinstance(options, str):
             excluded[layer.layer_id] = options
         else:
-            found.append(Candidate(layer.layer_id, layer.signature, seed, options))
+            found.append(Candidate(layer.layer_id, layer.signature, seeds[0], options, tuple(seeds[1:])))
     return Candidates(tuple(found), excluded, room)
 
 
-def _resting_seed(layer: LayerHealthReport, packet: SystemStatePacket) -> HealthSignal | str:
-    """The dormant seed with the largest growth potential, or why there is none to use."""
+def _resting_seeds(layer: LayerHealthReport, packet: SystemStatePacket) -> list[HealthSignal] | str:
+    """The dormant seeds, that with the largest growth potential first, or why there is none to use."""
     if layer.layer_id in packet.embargoed:
         return "under embargo"
     if layer.epoch != packet.epoch.epoch:
@@ -116,7 +128,7 @@ def _resting_seed(layer: LayerHealthReport, packet: SystemStatePacket) -> Health
     if not resting:
         return "no dormant seed there"
     # an unmeasured seed ranks below every measured one
-    return max(resting, key=lambda seed: -1.0 if seed.grow_potential is None else seed.grow_potential)
+    return sorted(resting, key=lambda seed: 1.0 if seed.grow_potential is None else -seed.grow_potential)
 
 
 def _usable(

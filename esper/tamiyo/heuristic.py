@@ -12,19 +12,20 @@
    costs (training behind the host, its place in the run). Few large events beat many small ones: with 1/4 in its
    place the smallest kernels won, and the digits CNN reached 70 and 78% instead of 84 and 82% (docs/log.md).
    Among kernels within `EQUAL` of the best, which such an estimate cannot tell apart, the least risky by Urabrask's
-   score is taken; one without a score counts as the riskiest.
+   score is taken; one without a score counts as the riskiest. Where more seeds rest at the site (`kasmina.race`),
+   the next best designs race with it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from esper.config import TamiyoConfig
-from esper.leyline import KernelOption, SystemStatePacket
+from esper.leyline import BlendStrategy, KernelOption, SystemStatePacket
 from esper.tamiyo.candidates import Candidate, find_candidates, reason_to_wait
 from esper.tamiyo.memory import TamiyoState
-from esper.tamiyo.orders import Proposal
+from esper.tamiyo.orders import Order, Proposal
 from esper.tamiyo.plateau import fit
 from esper.tamiyo.safety import Room
 
@@ -67,7 +68,22 @@ class HeuristicGrowth:
             f"{plateau}; site {best.site} has {lead} growth potential ({potential:.2g}{runner_up}):"
             f" germinating {option.blueprint}, {_price(option, found.room)}"
         )
-        return Proposal(reason, orders=(best.germinate(option, self._config, reason),))
+        orders = (best.germinate(option, self._config, reason), *self._rivals(best, option, found.room))
+        return Proposal("; ".join(order.reason for order in orders), orders)
+
+    def _rivals(self, site: Candidate, first: KernelOption, room: Room) -> Iterator[Order]:
+        """The next best designs that the budget still holds, one for each seed that rests beside the first."""
+        if self._config.strategy == BlendStrategy.DIRECT:  # takes no evidence, so there is nothing to race for
+            return
+        left, taken = site.options, first
+        for seed in site.others:
+            room = room.after(taken)
+            left = tuple(o for o in left if o.blueprint != taken.blueprint and room.refuses(o) is None)
+            if not left:
+                return
+            taken = choose(left, site.signature.channels, room)
+            words = f"{taken.blueprint} races with {first.blueprint} at {site.site}, {_price(taken, room)}"
+            yield site.germinate(taken, self._config, words, seed=seed)
 
     def _judge_plateau(self, state: TamiyoState, packet: SystemStatePacket) -> tuple[str, bool]:
         """Returns what the validation loss says, and whether the host has stopped learning."""

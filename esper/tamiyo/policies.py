@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 
 from esper.config import ScheduledGraft, TamiyoConfig
 from esper.leyline import SystemStatePacket
@@ -84,7 +85,7 @@ class ScheduledGrowth:
                 given_up.append(i)
                 vetoes.append(f"schedule gives up {entry.blueprint} at {entry.site}: {never}")
                 continue
-            planned = self._plan(i, entry, state, packet)
+            planned = self._plan(i, entry, state, packet, taken=[order.seed_id for order in orders])
             if isinstance(planned, str):
                 vetoes.append(f"schedule, epoch {entry.epoch}, {entry.blueprint} at {entry.site}: {planned}")
             else:
@@ -106,7 +107,9 @@ class ScheduledGrowth:
             return f"there is no site {entry.site}; the sites are {', '.join(sites)}"
         return growth_is_over(state, packet, self._config)
 
-    def _plan(self, i: int, entry: ScheduledGraft, state: TamiyoState, packet: SystemStatePacket) -> Order | str:
+    def _plan(
+        self, i: int, entry: ScheduledGraft, state: TamiyoState, packet: SystemStatePacket, *, taken: Sequence[str]
+    ) -> Order | str:
         blocked = growth_is_blocked(state, packet, self._config)
         if blocked is not None:
             return blocked
@@ -120,7 +123,9 @@ class ScheduledGrowth:
         option = candidate.options[0]
         made_from = "" if option.blueprint == entry.blueprint else f" (a kernel made from {option.blueprint})"
         reason = f"scheduled for epoch {entry.epoch}: germinating {entry.blueprint} at site {entry.site}{made_from}"
-        return candidate.germinate(option, entry, reason, entry=i)
+        free = [seed for seed in (candidate.seed, *candidate.others) if seed.seed_id not in taken]
+        # without a free seed the safety gates say what stands in the way
+        return candidate.germinate(option, entry, reason, entry=i, seed=free[0] if free else None)
 
 
 def _generator(state: TamiyoState) -> random.Random:

@@ -61,6 +61,7 @@ def room_of(state: TamiyoState, packet: SystemStatePacket) -> Room:
     waiting = [attempt for attempt in state.under_way if attempt.stage in _NOT_YET_LIVE]
     budget = packet.budget
     params, flops = budget.params_limit, budget.flops_limit
+    # all that race at a site are counted, though one of them will join: which, nobody knows yet
     if params is not None:
         params = max(0, params - budget.params_used - sum(attempt.num_parameters for attempt in waiting))
     if flops is not None:
@@ -90,10 +91,12 @@ def growth_is_over(state: TamiyoState, packet: SystemStatePacket, config: Tamiyo
 def growth_is_blocked(
     state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig, *, num_begun: int = 0
 ) -> str | None:
-    """Why no adaptation can begin at this decision, after `num_begun` others of it; None if one can."""
+    """Why no adaptation can begin at this decision, after `num_begun` others of it; None if one can. Kernels that race
+    at a site are one adaptation.
+    """
     if packet.governor != GOVERNOR_OK:
         return f"the governor reports {packet.governor}: nothing grows until it is ok"
-    if len(state.under_way) + num_begun >= config.max_concurrent:
+    if len({attempt.site for attempt in state.under_way}) + num_begun >= config.max_concurrent:
         names = [f"{a.blueprint or 'a kernel'} at {a.site} ({a.stage})" for a in state.under_way]
         names.extend([f"{num_begun} begun just now"] if num_begun else [])
         allowed = "one adaptation" if config.max_concurrent == 1 else f"{config.max_concurrent} adaptations"
@@ -116,7 +119,7 @@ def judge(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig, o
     accepted: list[Order] = []
     vetoes: list[str] = []
     room = room_of(state, packet)
-    num_begun = 0
+    begun: set[str] = set()
     for order in orders:
         key = (order.site, order.seed_id)
         reason: str | None
@@ -128,7 +131,7 @@ def judge(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig, o
         else:
             reason = _why_illegal(order, seeds.get(key), packet)
         if reason is None and order.action is Action.GERMINATE:
-            reason = _why_no_growth(order, state, packet, config, room, num_begun)
+            reason = _why_no_growth(order, state, packet, config, room, len(begun - {order.site}))
         if reason is not None:
             what = f"{order.option.blueprint} at {order.site}" if order.option else f"{order.site}/{order.seed_id}"
             vetoes.append(f"{order.action} {what}: {reason}")
@@ -137,7 +140,7 @@ def judge(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig, o
         accepted.append(order)
         if order.option is not None:
             room = room.after(order.option)
-            num_begun += 1
+            begun.add(order.site)
     return Verdict(tuple(accepted), tuple(vetoes))
 
 

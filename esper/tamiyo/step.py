@@ -102,7 +102,7 @@ def _remember(state: TamiyoState, proposal: Proposal, accepted: Sequence[Order],
     entries = [order.entry for order in accepted if order.entry is not None]
     return state.model_copy(
         update={
-            "num_adaptations": state.num_adaptations + len(begun),
+            "num_adaptations": state.num_adaptations + len({attempt.site for attempt in begun}),
             "rng_counter": state.rng_counter + proposal.num_draws,
             "under_way": (*known, *begun),
             "schedule_done": tuple(sorted({*state.schedule_done, *proposal.given_up, *entries})),

@@ -1,5 +1,6 @@
 """The rule for seeds under way, the same for every policy: an open gate advances them, a gate that asks for removal
-culls or retires them, and a gate that says neither leaves them alone. Health that did not come is never taken for
+culls or retires them, and a gate that says neither leaves them alone. Where kernels race at a site (see `race`), the
+winner alone goes on, and the others are culled with it. Health that did not come is never taken for
 good health. A person's veto removes a seed whatever its gate says; where the run asks for it, nothing enters the live
 path without a person's approval.
 """
@@ -9,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from esper.config import TamiyoConfig
-from esper.leyline import NEXT, Action, BlendStrategy, HealthSignal, SeedStage, SystemStatePacket
+from esper.leyline import NEXT, Action, BlendStrategy, HealthSignal, LayerHealthReport, SeedStage, SystemStatePacket
 from esper.leyline.steering import Verdict
 from esper.tamiyo.memory import Attempt, TamiyoState
 from esper.tamiyo.orders import Order
+from esper.tamiyo.race import rivals, why_wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,37 +41,52 @@ def tend(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig) ->
     removals: list[Order] = []
     advances: list[Order] = []
     notes: list[str] = []
-    for layer in packet.layers:
-        for seed in layer.seeds:
-            if not seed.stage.is_active:
-                continue
-            name = f"{seed.layer_id}/{seed.seed_id}"
-            attempt = attempts.get(seed.seed_id)
-            word = words.get((seed.seed_id, seed.kernel_id or (attempt.kernel_id if attempt else None) or ""))
-            if attempt and word is not None and word.verdict is Verdict.VETO:
-                vetoed.append(seed.seed_id)
-                if attempt.vetoed:
-                    notes.append(f"{name} is on its way out: {word.in_words}")
-                else:
-                    removals.append(_removal(seed, name, word.in_words))
-            elif min(layer.epoch, seed.epoch) != packet.epoch.epoch:
-                notes.append(f"{name} is left in {seed.stage}: its health is of epoch {min(layer.epoch, seed.epoch)}")
-            elif seed.should_cull:
-                removals.append(_removal(seed, name))
-            elif seed.is_ready_for_transition and config.ask_before_graft and _would_graft(seed, attempt) and not word:
-                notes.append(f"{name} waits for a person: esper runs approve {packet.run_id} {seed.seed_id}, or veto")
-                asked += [] if attempt is None or attempt.asked else [seed.seed_id]
-            elif seed.is_ready_for_transition:
-                advances.append(_order(Action.ADVANCE, seed, f"advancing {name} from {seed.stage}"))
+    for layer, seed in ((here, s) for here in packet.layers for s in here.seeds if s.stage.is_active):
+        name = f"{seed.layer_id}/{seed.seed_id}"
+        attempt = attempts.get(seed.seed_id)
+        word = words.get((seed.seed_id, seed.kernel_id or (attempt.kernel_id if attempt else None) or ""))
+        if attempt and word is not None and word.verdict is Verdict.VETO:
+            vetoed.append(seed.seed_id)
+            if attempt.vetoed:
+                notes.append(f"{name} is on its way out: {word.in_words}")
             else:
-                notes.append(f"{name} stays in {seed.stage}: {seed.gate or 'its gate gave no reason'}")
+                removals.append(_removal(seed, name, word.in_words))
+        elif min(layer.epoch, seed.epoch) != packet.epoch.epoch:
+            notes.append(f"{name} is left in {seed.stage}: its health is of epoch {min(layer.epoch, seed.epoch)}")
+        elif seed.should_cull:
+            removals.append(_removal(seed, name))
+        elif seed.is_ready_for_transition and (held := why_wait(seed, layer, packet.epoch.epoch)) is not None:
+            notes.append(f"{name} {held}")
+        elif seed.is_ready_for_transition and config.ask_before_graft and _would_graft(seed, attempt) and not word:
+            notes.append(f"{name} waits for a person: esper runs approve {packet.run_id} {seed.seed_id}, or veto")
+            asked += _to_ask(attempt)
+        elif seed.is_ready_for_transition:
+            advances.append(_order(Action.ADVANCE, seed, f"advancing {name} from {seed.stage}"))
+            removals += _losers(seed, layer)
+        else:
+            notes.append(f"{name} stays in {seed.stage}: {seed.gate or 'its gate gave no reason'}")
+    notes.extend(_unreported(state, packet))
+    return Care((*removals, *advances), tuple(notes), tuple(asked), tuple(vetoed))
+
+
+def _unreported(state: TamiyoState, packet: SystemStatePacket) -> list[str]:
     reported = {layer.layer_id for layer in packet.layers}
-    notes.extend(
+    return [
         f"no health came from {attempt.site}, where {attempt.seed_id} is under way: it is left as it is"
         for attempt in state.under_way
         if attempt.site not in reported
-    )
-    return Care((*removals, *advances), tuple(notes), tuple(asked), tuple(vetoed))
+    ]
+
+
+def _to_ask(attempt: Attempt | None) -> list[str]:
+    return [] if attempt is None or attempt.asked else [attempt.seed_id]
+
+
+def _losers(winner: HealthSignal, layer: LayerHealthReport) -> list[Order]:
+    return [
+        _removal(seed, f"{seed.layer_id}/{seed.seed_id}", f"lost the race to {winner.seed_id} ({seed.gate})")
+        for seed in rivals(winner, layer)
+    ]
 
 
 def _would_graft(seed: HealthSignal, attempt: Attempt | None) -> bool:

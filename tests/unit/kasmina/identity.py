@@ -11,7 +11,7 @@ import torch
 from kasmina_support import PUBLIC, Shelf, class_loss, order
 from torch import nn
 
-from esper.config import CnnHost, GptHost, MlpHost, ResNetHost, VitHost
+from esper.config import CnnHost, GptHost, KasminaConfig, MlpHost, ResNetHost, VitHost
 from esper.hosts import build_host
 from esper.kasmina import wrap
 from esper.leyline import Action, SeedStage, SiteKind
@@ -41,36 +41,37 @@ def samples(kind, num):
     return torch.randn(num, *shape, generator=generator), torch.randint(7, (num,), generator=generator)
 
 
-def with_seeds(model, kind, num_seeds):
-    """Wraps the model and puts so many seeds in TRAINING, at as many sites."""
+def with_seeds(model, kind, num_seeds, *, race=1):
+    """Wraps the model and puts so many seeds in TRAINING, `race` of them at each site."""
     x, _ = samples(kind, 2)
-    host = wrap(model, example=(x,), causal=kind == "gpt")
+    host = wrap(model, example=(x,), causal=kind == "gpt", config=KasminaConfig(race=race))
     shelf = Shelf()
     host.attach(shelf, PUBLIC, wait=True)
     views = host.seeds()[:num_seeds]
     assert len(views) == num_seeds, f"{kind} has {len(views)} sites only"
     for view in views:
-        kernel_id = shelf.put(DESIGNS[view.signature.kind], view.signature)
+        kernel_id = shelf.put(DESIGNS[view.signature.kind], view.signature, seed=int(view.seed_id[1:]))
         for action in (Action.GERMINATE, Action.ADVANCE):
             host.apply(order(action, view.site, view.seed_id, kernel_id=kernel_id), run_id="r", epoch=0, step=0)
     assert sum(v.stage is SeedStage.TRAINING for v in host.seeds()) == num_seeds
     return host
 
 
-def trace(kind, num_seeds, *, steps, rank=0, parallel=None, mean=None, seeds=None):
+def trace(kind, num_seeds, *, steps, race=1, rank=0, parallel=None, mean=None, seeds=None):
     """Trains for some steps and tells everything of the host, by name.
 
     Args:
         kind: of host.
         num_seeds: in TRAINING behind it; None leaves the model without Esper.
         steps: of optimizer, each with 4 samples.
+        race: how many of the seeds stand at one site.
         rank: which ones of the shuffled samples are taken.
         parallel: wraps the model for several processes.
         mean: averages tensors over them.
         seeds: takes the tensors of the seeds at the end.
     """
     model = build_kind(kind)
-    host = None if num_seeds is None else with_seeds(model, kind, num_seeds)
+    host = None if num_seeds is None else with_seeds(model, kind, num_seeds, race=race)
     seeds_before = seed_tensors(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     live = model if parallel is None else parallel(model)

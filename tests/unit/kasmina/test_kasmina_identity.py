@@ -24,6 +24,14 @@ def test_seeds_in_training_leave_no_trace(kind, num_seeds):
     assert_equal(found, without_esper(kind))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_that_race_at_one_site_leave_no_trace(kind):
+    seeds = {}
+    assert_equal(trace(kind, 3, steps=STEPS, race=3, seeds=seeds), without_esper(kind))
+    assert len({key.rpartition(".s")[0] for key in seeds}) == 1, "all at one site"
+    assert len({key.rpartition(".s")[2].partition(".")[0] for key in seeds}) == 3
+
+
 def test_a_tied_weight_is_one_tensor_in_the_trace():
     found = without_esper("gpt")
     assert torch.equal(found["head.weight"], found["tokens.weight"])
