@@ -208,12 +208,34 @@ def test_drift_is_averaged_over_ranks():
 @pytest.mark.parametrize("name", HOSTS)
 def test_the_hosts_gradient_upstream_of_a_blended_site_is_that_of_finite_differences(name):
     driver, site, _ = grown(name)
+    assert SITES[name] == site
+    assert DESIGNS[name]
+    assert_upstream_gradient(driver)
+
+
+@pytest.mark.parametrize("strategy", [*sorted(MEASURED), BlendStrategy.DIRECT])
+def test_so_it_is_whatever_the_strategy(strategy):
+    if strategy is BlendStrategy.DIRECT:
+        shelf = Shelf()
+        driver = Driver("mlp", wrapped("mlp", hub=shelf)).run_epoch()
+        kernel_id = shelf.put("mlp_adapter", driver.signature("1"))
+        driver.command(Action.GERMINATE, "1", "s0", kernel_id=kernel_id, strategy=strategy)
+        driver.command(Action.ADVANCE, "1", "s0")
+        driver.train(4)
+    else:
+        driver = grafting(strategy, drift_limit=0.2)
+        for _ in range(15):
+            driver.run_epoch(0.9)
+    assert driver.stage() is SeedStage.GRAFTING
+    assert driver.seed().alpha == 1.0
+    assert_upstream_gradient(driver)
+
+
+def assert_upstream_gradient(driver):
     host = driver.host.to(torch.float64).eval()
     x, y = driver.batches[0]
     x = x.double() if x.is_floating_point() else x
     upstream = [(key, p) for key, p in host.live_parameters() if not key.startswith("_esper.") and p.requires_grad][:2]
-    assert SITES[name] == site
-    assert DESIGNS[name]
 
     def loss():
         return class_loss(host(x), y)
