@@ -71,6 +71,10 @@ class Adaptation:
             seed = self._course.seed(seed_id)
             assert seed is not None
             optimization.join(seed_id, parameters, live=growable.live_parameters(), lr_factor=seed.lr_factor)
+        if change.joined:
+            self._course.ports.faults.at("grafting", self._course.step)
+        if change.rungs:
+            self._course.ports.faults.at("swapping", self._course.step)
         if change.path_changed or change.joined or change.left:
             self.path_changed()
         for event in change.events:

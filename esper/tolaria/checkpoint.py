@@ -22,6 +22,7 @@ import safetensors.torch
 
 from esper.leyline.contract import API_VERSION
 from esper.leyline.errors import NotFoundError, TamperedError
+from esper.leyline.ports import FaultPlan, NoFaults
 from esper.storage import Storage
 from esper.tolaria.tree import flatten, unflatten
 
@@ -51,11 +52,13 @@ class Checkpoints:
     Args:
         folder: the run's.
         keep: how many of the latest to keep; the best one is kept besides.
+        faults: a script of faults, for tests; the place is `writing`, before the manifest makes it whole.
     """
 
-    def __init__(self, folder: Storage, *, keep: int = 2) -> None:
+    def __init__(self, folder: Storage, *, keep: int = 2, faults: FaultPlan | None = None) -> None:
         self._folder = folder
         self._keep = keep
+        self._faults = faults or NoFaults()
 
     def save(self, epoch: int, state: dict[str, Any], *, best: bool = False) -> str:
         """Writes the checkpoint of an epoch and returns its name; older ones are removed afterwards.
@@ -80,6 +83,7 @@ class Checkpoints:
             digest = hashlib.sha256(content).hexdigest()
             files[part] = {"name": f"{part}-{digest[:16]}.{suffix}", "sha256": digest, "size": len(content)}
             self._folder.write(f"{name}/{files[part]['name']}", content)
+        self._faults.at("writing", epoch)
         manifest = {"api_version": API_VERSION, "epoch": epoch, "files": files}
         self._folder.write(f"{name}/manifest.json", json.dumps(manifest, indent=1).encode())
         if best:

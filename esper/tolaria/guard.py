@@ -130,6 +130,7 @@ class Guard:
             self._chronicle.tell(self._chronicle.event(seed, SeedStage.ROLLED_BACK, reason))
             self._put_under_embargo(seed)
         snapshot.give_back(self._snapshot, course.growable, course.optimization)
+        course.ports.faults.at("rolling_back", course.step)
         self._adaptation.path_changed()
         for seed in blamed:
             self._remove(seed.seed_id, f"rolled back: {reason}", at_once=again)

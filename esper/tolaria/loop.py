@@ -24,12 +24,12 @@ from esper.leyline.messages import Topic
 from esper.leyline.presence import Presence
 from esper.leyline.signals import EpochRecord, RunStarted
 from esper.leyline.summary import HISTORY_FILE, SUMMARY_FILE, RunStatus, RunSummary, Start
-from esper.storage import Storage
 from esper.tolaria.checkpoint import Checkpoints, Restored
 from esper.tolaria.commands import CommandLog
 from esper.tolaria.course import Ports
 from esper.tolaria.evidence import Evaluation
 from esper.tolaria.optim import SEED_KEY, Optimization, clip_norms
+from esper.tolaria.patience import PatientStorage
 from esper.tolaria.ranks import Ranks
 from esper.tolaria.session import Session
 from esper.tolaria.steering import Steering
@@ -113,8 +113,8 @@ class Trainer:
         self._config, self._workload, self._ports, self._on_epoch = config, workload, ports, on_epoch
         self._run_id, self._directory = run_id, directory
         self._is_first = ports.ranks.rank == 0
-        self._folder = Storage.at(directory, config.storage_options)
-        self._checkpoints = Checkpoints(self._folder, keep=tolaria.keep_checkpoints)
+        self._folder = PatientStorage.at(directory, config.storage_options)
+        self._checkpoints = Checkpoints(self._folder, keep=tolaria.keep_checkpoints, faults=ports.faults)
         self._writer = BackgroundWriter(self._checkpoints)
         self._train = training_batches(workload.train, batch_size=tolaria.batch_size, seed=config.seed)
         self._val = evaluation_batches(workload.val, batch_size=tolaria.batch_size)
