@@ -1,0 +1,21 @@
+"""The figures of the benchmark of stalls, on steps that are made up."""
+
+from __future__ import annotations
+
+from jobs.bench.stall import _goals, _row
+
+
+def test_a_stall_is_the_worst_step_against_that_of_the_control():
+    control = [10.0] * 99 + [20.0]
+    row = _row("cnn", "graft", [10.0] * 99 + [50.0], [10.0] * 9 + [30.0], control)
+    assert (row["stall"], row["worst"], row["steps"]) == (1.5, 3.0, 100)
+    assert _row("cnn", "control", control, [], control)["stall"] == 1.0
+
+
+def test_goals_tell_a_stall_and_that_compiling_in_the_trainer_is_one():
+    stalls = {"idle": 0.9, "graft": 1.2, "inline torch.compile": 80.0}
+    stall, inline = _goals("cnn", [{"arm": arm, "stall": value} for arm, value in stalls.items()])
+    assert (stall.met, inline.met) == (True, True)
+    assert stall.interval[0] < 1.2 < stall.interval[1]
+    stalls |= {"graft": 1.4, "inline torch.compile": 3.0}
+    assert not any(goal.met for goal in _goals("cnn", [{"arm": arm, "stall": v} for arm, v in stalls.items()]))
