@@ -109,7 +109,7 @@ def deploy(*, name: str = APP, timeout_s: float = 60.0) -> None:
 
     def put_in_place(serve: Any) -> None:
         serve.start(proxy_location="Disabled")
-        if _runs_already(name):
+        if _runs_already(name, timeout_s / 4):
             return  # running it again would replace the replica that other runs are asking
         make_deployment = serve.deployment(
             name=DEPLOYMENT,
@@ -259,8 +259,8 @@ class ServeController:
         return self._handle
 
 
-def _runs_already(name: str) -> bool:
-    """Whether the code of this checkout runs as `name` and answers."""
+def _runs_already(name: str, answer_s: float) -> bool:
+    """Whether the code of this checkout runs as `name` and answers within `answer_s`."""
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
@@ -269,7 +269,7 @@ def _runs_already(name: str) -> bool:
     if application is None or application.status != "RUNNING":
         return False
     try:
-        about = serve.get_app_handle(name).about.remote().result(timeout_s=5.0)
+        about = serve.get_app_handle(name).about.remote().result(timeout_s=answer_s)
     except (RayError, RayServeException, TimeoutError):
         _log.warning("tamiyo.replica.silent", extra={"app": name})
         return False

@@ -7,10 +7,10 @@ import shutil
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -70,7 +70,7 @@ def endpoint(tmp_path_factory):
 
 
 def get(url):
-    with urllib.request.urlopen(url, timeout=10) as response:
+    with urllib.request.urlopen(url, timeout=60) as response:
         return response.read().decode()
 
 
@@ -80,22 +80,32 @@ def until(condition, what):
         try:
             if found := condition():
                 return found
-        except (urllib.error.URLError, ConnectionError):
+        except (OSError, HTTPException):  # it does not listen yet, or is too busy to answer
             pass
         time.sleep(0.5)
-    raise AssertionError(f"not within {WAIT_S:.0f} s: {what}")
+    raise AssertionError(f"not within {WAIT_S:.0f} s, or not that: {what}")
 
 
 def test_ray_exports_what_nissa_knows(endpoint):
-    text = until(lambda: (t := get(f"http://{endpoint}/metrics")) and "ray_esper_run_loss{" in t and t, "the metrics")
-    lines = [line for line in text.splitlines() if line.startswith("ray_esper_") and f'run="{RUN}"' in line]
-    values = {line.split("{")[0] + ("val" if 'split="val"' in line else ""): float(line.split()[-1]) for line in lines}
-    assert values["ray_esper_run_lossval"] == 0.25
-    assert values["ray_esper_run_scoreval"] == 0.75
-    assert values["ray_esper_run_parameters"] == 77
-    assert values["ray_esper_run_epochs_total"] == 3
-    assert values["ray_esper_run_flops_total"] == 3000
-    assert values["ray_esper_adaptations_total"] == 1
+    expected = {
+        "ray_esper_run_lossval": 0.25,
+        "ray_esper_run_scoreval": 0.75,
+        "ray_esper_run_parameters": 77,
+        "ray_esper_run_epochs_total": 3,
+        "ray_esper_run_flops_total": 3000,
+        "ray_esper_adaptations_total": 1,
+    }
+    seen = []
+
+    def exported():
+        """All of them: they come one by one, and a first export may lie in the middle of the run."""
+        lines = get(f"http://{endpoint}/metrics").splitlines()
+        mine = [line for line in lines if line.startswith("ray_esper_") and f'run="{RUN}"' in line]
+        values = {line.split("{")[0] + ("val" if 'split="val"' in line else ""): line.split()[-1] for line in mine}
+        seen[:] = [{name: float(values[name]) for name in expected if name in values}]
+        return seen == [expected]
+
+    until(exported, seen)
 
 
 @pytest.fixture
@@ -135,14 +145,21 @@ def test_prometheus_answers_every_query_of_the_dashboard(prometheus):
             "result"
         ]
 
-    [found] = until(lambda: ask(f'ray_esper_run_loss{{run="{RUN}", split="val"}}'), "a scrape")
-    assert float(found["value"][1]) == 0.25
+    def value(query):
+        """None where there is none yet."""
+        found = ask(query)
+        assert len(found) < 2
+        return float(found[0]["value"][1]) if found else None
+
+    loss = f'ray_esper_run_loss{{run="{RUN}", split="val"}}'
+    until(lambda: value(loss) is not None, "a scrape")
+    assert value(loss) == 0.25
     for query in queries(json.loads(DASHBOARD.read_text())):
         if not query.startswith("label_values("):  # Grafana's own
             ask(query.replace("$run", ".*"))  # a query that does not parse is an HTTP error
-    [progress] = ask(f'ray_esper_run_epochs_total{{run="{RUN}"}} / on (run) group_left () '
-                     f'max by (run) (ray_esper_run_planned_epochs{{run="{RUN}"}})')  # fmt: skip
-    assert float(progress["value"][1]) == 1.0
+    progress = (f'ray_esper_run_epochs_total{{run="{RUN}"}} / on (run) group_left () '
+                f'max by (run) (ray_esper_run_planned_epochs{{run="{RUN}"}})')  # fmt: skip
+    until(lambda: value(progress) == 1.0, "the last epoch")
     states = {
         rule["name"]: rule["health"]
         for group in json.loads(get(f"{prometheus}/api/v1/rules"))["data"]["groups"]

@@ -79,6 +79,7 @@ class TestRayBus(BusConformance):
         slow = bus.subscribe([Topic.STEPS], group="g")
         patient = other.subscribe([Topic.STEPS], group="g")
         bus.publish([step(0), step(1)])
+        bus.flush(timeout_s=WAIT_S)  # so that both come at once, and none of them twice to the slow one
         take(slow, 2, ack=False)
         again = take(patient, 2)
         assert numbers(again) == [0, 1]
@@ -167,7 +168,7 @@ def test_another_actor_reads_and_publishes(start):
             self.inbox = self.bus.subscribe([Topic.STEPS], group="echo", key="ask")
 
         def echo(self):
-            got = self.inbox.poll(timeout_s=20.0)
+            got = self.inbox.poll(timeout_s=WAIT_S)
             answers = [each.message.model_copy(update={"key": "answer", "sender_id": "echo"}) for each in got]
             self.bus.publish(answers)
             self.inbox.ack(got)
