@@ -111,6 +111,7 @@ def deploy(storage: Storage, http: HttpConfig, *, replace: bool = True, timeout_
         UnavailableError: if it is not up after `timeout_s`.
     """
     limits = limits_of(http)
+    answer_s = timeout_s / 4  # one that is slow on a busy machine is not replaced for it
 
     def bring_up() -> None:
         from ray import serve
@@ -120,7 +121,7 @@ def deploy(storage: Storage, http: HttpConfig, *, replace: bool = True, timeout_
             check_place(http, _listens_at() if status.proxies else None)
             if not replace and app_name(storage) in status.applications:
                 return
-            if limits == _limits_in_force(storage):
+            if limits == _limits_in_force(storage, answer_s):
                 return
             _check_routes(storage, status)
             make_deployment = serve.deployment(
@@ -136,7 +137,7 @@ def deploy(storage: Storage, http: HttpConfig, *, replace: bool = True, timeout_
             serve.run(app.bind(storage.uri, limits), name=app_name(storage), route_prefix="/")
 
     _within(timeout_s, bring_up, "the HTTP gateway")
-    return address(storage)
+    return address(storage, answer_s=answer_s)
 
 
 def undeploy(storage: Storage, *, timeout_s: float = 30.0) -> None:
@@ -153,8 +154,8 @@ def undeploy(storage: Storage, *, timeout_s: float = 30.0) -> None:
         _within(timeout_s, take_down, "the end of the HTTP gateway")
 
 
-def address(storage: Storage) -> str:
-    """Where the gateway of a storage address listens, or why it does not."""
+def address(storage: Storage, *, answer_s: float = HEALTH_S) -> str:
+    """Where the gateway of a storage address listens, or why it does not; it is given `answer_s` to answer."""
     from ray import serve
 
     status = serve.status()
@@ -162,7 +163,7 @@ def address(storage: Storage) -> str:
         return "Ray Serve has no such application"
     host, port = _listens_at()
     where = f"http://{_bracketed(host)}:{port}"
-    limits = _limits_in_force(storage)
+    limits = _limits_in_force(storage, answer_s)
     if limits is None:
         return f"{where} does not answer yet"
     return where if limits.token_digest is None else f"{where} (bearer token required)"
@@ -191,8 +192,8 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _limits_in_force(storage: Storage) -> Limits | None:
-    """What the gateway that runs lets in; None if none runs and answers."""
+def _limits_in_force(storage: Storage, answer_s: float) -> Limits | None:
+    """What the gateway that runs lets in; None if none runs and answers within `answer_s`."""
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
@@ -201,7 +202,7 @@ def _limits_in_force(storage: Storage) -> Limits | None:
     if application is None or application.status != "RUNNING":
         return None
     try:
-        limits = serve.get_app_handle(app_name(storage)).limits.remote().result(timeout_s=HEALTH_S)
+        limits = serve.get_app_handle(app_name(storage)).limits.remote().result(timeout_s=answer_s)
     except (RayError, RayServeException, TimeoutError):
         _LOG.warning("gateway.replica.silent", extra={"app": app_name(storage)})
         return None

@@ -115,7 +115,10 @@ def find(address: str, options: dict[str, Any] | None = None) -> list[ActorState
     storage = Storage.at(address, options)
     states = []
     for name in sorted(name for name in _names() if f"-{storage.key}" in name):
-        actor = ray.get_actor(name, namespace=NAMESPACE)
+        try:
+            actor = ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:
+            continue  # it has ended since it was listed: a worker that was let go, a shard that is being stopped
         try:
             # every actor answers this, without a method of its own
             text = str(ray.get(actor.__ray_call__.remote(repr), timeout=10.0))

@@ -46,7 +46,7 @@ def platform(request, tmp_path) -> Iterator[tuple[urza.UrzaHandle, object]]:
         prefix=f"tezzeret-{key}",
         address=address,
         options={},
-        config=TezzeretConfig(cpus_per_worker=0.01, max_workers=2, idle_s=1.0, gpus_per_worker=SHARE),
+        config=TezzeretConfig(cpus_per_worker=0.01, max_workers=2, idle_s=5.0, gpus_per_worker=SHARE),
         make_bus=connect,
         private_key=lambda: Ed25519PrivateKey.from_private_bytes(bytes(range(32))),
         builder=builder,
@@ -79,13 +79,13 @@ def test_work_for_a_gpu_gets_a_worker_with_a_share_of_one_and_leaves_it_again(pl
     hub, compilers = platform
     until(lambda: workers(compilers, "cpu"), "worker")
     assert workers(compilers, "cuda") == []
-    assert free_gpus() == 1.0
+    until(lambda: free_gpus() == 1.0, "report of the GPU")
     hub.submit_blueprint(design(3), name="fast", targets=[ON_GPU], pipelines=[Pipeline.FAST])
     until(lambda: hub.pending([ON_GPU]) == 0, "end of the fast work")
     assert workers(compilers, "cuda") == []  # what is only rebuilt from its IR needs no GPU
     blueprint = hub.submit_blueprint(design(4), name="native", targets=[ON_GPU], pipelines=[Pipeline.OPTIMIZED])
-    until(lambda: free_gpus() == 1.0 - SHARE, "share of the GPU")
-    assert len(workers(compilers, "cuda")) == 1
+    # at once: it is let go of soon after its work
+    until(lambda: free_gpus() == 1.0 - SHARE and len(workers(compilers, "cuda")) == 1, "worker with a share of the GPU")
     until(lambda: hub.pending([ON_GPU]) == 0, "end of the work")
     assert "does not make optimized kernels" in hub.blueprint(blueprint.blueprint_id).reason
     until(lambda: workers(compilers, "cuda") == [], "shrinking")

@@ -124,8 +124,13 @@ def test_a_reader_whose_ref_lost_its_owner_asks_the_successor(hub):
     lost = hub._locate(record.kernel_id, 60.0)
     os.kill(hub.ready(), signal.SIGKILL)
     hub.ready()
+
+    def read_until_it_is_lost():
+        while True:  # the bytes may lie there for a moment more; the test's own limit ends this
+            ray.get(lost, timeout=60)
+
     with pytest.raises(OwnerDiedError):
-        ray.get(lost, timeout=60)
+        read_until_it_is_lost()
 
     class Reader(urza.UrzaHandle):
         """Gets the lost ref first, as one does who asked just before Urza died."""
@@ -315,6 +320,7 @@ def test_closing_writes_the_tables_for_other_readers(address, hub):
 
 def test_maintenance_on_demand_and_on_schedule(address):
     from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
 
     storage = Storage.at(address)
     actor = urza.UrzaActor(storage, config=UrzaConfig(maintain_every_s=0.05, kept_hours=0.0))
@@ -325,7 +331,9 @@ def test_maintenance_on_demand_and_on_schedule(address):
     rounds = range(600)  # of 0.1 s, should the machine be busy
     names = []
     for _ in rounds:
-        names = DeltaTable(storage.child("blueprints")).to_pyarrow_table()["name"].to_pylist()
+        # the table may not be there yet, or a round have removed the files of the version that was opened
+        with suppress(DeltaError, OSError):
+            names = DeltaTable(storage.child("blueprints")).to_pyarrow_table()["name"].to_pylist()
         if "late" in names:  # written by the schedule alone
             break
         threading.Event().wait(0.1)

@@ -33,13 +33,13 @@ def test_a_driver_killed_in_the_middle_of_growth_resumes_to_the_same_weights(und
     place = ["step", str(support.IN_GRAFTING)]
     killed = subprocess.run(
         [sys.executable, Path(__file__).with_name("driver.py"), tmp_path / "store", marker, *place],
-        env=environment, check=False, timeout=240, capture_output=True, text=True,
+        env=environment, check=False, timeout=400, capture_output=True, text=True,
     )  # fmt: skip
     assert marker.exists(), killed.stderr
     assert killed.returncode == -9
     resumed = subprocess.run(
         [sys.executable, "-m", "jobs.cli", "train", "--resume", "killed", "--storage", tmp_path / "store"],
-        env=environment, cwd=tmp_path, check=False, timeout=240, capture_output=True, text=True,
+        env=environment, cwd=tmp_path, check=False, timeout=400, capture_output=True, text=True,
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.stderr
     assert support.differences(support.final_weights(tmp_path / "store" / "runs" / "killed"), undisturbed) == []

@@ -38,6 +38,7 @@ def _hog() -> None:
     for _ in range(40):
         kept.append(bytearray(os.urandom(1) * (16 << 20)))
         time.sleep(0.1)
+    time.sleep(3600)  # until it is noticed
 
 
 def _raise() -> None:
@@ -45,10 +46,13 @@ def _raise() -> None:
 
 
 def _start_a_hog() -> None:
-    code = "import time; kept = bytes(range(256)) * (3 << 20); time.sleep(3600)"
-    child = subprocess.Popen([sys.executable, "-S", "-c", code])
+    code = "import time; input(); kept = bytes(range(256)) * (3 << 20); time.sleep(3600)"
+    child = subprocess.Popen([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE)
     sys.stderr.write(f"started {child.pid}\n")
     sys.stderr.flush()
+    assert child.stdin is not None
+    child.stdin.write(b"\n")  # it takes the memory only now, as that ends both
+    child.stdin.flush()
     time.sleep(3600)
 
 

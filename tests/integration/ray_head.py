@@ -40,7 +40,7 @@ class Head:
     log: Path
 
     def run(
-        self, *command: str | Path, timeout_s: float = 200.0, **environment: str
+        self, *command: str | Path, timeout_s: float = 400.0, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command of the environment's `bin` beside the head, joined to it unless `environment` says else."""
         name, *arguments = command
@@ -95,7 +95,7 @@ def head(*, num_cpus: int = 2) -> Iterator[Head]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_for(ask: Callable[[], T | None], what: str, *, timeout_s: float = 120.0) -> T:
+def wait_for(ask: Callable[[], T | None], what: str, *, timeout_s: float = 300.0) -> T:
     """Returns the first true answer.
 
     Raises:

@@ -54,7 +54,7 @@ def is_gone(pid: int) -> bool:
     """Whether a process has ended, should nobody have asked how."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it ends between opening and reading
         return True
 
 
@@ -220,21 +220,21 @@ def test_a_process_that_died_between_jobs_is_replaced(compiler):
 
 def test_while_it_may_not_run_it_is_stopped_and_its_clock_too(compiler):
     compiler.build(job(), never)
-    compiler._limits = Limits(timeout_s=1.0, memory_mb=2048)
+    compiler._limits = Limits(timeout_s=3.0, memory_mb=2048)
     states: list[str] = []
     began = time.monotonic()
 
     def may_run(_pipeline: Pipeline) -> bool:
         stat = Path(f"/proc/{compiler.pid}/stat").read_text()
         states.append(stat.rpartition(")")[2].split()[0])
-        return time.monotonic() - began > 2.0
+        return time.monotonic() - began > 4.0
 
     compiler.may_run = may_run
     verdict = compiler.build(job(examiners.HANG), never)
     assert "T" in states
     assert states[-1] != "T"
-    assert verdict.reason == "the compiler took longer than 1 s"
-    assert time.monotonic() - began > 2.5  # 2 s stopped, and most of its second after
+    assert verdict.reason == "the compiler took longer than 3 s"
+    assert time.monotonic() - began > 4.0  # had its clock run on while it was stopped, that would have been its end
 
 
 def test_it_ends_when_its_worker_is_gone(search_path, tmp_path):

@@ -21,7 +21,7 @@ prepare_environment()
 
 from actors import platform  # noqa: E402 - imports Ray, whose environment comes first
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")

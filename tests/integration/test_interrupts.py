@@ -13,12 +13,12 @@ from ray_head import wait_for
 
 from esper.leyline import RunHistory, RunStatus, RunSummary
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 REPOSITORY = Path(__file__).parents[2]
 ESPER = Path(sys.executable).parent / "esper"
 NUM_EPOCHS = 40
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 
 
 class Driver:

@@ -30,7 +30,7 @@ def test_a_second_run_is_refused_and_ctrl_c_ends_the_first_cleanly(tmp_path):
         wait_for(lambda: first.poll() is not None or _saved(store), f"the first checkpoint; see {log}")
         assert first.poll() is None, log.read_text()
         before = sorted(store.glob("runs/*"))
-        second = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=120)
+        second = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=240)
         assert second.returncode == 2
         assert second.stdout == ""
         (line,) = second.stderr.splitlines()
@@ -38,7 +38,7 @@ def test_a_second_run_is_refused_and_ctrl_c_ends_the_first_cleanly(tmp_path):
         assert sorted(store.glob("runs/*")) == before
         assert first.poll() is None
         first.send_signal(signal.SIGINT)
-        assert first.wait(60) == 130, log.read_text()
+        assert first.wait(240) == 130, log.read_text()
     finally:
         first.kill()
         first.wait(60)
