@@ -2,6 +2,9 @@
 
 Ray starts its workers at niceness 15, below this process and all else on a busy machine. There an actor can wait
 longer for a core than any deadline allows, and a test fails that says nothing about the actor.
+
+Ray also gives its own raylet 30 s to come up, which no setting changes (2.60), and leaves all it had started where that
+takes longer. Here it is waited for.
 """
 
 import faulthandler
@@ -9,8 +12,9 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from types import FrameType
 
@@ -18,9 +22,32 @@ import pytest
 
 from actors.cluster import prepare_environment
 
+START_S = 240.0
+"""The longest that a raylet may take to come up."""
+
+
+def _patient(get_node: Callable[..., object]) -> Callable[..., object]:
+    """Ray's look for its own node, which raises a `RuntimeError` where it is not there yet, asked again."""
+
+    def ask(*args: object) -> object:
+        until = time.monotonic() + START_S
+        while True:
+            try:
+                return get_node(*args)
+            except RuntimeError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.2)
+
+    return ask
+
+
 if os.environ.get("ESPER_TEST_WITHOUT_RAY") != "1" and find_spec("ray") is not None:
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - as Ray spells it
     prepare_environment()
+    from ray._private import services
+
+    services.get_node = _patient(services.get_node)
 
 EXIT_S = 60.0
 """The longest that this process may take to end once all is told."""
