@@ -26,7 +26,7 @@ from esper.leyline import Pipeline, SiteKind, SiteSignature
 from esper.leyline.presence import Presence
 from esper.tezzeret.neighbours import Watch
 from esper.tezzeret.pace import Pace, Yields
-from esper.tezzeret.process import CompilerProcess
+from esper.tezzeret.process import CompilerProcess, always
 from esper.tezzeret.worker import work_once
 from esper.urza.library import load_library
 from esper.urza.memory import MemoryHub
@@ -76,13 +76,13 @@ def _compiler() -> Iterator[CompilerProcess]:
         yield compiler
     finally:
         ends.set()
-        compiler.may_run = lambda: True
+        compiler.may_run = always
         compiler.close()
         thread.join(30.0)
 
 
 def _measure(compiler: CompilerProcess, threads: int, rounds: int, seconds: float, say: Say) -> list[dict[str, Any]]:
-    paces: dict[str, Callable[[], bool]] = {ALONE: lambda: False}
+    paces: dict[str, Callable[[Pipeline], bool]] = {ALONE: lambda _pipeline: False}
     share = TezzeretConfig().yield_share
     for yields in get_args(Yields):
         paces[yields] = Pace(yields, share, Watch(compiler.family).look)
