@@ -218,7 +218,8 @@ class Storage:
             raise self.failure("write", error, name) from error
 
     def append(self, name: str, data: bytes) -> None:
-        """Appends to a file of a directory; durable on return.
+        """Appends to a file of a directory; durable on return. Where that fails, the file ends where it did, so that
+        what comes next is not glued to a part of this.
 
         Raises:
             StorageError: if it cannot be written, and always on an object store: those cannot append.
@@ -228,10 +229,16 @@ class Storage:
         target = Path(self.path(name))
         with self.named_errors("write", name):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("ab") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            with target.open("ab", buffering=0) as file:
+                before, rest = file.tell(), memoryview(data)
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        file.truncate(before)
+                    raise
 
     def read(self, name: str) -> bytes:
         """Returns a file's bytes.

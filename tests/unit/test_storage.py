@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 import threading
 
 import certificates
@@ -136,6 +138,24 @@ class TestFiles:
         assert storage.read("log/lines") == b"12"
         with pytest.raises(StorageError, match="cannot append"):
             Storage.at("s3://bucket/x", s3_options).append("lines", b"1")
+
+    def test_a_part_of_a_line_does_not_stay(self, storage):
+        storage.append("lines", b"first\n")
+        code = (
+            "import resource, signal, sys\n"
+            "from esper.leyline import StorageError\n"
+            "from esper.storage import Storage\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))\n"  # three bytes of the next line still fit
+            "try:\n"
+            "    Storage.at(sys.argv[1]).append('lines', b'second\\n')\n"
+            "except StorageError as error:\n"
+            "    print(error)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code, storage.uri], capture_output=True, text=True, check=True)
+        assert "File too large" in done.stdout
+        storage.append("lines", b"third\n")
+        assert storage.read("lines") == b"first\nthird\n"
 
     def test_each_failure_names_the_file_and_the_remedy(self, tmp_path):
         (tmp_path / "file").write_bytes(b"")
