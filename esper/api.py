@@ -236,16 +236,18 @@ class Run:
         target.parent.mkdir(parents=True, exist_ok=True)
         return nissa.write_report(self.summary, history, target)
 
-    def export(self, *, best: bool = False) -> nn.Module:
+    def export(self, *, best: bool = False, fold: bool = False) -> nn.Module:
         """The grown model as a plain `nn.Module` on the CPU, without a trace of Esper.
 
         Args:
             best: as it was at the best epoch instead of the last.
+            fold: puts fossils into the linear layers whose outputs they grow, where both are linear (to rounding).
 
         Raises:
             NotFoundError: if the run left no checkpoint.
         """
-        return export_checkpoint(self.workload_factory(), self.config, directory=self.directory, best=best)
+        host = checkpoint_host(self.workload_factory(), self.config, directory=self.directory, best=best)
+        return _exported(host, fold=fold)
 
 
 # ---------------------------------------------------------------- wrap
@@ -311,9 +313,13 @@ class Grown:
         """The parameters on the live path: what an optimizer is made with."""
         return (parameter for _, parameter in self.host.live_parameters())
 
-    def export(self) -> nn.Module:
-        """The model as it is now, as a plain `nn.Module`; this one is not changed."""
-        return kasmina.export(self.host)
+    def export(self, *, fold: bool = False) -> nn.Module:
+        """The model as it is now, as a plain `nn.Module`; this one is not changed.
+
+        Args:
+            fold: puts fossils into the linear layers whose outputs they grow, where both are linear (to rounding).
+        """
+        return _exported(self.host, fold=fold)
 
     @contextmanager
     def session(
@@ -392,9 +398,13 @@ class Grown:
             self.host.close()
 
 
-def export(grown: Grown | Run) -> nn.Module:
+def export(grown: Grown | Run, *, fold: bool = False) -> nn.Module:
     """The grown model as a plain `nn.Module`: see `Grown.export` and `Run.export`."""
-    return grown.export()
+    return grown.export(fold=fold)
+
+
+def _exported(host: kasmina.Host, *, fold: bool) -> nn.Module:
+    return kasmina.export_folded(host)[0] if fold else kasmina.export(host)
 
 
 # ---------------------------------------------------------------- in this process
@@ -521,8 +531,8 @@ def _named(name: str, submitted: Lookup, *, field: str) -> NamedDesign:
     return design
 
 
-def export_checkpoint(workload: Workload, config: RunConfig, *, directory: str, best: bool = False) -> nn.Module:
-    """The plain model of a run's checkpoint.
+def checkpoint_host(workload: Workload, config: RunConfig, *, directory: str, best: bool = False) -> kasmina.Host:
+    """The wrapped model of a run's checkpoint, grown as it was, on the CPU.
 
     Args:
         workload: with a fresh host, of the same shape as the run's.
@@ -540,7 +550,7 @@ def export_checkpoint(workload: Workload, config: RunConfig, *, directory: str, 
     host = _wrap_workload(workload, config, torch.device("cpu"))
     host.load_growth_state(found.state["session"]["growth"])
     host.module.load_state_dict(found.state["session"]["module"], strict=True)
-    return kasmina.export(host)
+    return host
 
 
 def local_hub(

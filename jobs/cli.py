@@ -104,17 +104,23 @@ def export(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Where to write it: a .pt2 program, or .safetensors weights.")
     ] = Path("model.pt2"),
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Put kernels into the linear layers they grow, where both are linear.")
+    ] = False,
     storage: Storage = DEFAULT_STORAGE,
     as_json: Json = False,
 ) -> None:
     """Write the grown model of a run as a file that loads without Esper."""
     from jobs.export import export_run
 
-    result = export_run(run, storage, out)
+    result = export_run(run, storage, out, fold=fold)
     if as_json:
         print_json(result)
     else:
         typer.echo(f"wrote {result['path']} ({result['bytes'] / 1024:.0f} KiB, {result['parameters']:,} parameters)")
+        for folding in result.get("foldings", ()):
+            what = f"stays: {folding['refused']}" if folding["refused"] else "is part of its layer now"
+            typer.echo(f"{folding['blueprint']} at {folding['site']} {what}")
         if out.suffix == ".safetensors":
             typer.echo(f"use it: esper train CONFIG host.weights={out}, or safetensors.torch.load_file({str(out)!r})")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jobs.runs import RunStore
 from jobs.workload import ConfiguredWorkload
 
 
-def export_run(name: str, storage: str, out: Path) -> dict[str, Any]:
+def export_run(name: str, storage: str, out: Path, *, fold: bool = False) -> dict[str, Any]:
     """Writes the run's last checkpoint; returns what was written.
 
     Args:
@@ -22,6 +23,7 @@ def export_run(name: str, storage: str, out: Path) -> dict[str, Any]:
         storage: where runs lie.
         out: `.pt2` is a program with a dynamic batch; `.safetensors` is the plain `state_dict`, which `host.weights`
             of another run takes if the run did not grow.
+        fold: puts fossils into the linear layers whose outputs they grow; `foldings` says which, and why not.
 
     Raises:
         ConfigError: if the run's model was handed over in Python, or the suffix is neither.
@@ -29,7 +31,8 @@ def export_run(name: str, storage: str, out: Path) -> dict[str, Any]:
     """
     import torch
 
-    from esper.api import export_checkpoint
+    from esper import kasmina
+    from esper.api import checkpoint_host
 
     if out.suffix not in {".pt2", ".safetensors"}:
         raise ConfigError(f"cannot write {out.name}", field="--out", remedy="end it in .pt2 or .safetensors")
@@ -43,7 +46,9 @@ def export_run(name: str, storage: str, out: Path) -> dict[str, Any]:
             remedy="call run.export() and torch.export.export in your script",
         )
     workload = ConfiguredWorkload(config, data_root())()
-    model = export_checkpoint(workload, config, directory=store.directory(run_id)).eval()
+    host = checkpoint_host(workload, config, directory=store.directory(run_id))
+    model, foldings = kasmina.export_folded(host) if fold else (kasmina.export(host), [])
+    model.eval()
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".safetensors":
         import safetensors.torch
@@ -56,4 +61,5 @@ def export_run(name: str, storage: str, out: Path) -> dict[str, Any]:
         )
         torch.export.save(program, out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"run_id": run_id, "path": str(out), "bytes": out.stat().st_size, "parameters": parameters}
+    written = {"run_id": run_id, "path": str(out), "bytes": out.stat().st_size, "parameters": parameters}
+    return written | {"foldings": [asdict(folding) for folding in foldings]} if fold else written

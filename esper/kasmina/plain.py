@@ -16,6 +16,7 @@ import operator
 
 from torch import fx, nn
 
+from esper.kasmina.fold import Folding, fold
 from esper.kasmina.host import Host
 from esper.kasmina.layer import Layer, Layers, all_layers
 from esper.kasmina.outputs import part_of
@@ -40,20 +41,44 @@ def plain_module(host: Host | nn.Module) -> nn.Module:
         ConflictError: if the model is not wrapped, or a grown site is a container with a forward of its own, which
             would run the kernels as if they were its children.
     """
+    return _plain(host, folds=False)[0]
+
+
+def folded_module(host: Host | nn.Module) -> tuple[nn.Module, list[Folding]]:
+    """As `plain_module`, with each fossil put into the linear layer whose output it grows, where both are linear.
+
+    Returns:
+        The module, which computes what the host computes to rounding, with fewer parameters and operations; and for
+        each kernel on the live path whether it was folded, and why not.
+
+    Raises:
+        ConflictError: as `plain_module`.
+    """
+    return _plain(host, folds=True)
+
+
+def _plain(host: Host | nn.Module, *, folds: bool) -> tuple[nn.Module, list[Folding]]:
     model = host.module if isinstance(host, Host) else host
     plain = copy.deepcopy(model)
     layers = plain._modules.pop(PREFIX, None)  # noqa: SLF001 - nn.Module has no public way to drop a child
     if not isinstance(layers, Layers):
         raise ConflictError("this model is not wrapped")
+    told: list[Folding] = []
     for layer in all_layers(layers):
         layer.release()
-        if layer.blended():
-            _install(plain.get_submodule(layer.path), layer)
+    for layer in all_layers(layers):
+        seeds = layer.blended()
+        if folds:
+            found = fold(plain, layer)
+            told += found
+            seeds = [seed for seed, folding in zip(seeds, found, strict=True) if folding.refused]
+        if seeds:
+            _install(plain.get_submodule(layer.path), layer, seeds)
     plain.zero_grad(set_to_none=True)
-    return plain
+    return plain, told
 
 
-def _install(site: nn.Module, layer: Layer) -> None:
+def _install(site: nn.Module, layer: Layer, seeds: list[Seed]) -> None:
     in_sequence = type(site).forward is nn.Sequential.forward
     if not in_sequence and isinstance(site, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         raise ConflictError(f"site {layer.site} is a {type(site).__name__} with a forward of its own: not exportable")
@@ -61,14 +86,14 @@ def _install(site: nn.Module, layer: Layer) -> None:
     name = NAME if part is None else f"{NAME}_{part}"
     if hasattr(site, name):
         raise ConflictError(f"site {layer.site} has an attribute {name!r} already", remedy="rename it")
-    grown = _graph_of(layer, in_sequence=in_sequence)
+    grown = _graph_of(layer, seeds, in_sequence=in_sequence)
     grown.train(site.training)
     site.add_module(name, grown)
     if not in_sequence:
         site.register_forward_hook(grown)
 
 
-def _graph_of(layer: Layer, *, in_sequence: bool) -> fx.GraphModule:
+def _graph_of(layer: Layer, seeds: list[Seed], *, in_sequence: bool) -> fx.GraphModule:
     """One module for all kernels of a site; its forward has a hook's arguments unless it stands in a sequence."""
     root, graph = nn.Module(), fx.Graph()
     if not in_sequence:
@@ -77,7 +102,7 @@ def _graph_of(layer: Layer, *, in_sequence: bool) -> fx.GraphModule:
     output = graph.placeholder("h")
     part = part_of(layer.site)
     h = output if part is None else graph.call_function(operator.getitem, (output, part))
-    for seed in layer.blended():
+    for seed in seeds:
         root.add_module(seed.seed_id, layer.kernel(seed))
         h = _blend(graph, h, graph.call_module(seed.seed_id, (h,)), seed)
     graph.output(_whole(graph, output, part, h))

@@ -17,7 +17,8 @@ import torch
 import yaml
 from deltalake import DeltaTable
 
-from esper.api import export_checkpoint
+from esper import kasmina
+from esper.api import checkpoint_host
 from esper.config import parse_config
 from esper.leyline import RunHistory, RunStatus, RunSummary, SeedStage, container, now
 from esper.leyline.keys import load, public_hex
@@ -64,7 +65,7 @@ class Job:
     def grown(self) -> torch.nn.Module:
         """The plain grown model, in eval mode."""
         config = parse_config(yaml.safe_load((self.folder / "config.yaml").read_text()))
-        return export_checkpoint(self.workload(), config, directory=str(self.folder)).eval()
+        return kasmina.export(checkpoint_host(self.workload(), config, directory=str(self.folder))).eval()
 
     def kernel(self, kernel_id: str) -> container.Kernel:
         """The artifact as it lies in the storage, verified with the pinned key."""
