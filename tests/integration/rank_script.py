@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -172,7 +173,8 @@ def main(what: str, rank: int, world: int, folder: Path) -> None:
             raise SystemExit(f"no {unknown}")
     torch.save(found, folder / f"{rank}-of-{world}.pt")
     if world > 1:
-        distributed.destroy_process_group()
+        distributed.barrier()
+        os._exit(0)  # what is left of gloo's threads may abort a process whose interpreter ends
 
 
 if __name__ == "__main__":

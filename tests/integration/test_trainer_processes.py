@@ -34,6 +34,7 @@ train(sys.argv[1], faults=Kill())
 RANK = (
     PREAMBLE
     + """
+import os
 import torch
 from torch import distributed
 from tolaria_support import config, train
@@ -48,7 +49,8 @@ ranks.mean_(tensors)
 assert tensors[0].tolist() == [0.5, 0.5] and tensors[1].item() == 2.0
 summary, weights = train(f"{folder}/run", config(), ranks=ranks)
 torch.save(weights, f"{folder}/{rank}.pt")
-distributed.destroy_process_group()
+distributed.barrier()
+os._exit(0)  # what is left of gloo's threads may abort a process whose interpreter ends
 """
 )
 DIVERGING = RANK.replace(
