@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tolaria_support import BLUEPRINT, SITE, Crash, CrashAt, config, equal, train, workload
+from tolaria_support import BLUEPRINT, SITE, Crash, CrashAt, config, equal, kernel_hub, train, workload
 
 from esper.leyline import (
     ConfigError,
@@ -234,3 +234,26 @@ def test_a_metric_that_the_task_lacks_is_refused(tmp_path):
     bare = replace(workload(chosen), task=Task(torch.nn.functional.cross_entropy))
     with pytest.raises(ConfigError, match=r"tolaria\.best_metric"):
         train(tmp_path, chosen, problem=bare)
+
+
+class Unfinished:
+    """A hub with kernels that are never built."""
+
+    def __init__(self, inner):
+        self._inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def pending(self, signatures, *, pipeline=None):
+        del signatures, pipeline
+        return 2
+
+
+def test_kernels_that_were_not_built_in_time_are_named(tmp_path):
+    hub, key = kernel_hub()
+    chosen = config(deterministic=False, tamiyo__startup_s=0.05, tolaria__epochs=1)
+    summary, _ = train(tmp_path, chosen, hub=Unfinished(hub), public_key=key)
+    assert summary.went_without == ("Tezzeret: 2 of the kernels for these sites were not built yet",)
+    whole, _ = train(tmp_path / "whole", chosen, hub=hub, public_key=key)
+    assert whole.went_without == ()
