@@ -1,10 +1,11 @@
 """How long a trainer stands still when a network grows: the steps around a graft, against a run that does not grow.
 
-Runs of one host take turns, a few steps each, in one process, so that what disturbs the machine disturbs all: `control`
-does not grow, `idle` does not either (what it differs by is noise), `graft` takes kernels in, trains some behind the
-host, grafts others and removes them again. A step's time is that of all the trainer does between two steps, the
-carrying out of commands included; validation is none of it. At the end kernels of the same design are put in place
-under `torch.compile`, as a trainer without a compile pool would.
+Runs of one host take turns, a few steps each, in one process, so that what disturbs the machine disturbs all:
+`control` does not grow, `idle` does not either (what it differs by is noise), `graft` takes kernels in, trains some
+behind the host, grafts others and removes them again, and `graft and hot swap` puts native code in the place of those
+it grafted, while they compute. Steps around a change of what computes are its window. A step's time is that of all the
+trainer does between two steps, the carrying out of commands included; validation is none of it. At the end kernels of
+the same design are put in place under `torch.compile`, as a trainer without a compile pool would.
 
     stall = (worst step of `graft` / its median after grafts) / (worst step of `control` / its median)
 
@@ -49,6 +50,7 @@ from esper.tolaria.session import Session
 from esper.tolaria.task import TASKS
 from esper.tolaria.workload import evaluation_batches
 from jobs.bench.harness import BenchResult, Goal, machine
+from jobs.bench.native_kernels import compile_native_kernel
 from jobs.bench.overhead import HOSTS
 
 BLUEPRINTS = {"cnn": "residual_conv", "gpt": "mlp_adapter"}
@@ -119,10 +121,18 @@ class Arm:
         kernel_id: of that kernel.
         public_key: its signer's.
         model: a copy of the host.
+        native: whether native code from the hub takes the place of what was grafted.
     """
 
     def __init__(
-        self, name: str, *, hub: AssetHub | None, kernel_id: str | None, public_key: bytes, model: nn.Module
+        self,
+        name: str,
+        *,
+        hub: AssetHub | None,
+        kernel_id: str | None,
+        public_key: bytes,
+        model: nn.Module,
+        native: bool = False,
     ) -> None:
         _, shape, outputs = HOSTS[name]
         is_text = name == "gpt"
@@ -136,7 +146,7 @@ class Arm:
         config = parse_config(
             {
                 "data": {"type": "given"}, "host": {"type": "given"}, "budget": {"params": 99.0, "flops": 99.0},
-                "kasmina": {"embargo_epochs": 0},
+                "kasmina": {"embargo_epochs": 0}, "tezzeret": {"optimize": "grafted" if native else "never"},
             },
             [],
         )  # fmt: skip
@@ -144,7 +154,7 @@ class Arm:
             model, example=(self.x[:2],), sites=site_of(name, model, self.x), config=config.kasmina
         )
         if hub is not None:
-            self.host.attach(hub, public_key, wait=False, native=False)
+            self.host.attach(hub, public_key, wait=False, native=native)
         self.optimizer = torch.optim.AdamW([p for _, p in self.host.live_parameters()], lr=1e-4)
         self.session = Session(
             self.host,
@@ -161,7 +171,8 @@ class Arm:
         self.times = Times()
         self._steps = 0
         self._since_change = STEPS_PER_EPOCH
-        self._version = self.host.topology_version
+        self._computing = self._what_computes()
+        self.num_swaps = 0
         self._carried_ms = 0.0
 
     def step(self) -> None:
@@ -185,14 +196,20 @@ class Arm:
             self._carried_ms = 1e3 * (time.perf_counter() - began)
 
     def _book(self, milliseconds: float, *, trains: bool) -> None:
-        if self._version != self.host.topology_version:
-            self._version, self._since_change = self.host.topology_version, 0
+        computing = self._what_computes()
+        if computing != self._computing:
+            self.num_swaps += computing[1] is not None
+            self._computing, self._since_change = computing, 0
         self._since_change += 1
         if self._steps <= WARM_UP:
             return
         (self.times.shadow if trains else self.times.plain).append(milliseconds)
         if not trains and self._since_change <= STEPS_PER_EPOCH:
             self.times.window.append(milliseconds)
+
+    def _what_computes(self) -> tuple[int, str | None]:
+        """The topology's version, and whose native code computes in it."""
+        return self.host.topology_version, next((seed.native for seed in self.host.seeds() if seed.native), None)
 
 
 def main(arguments: Sequence[str], say: Callable[[str], None]) -> BenchResult:
@@ -216,33 +233,41 @@ def main(arguments: Sequence[str], say: Callable[[str], None]) -> BenchResult:
 
 
 def measure(name: str, steps: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The rows of one host: `control`, `idle`, `graft`, its shadow steps, and `inline`.
+    """The rows of one host: `control`, `idle`, `graft`, `graft and hot swap`, their shadow steps, and `inline`.
 
     Raises:
-        RuntimeError: if a compiler or a frame of dynamo was seen in the trainer.
+        RuntimeError: if a compiler or a frame of dynamo was seen in the trainer, or an arm did not do what it is for.
+        KernelRejectedError: if the design has no kernel, or no native code, for the host.
     """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from esper.hosts import build_host
 
     kind, shape, outputs = HOSTS[name]
-    models = [build_host(kind, input_shape=shape, num_outputs=outputs, seed=0) for _ in range(4)]
+    models = [build_host(kind, input_shape=shape, num_outputs=outputs, seed=0) for _ in range(5)]
     idle = Arm(name, hub=None, kernel_id=None, public_key=b"", model=models[0])
     config = parse_config(
         {"data": {"type": "given"}, "host": {"type": "given"}, "tezzeret": {"blueprints": [BLUEPRINTS[name]]}}, []
     )
     signature = next(iter(idle.host.sites.values()))
-    hub, key = local_hub([signature], config)
+    private_key = Ed25519PrivateKey.generate()
+    hub, key = local_hub([signature], config, private_key=private_key)
     kernels = hub.kernel_briefs(signature)
     if not kernels:
         raise KernelRejectedError(f"{BLUEPRINTS[name]} has no kernel for {signature.key}")
     kernel_id = kernels[0].kernel_id
+    say(f"{name}: native code of the kernel, compiled in another process")
+    compile_native_kernel(hub, kernel_id, private_key)
     control = Arm(name, hub=hub, kernel_id=None, public_key=key, model=models[1])
     graft = Arm(name, hub=hub, kernel_id=kernel_id, public_key=key, model=models[2])
-    arms = {"control": control, "idle": idle, "graft": graft}
+    swap = Arm(name, hub=hub, kernel_id=kernel_id, public_key=key, model=models[4], native=True)
+    arms = {"control": control, "idle": idle, "graft": graft, "graft and hot swap": swap}
     gc.collect()
     gc.freeze()
     try:
         for number in range(steps):
-            for arm in list(arms.values())[number % 3 :] + list(arms.values())[: number % 3]:
+            turn = number % len(arms)
+            for arm in [*arms.values()][turn:] + [*arms.values()][:turn]:
                 arm.step()
             if number % max(1, steps // 6) == 0:
                 say(f"{name}: {number + 1} of {steps} steps of each arm")
@@ -253,12 +278,20 @@ def measure(name: str, steps: int, say: Callable[[str], None]) -> list[dict[str,
         gc.unfreeze()
         for arm in arms.values():
             arm.host.close()
+    if not swap.num_swaps or graft.num_swaps:
+        raise RuntimeError(
+            f"native code took a place {swap.num_swaps} times where it should, {graft.num_swaps} elsewhere"
+        )
+    say(f"{name}: native code took its place {swap.num_swaps} times")
     kernel = unpack(hub.fetch(kernel_id), key.hex())
     worst, median = _inline(name, models[3], build(kernel.manifest, kernel.weights), say)
     base = control.times
     rows = [_row(name, arm_name, arm.times.plain, arm.times.window, base.plain) for arm_name, arm in arms.items()]
-    if graft.times.shadow:
-        rows.append(_row(name, "graft: shadow steps", graft.times.shadow, graft.times.shadow, base.plain))
+    rows += [
+        _row(name, f"{arm_name}: shadow steps", arm.times.shadow, arm.times.shadow, base.plain)
+        for arm_name, arm in arms.items()
+        if arm.times.shadow
+    ]
     ratio = worst / median / (max(base.plain) / statistics.median(base.plain))
     rows.append(
         {
@@ -291,9 +324,14 @@ def _row(name: str, arm: str, times: list[float], window: list[float], base: lis
 def _goals(name: str, rows: list[dict[str, Any]]) -> list[Goal]:
     by_arm = {row["arm"]: row["stall"] for row in rows}
     noise = abs(by_arm["idle"] - 1.0)
-    stall, inline = by_arm["graft"], by_arm["inline torch.compile"]
+    inline = by_arm["inline torch.compile"]
+    stalls = {f"{name} {arm}": by_arm[arm] for arm in ("graft", "graft and hot swap")}
     return [
-        Goal(name=f"{name} stall", value=stall, goal=GOAL, met=stall <= GOAL, interval=(stall - noise, stall + noise)),
+        *(
+            Goal(name=f"{words}: stall", value=stall, goal=GOAL, met=stall <= GOAL,
+                 interval=(stall - noise, stall + noise))
+            for words, stall in stalls.items()
+        ),
         Goal(name=f"{name} inline at least", value=inline, goal=INLINE_GOAL, met=inline >= INLINE_GOAL,
              interval=(inline, inline)),
     ]  # fmt: skip
