@@ -13,12 +13,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from actors.logs import log_as
 from actors.metrics import Reporter
 from esper.leyline.contract import new_id
 from esper.leyline.errors import UnavailableError
 from esper.leyline.ports import AssetHub, Bus, Subscription
 from esper.nissa.live import TOPICS, Live
-from esper.nissa.logs import configure
 from esper.nissa.viewmodel import LiveView
 
 log = logging.getLogger("esper.nissa")
@@ -157,7 +157,7 @@ class Nissa(NissaActor):
         hub_factory: Callable[[], AssetHub] | None = None,
         metrics_every_s: float | None = METRICS_EVERY_S,
     ) -> None:
-        configure(actor=NAME)
+        log_as(NAME)
         super().__init__(bus_factory)
         self._reporter = (
             Reporter(self.views, bus=bus_factory, hub=hub_factory, every_s=metrics_every_s) if metrics_every_s else None

@@ -21,6 +21,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.logs import log_as
 from esper.config import OonaConfig
 from esper.leyline.bus import BusStats
 from esper.leyline.errors import ConflictError, EsperError, NotFoundError, StorageError, UnavailableError
@@ -62,6 +63,7 @@ class OonaShard:
     """
 
     def __init__(self, name: str, directory: str, num_shards: int, config: OonaConfig) -> None:
+        log_as(name)
         self._name = name
         self._num_shards = num_shards
         self._config = config

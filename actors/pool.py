@@ -19,6 +19,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from actors import tezzeret, urza
 from actors.cluster import NAMESPACE
+from actors.logs import log_as
 from esper.config import TezzeretConfig
 from esper.leyline import AssetHub, Bus, EsperError
 from esper.tezzeret.scaling import Bounds, Demand, resize
@@ -101,6 +102,7 @@ class CompilePool:
     """
 
     def __init__(self, plan: Plan, *, every_s: float = EVERY_S) -> None:
+        log_as("compile-pool")
         self._plan = plan
         self._every_s = every_s
         self._sizes: dict[str, int] = {}

@@ -24,10 +24,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import esper.leyline
 import esper.tamiyo
+from actors.logs import log_as
 from esper.config import TamiyoConfig
 from esper.leyline import (
+    Action,
     AdaptationSignal,
     EsperError,
+    KasminaControlCommand,
     PermanentError,
     SystemStatePacket,
     TransientError,
@@ -62,6 +65,7 @@ class Tamiyo:
     """The deployment. Arguments and results are JSON, validated at this edge."""
 
     def __init__(self) -> None:
+        log_as(APP)
         self._num_decisions = 0
         self._code = code_digest()
 
@@ -74,6 +78,8 @@ class Tamiyo:
         config = TamiyoConfig.model_validate_json(config_json)
         after, signal = step(state, packet, config)
         self._num_decisions += 1
+        for command in signal.commands:
+            _log.info("command.given", extra=_fields(command, packet))
         return after, signal.model_dump_json()
 
     def about(self) -> dict[str, Any]:
@@ -84,6 +90,21 @@ class Tamiyo:
             "decisions": self._num_decisions,
             "imports_torch": "torch" in sys.modules,
         }
+
+
+def _fields(command: KasminaControlCommand, packet: SystemStatePacket) -> dict[str, Any]:
+    """What a line of the log says of a command."""
+    seeds = (seed for layer in packet.layers for seed in layer.seeds if seed.seed_id == command.seed_id)
+    under_way = next((seed.trace_id for seed in seeds), "")
+    return {
+        "run": packet.run_id,
+        "action": command.action.value,
+        "site": command.site,
+        "seed": command.seed_id,
+        "step": packet.epoch.step,
+        "trace": command.command_id if command.action is Action.GERMINATE else under_way,
+        "reason": command.reason,
+    }
 
 
 def deploy(*, name: str = APP, timeout_s: float = 60.0) -> None:

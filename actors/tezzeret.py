@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from actors.logs import log_as
 from esper.config import TezzeretConfig
 from esper.leyline import (
     AssetHub,
@@ -91,6 +92,7 @@ class CompileWorker:
         wake_s: float = 15.0,
         idle_s: float = 60.0,
     ) -> None:
+        log_as(name)
         self._name = name
         self._life = f"{name}#{new_id()[:8]}"  # a process that comes after this one is another worker to the hub
         self._connect_hub = hub

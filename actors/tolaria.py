@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from actors.cluster import NAMESPACE
+from actors.logs import log_as
 from actors.platform import Platform
 from actors.tamiyo import ServeController
 from esper.config import RunConfig
@@ -165,10 +166,12 @@ def _train(job: Job, flag: Any) -> Ending:
     """The train function of one worker process. A group that replaces a dead one resumes; a first one finds nothing
     to resume from.
     """
+    import ray.train
+
     told: list[str] = []
+    log_as(f"tolaria-{ray.train.get_context().get_world_rank()}", run=job.run_id)
 
     def listen() -> None:
-        import ray
         from ray.exceptions import RayActorError
 
         try:

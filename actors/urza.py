@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from actors.cluster import NAMESPACE
+from actors.logs import log_as
 from esper.config import UrzaConfig
 from esper.leyline import (
     Blueprint,
@@ -92,6 +93,7 @@ class UrzaActor:
         config: UrzaConfig | None = None,
         faults: FaultPlan | None = None,
     ) -> None:
+        log_as(actor_name(storage))
         self._storage = storage
         self._make_bus = make_bus
         self._config = config or UrzaConfig()

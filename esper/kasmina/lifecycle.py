@@ -218,7 +218,7 @@ class Lifecycle:
     ) -> Change:
         kernel_id = command.kernel_id or ""
         outcome = self._outcome(lambda: self._load_now(layer, kernel_id)) if self.wait else None
-        seed.strategy, seed.lr_factor = command.strategy, command.lr_factor
+        seed.strategy, seed.lr_factor, seed.trace_id = command.strategy, command.lr_factor, command.command_id
         loaded = outcome.facts.blueprint if isinstance(outcome, LoadedKernel) else None
         seed.requested, seed.requested_blueprint = kernel_id, loaded or command.blueprint
         change = Change((self._enter(layer, seed, target, command.reason, moment),))
@@ -528,6 +528,7 @@ class Lifecycle:
                 kernel_id=notice.seed.facts.kernel_id if notice.seed.facts else None,
                 rung=notice.rung,
                 reason=notice.reason,
+                trace_id=notice.seed.trace_id,
             )
             for notice in notices
         )
@@ -562,6 +563,7 @@ class Lifecycle:
             evidence=seed.harm if seed.harm is not None else seed.evidence,
             reason=reason,
             refused=refused,
+            trace_id=view.trace_id,
         )
 
 

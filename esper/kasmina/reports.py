@@ -49,4 +49,5 @@ def _signal(layer: Layer, seed: Seed, health: Health, gate: Gate, epoch: int) ->
         is_ready_for_transition=gate.open,
         should_cull=gate.cull,
         gate=gate.words + skipped,
+        trace_id=view.trace_id,
     )

@@ -57,6 +57,7 @@ class Seed:
         optimizer: of the kernel, while it is in TRAINING.
         losses: sum and count of the shadow's losses since the last interval.
         fault: how its kernel failed in use; empty while it did not.
+        trace_id: the id of the command that began its present life.
     """
 
     def __init__(self, seed_id: str, site: str, table: SeedTable, row: int) -> None:
@@ -80,6 +81,7 @@ class Seed:
         self.optimizer: torch.optim.AdamW | None = None
         self.losses: tuple[float, int] = (0.0, 0)
         self.fault = ""
+        self.trace_id = ""
         self.reason = ""
 
     @property
@@ -147,6 +149,7 @@ class Seed:
             evidence=self.evidence,
             reason=self.reason,
             native=self.native,
+            trace_id=self.trace_id,
         )
 
     def begin_training(self, module: nn.Module, learning_rate: float) -> None:
@@ -174,5 +177,5 @@ class Seed:
         self.evidence = self.baseline = None
         self.val_finite = True
         self.losses = (0.0, 0)
-        self.fault = ""
+        self.fault = self.trace_id = ""
         self.put("errors", 0)

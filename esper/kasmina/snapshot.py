@@ -92,6 +92,7 @@ def _save_seed(seed: Seed, *, has_kernel: bool) -> dict[str, Any]:
         "retirement": [retirement.from_alpha, retirement.reason] if retirement else None,
         "losses": list(seed.losses),
         "fault": seed.fault,
+        "trace_id": seed.trace_id,
         "reason": seed.reason,
         "optimizer": copy.deepcopy(seed.optimizer.state_dict()) if seed.optimizer else None,
     }
@@ -124,6 +125,7 @@ def _restore_seed(seed: Seed, saved: Mapping[str, Any]) -> None:
     seed.retirement = Retirement(*saved["retirement"]) if saved["retirement"] else None
     seed.losses = (saved["losses"][0], saved["losses"][1])
     seed.fault = saved.get("fault", "")
+    seed.trace_id = saved.get("trace_id", "")
     seed.reason = saved["reason"]
 
 

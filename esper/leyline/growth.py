@@ -48,6 +48,7 @@ class SeedView:
     Attributes:
         lr_factor: its learning rate on the live path, as a factor of the host's.
         native: id of the kernel whose native code computes it; None where it runs from its IR.
+        trace_id: of the adaptation under way: the id of the command that began it; empty without one.
     """
 
     seed_id: str
@@ -67,6 +68,7 @@ class SeedView:
     evidence: Evidence | None = None
     reason: str = ""
     native: str | None = None
+    trace_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ class RungChange(Contract):
 
     Attributes:
         kernel_id: of the kernel at the site; its native code may have come in another container.
+        trace_id: of the adaptation.
     """
 
     run_id: str
@@ -46,6 +47,7 @@ class RungChange(Contract):
     kernel_id: str | None = None
     rung: Rung
     reason: str
+    trace_id: str = ""
     timestamp: Finite = Field(default_factory=now)
 
 

@@ -66,6 +66,7 @@ class HealthSignal(Contract):
         is_ready_for_transition: whether the gate of the next stage is open.
         should_cull: whether the gate asks for removal (harm, or no gain within its time).
         gate: the gate's words.
+        trace_id: of the adaptation under way; empty without one.
     """
 
     layer_id: str
@@ -88,6 +89,7 @@ class HealthSignal(Contract):
     is_ready_for_transition: bool = False
     should_cull: bool = False
     gate: str = ""
+    trace_id: str = ""
 
 
 class LayerHealthReport(Contract):
@@ -228,6 +230,7 @@ class KasminaControlCommand(Contract):
     """One order to one seed.
 
     Attributes:
+        command_id: that of a GERMINATE is the trace id of the adaptation that begins with it.
         kernel_id, blueprint, strategy: for GERMINATE.
         lr_factor: likewise; the kernel's learning rate on the live path, as a factor of the host's.
         reason: why, in words; shown to people and kept in the summary.
@@ -264,7 +267,7 @@ class AdaptationSignal(Contract):
 class LifecycleEvent(Contract):
     """One transition of one seed, as the summary lists it.
 
-    `refused` marks a command whose gate was shut: the stage did not change.
+    `refused` marks a command whose gate was shut: the stage did not change. `trace_id` is that of the adaptation.
     """
 
     run_id: str
@@ -279,6 +282,7 @@ class LifecycleEvent(Contract):
     evidence: Evidence | None = None
     reason: str
     refused: bool = False
+    trace_id: str = ""
     timestamp: Finite = Field(default_factory=now)
 
 
@@ -301,10 +305,11 @@ class StageSpan(Contract):
 
 
 class FieldReport(Contract):
-    """What became of one adaptation, for Urza's statistics and for learning."""
+    """What became of one adaptation, for Urza's statistics and for learning. `trace_id` is that of its events."""
 
     api_version: int = API_VERSION
     report_id: str = Field(default_factory=new_id)
+    trace_id: str = ""
     run_id: str
     site: str
     seed_id: str

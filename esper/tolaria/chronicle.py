@@ -71,12 +71,15 @@ class Chronicle:
             evidence=seed.evidence,
             reason=reason,
             refused=refused,
+            trace_id=seed.trace_id,
         )
 
     def tell(self, event: LifecycleEvent) -> None:
         """Records and publishes an event; one that ends an adaptation also makes its field report."""
         self.recorder.event(event)
-        self.outbox.publish(Topic.LIFECYCLE, event)
+        self.outbox.publish(Topic.LIFECYCLE, event, trace_id=event.trace_id)
+        if self._course.is_first:
+            log.info("seed.refused" if event.refused else f"seed.{event.to_stage.value.lower()}", extra=_fields(event))
         outcome = _OUTCOMES.get(event.to_stage)
         if outcome is not None and not event.refused and not self._was_rolled_back(event):
             self._report(event.seed, outcome, event.reason)
@@ -84,11 +87,8 @@ class Chronicle:
     def tell_rung(self, change: RungChange) -> None:
         """Records and publishes what a kernel runs from, and logs it."""
         self.recorder.rung(change)
-        self.outbox.publish(Topic.RUNGS, change)
-        log.info(
-            "seed.rung",
-            extra={"site": change.site, "seed": change.seed, "rung": change.rung.value, "reason": change.reason},
-        )
+        self.outbox.publish(Topic.RUNGS, change, trace_id=change.trace_id)
+        log.info("seed.rung", extra={**_fields(change), "rung": change.rung.value})
 
     def close(self, reason: str) -> None:
         """Ends what is still under way as UNFINISHED."""
@@ -115,6 +115,18 @@ class Chronicle:
         report = self.recorder.report(view, outcome, reason=reason)
         hub = self._course.ports.hub
         if self._course.is_first:
-            self.outbox.publish(Topic.FIELD_REPORTS, report)
+            self.outbox.publish(Topic.FIELD_REPORTS, report, trace_id=report.trace_id)
             if hub is not None:
                 self._reach.ask("Urza", lambda: hub.report(report))
+
+
+def _fields(happened: LifecycleEvent | RungChange) -> dict[str, object]:
+    """What a line of the log says of it."""
+    return {
+        "run": happened.run_id,
+        "site": happened.site,
+        "seed": happened.seed,
+        "step": happened.step,
+        "trace": happened.trace_id,
+        "reason": happened.reason,
+    }

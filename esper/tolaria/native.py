@@ -127,6 +127,7 @@ class Optimizing:
                 kernel_id=seed.kernel_id,
                 rung=Rung.IR,
                 reason=reason,
+                trace_id=seed.trace_id,
             )
         )
 

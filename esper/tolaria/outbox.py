@@ -30,12 +30,15 @@ class Outbox:
         self._milliseconds: list[float] = []
         self._marks: list[int] = []
 
-    def publish(self, topic: Topic, *bodies: Contract) -> None:
-        """Publishes bodies on one topic."""
+    def publish(self, topic: Topic, *bodies: Contract, trace_id: str = "") -> None:
+        """Publishes bodies on one topic; `trace_id` is that of the adaptation they tell of, empty for none."""
         if self._bus is None or not bodies:
             return
         bus = self._bus
-        messages = [OonaMessage.of(topic, body, sender_id="tolaria", key=self._run_id) for body in bodies]
+        messages = [
+            OonaMessage.of(topic, body, sender_id="tolaria", key=self._run_id, trace_id=trace_id or None)
+            for body in bodies
+        ]
         self._reach.ask("Oona", lambda: bus.publish(messages))
 
     def step(self, step: int, loss: float, milliseconds: float, *, steps_per_epoch: int) -> None:

@@ -135,6 +135,7 @@ class Recorder:
         flops, seconds = self._spent.pop(view.seed_id, (0, 0.0))
         report = FieldReport(
             run_id=self._head["run_id"],
+            trace_id=view.trace_id,
             site=view.site,
             seed_id=view.seed_id,
             signature=view.signature,

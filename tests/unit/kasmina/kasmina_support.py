@@ -180,8 +180,9 @@ def container(ir, signature, *, seed=0, key=KEY, name="own"):
 
 def order(action, site, seed_id, *, kernel_id=None, strategy=BlendStrategy.RAMP):
     return KasminaControlCommand(
-        action=action, site=site, seed_id=seed_id, kernel_id=kernel_id, strategy=strategy, reason="a test asks"
-    )
+        command_id=f"{action}-{seed_id}", action=action, site=site, seed_id=seed_id, kernel_id=kernel_id,
+        strategy=strategy, reason="a test asks",
+    )  # fmt: skip
 
 
 class Driver:
