@@ -286,6 +286,27 @@ class LifecycleEvent(Contract):
     timestamp: Finite = Field(default_factory=now)
 
 
+class Choice(Contract):
+    """Where an adaptation begins: what was seen of a site when a kernel was chosen for it.
+
+    Attributes:
+        trace_id: of the adaptation: the id of the command.
+        epoch, step: after which it was chosen.
+        policy: who chose.
+        health: of the seed's site over that epoch.
+        reason: the policy's words.
+        timestamp: of the answer, seconds since the epoch.
+    """
+
+    trace_id: str
+    epoch: Annotated[int, Field(ge=0)]
+    step: Annotated[int, Field(ge=0)]
+    policy: str
+    health: HealthSignal
+    reason: str
+    timestamp: Finite = Field(default_factory=now)
+
+
 class Outcome(StrEnum):
     """How an adaptation ended."""
 

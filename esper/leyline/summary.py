@@ -9,7 +9,7 @@ from pydantic import Field
 
 from esper.leyline.contract import API_VERSION, Contract, Finite, now
 from esper.leyline.native import RungChange
-from esper.leyline.signals import CircuitState, EpochRecord, FieldReport, LifecycleEvent
+from esper.leyline.signals import Choice, CircuitState, EpochRecord, FieldReport, LifecycleEvent
 
 SUMMARY_FILE = "summary.json"
 HISTORY_FILE = "history.json"
@@ -184,6 +184,7 @@ class RunHistory(Contract):
         graft_steps: steps at which the live path changed.
         decisions: (epoch, words) of every decision, waits too.
         start: what a run that upgrades a trained model began with.
+        choices: what was seen of a site when an adaptation began, one for each.
     """
 
     run_id: str
@@ -192,3 +193,4 @@ class RunHistory(Contract):
     step_ms: tuple[Finite, ...] = ()
     graft_steps: tuple[int, ...] = ()
     decisions: tuple[tuple[int, str], ...] = ()
+    choices: tuple[Choice, ...] = ()

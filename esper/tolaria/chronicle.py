@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from esper.leyline.growth import SeedView
 from esper.leyline.messages import Topic
 from esper.leyline.native import RungChange
 from esper.leyline.seeds import SeedStage
-from esper.leyline.signals import LifecycleEvent, Outcome
+from esper.leyline.signals import (
+    Action,
+    Choice,
+    KasminaControlCommand,
+    LayerHealthReport,
+    LifecycleEvent,
+    Outcome,
+)
 from esper.tolaria.course import Course
 from esper.tolaria.outbox import Outbox
 from esper.tolaria.reach import Reach
@@ -73,6 +81,24 @@ class Chronicle:
             refused=refused,
             trace_id=seed.trace_id,
         )
+
+    def chose(self, command: KasminaControlCommand, policy: str, reports: Sequence[LayerHealthReport]) -> None:
+        """Keeps what was seen of a site for which a kernel was chosen; other commands begin nothing."""
+        if command.action is not Action.GERMINATE:
+            return
+        seen = (seed for report in reports for seed in report.seeds if seed.seed_id == command.seed_id)
+        health = next(seen, None)
+        if health is not None:  # else there is no such seed, and the command will be refused
+            self.recorder.choice(
+                Choice(
+                    trace_id=command.command_id,
+                    epoch=self._course.epoch,
+                    step=self._course.step,
+                    policy=policy,
+                    health=health,
+                    reason=command.reason,
+                )
+            )
 
     def tell(self, event: LifecycleEvent) -> None:
         """Records and publishes an event; one that ends an adaptation also makes its field report."""

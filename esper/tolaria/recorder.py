@@ -13,7 +13,7 @@ from typing import Any
 from esper.leyline.contract import now
 from esper.leyline.growth import SeedView
 from esper.leyline.native import RungChange
-from esper.leyline.signals import EpochRecord, FieldReport, LifecycleEvent, Outcome
+from esper.leyline.signals import Choice, EpochRecord, FieldReport, LifecycleEvent, Outcome
 from esper.leyline.summary import (
     BusCounts,
     Circuit,
@@ -61,6 +61,7 @@ class Recorder:
         self._step_ms: list[float] = []
         self._graft_steps: list[int] = []
         self._decisions: list[tuple[int, str]] = []
+        self._choices: list[Choice] = []
         self._events: list[LifecycleEvent] = []
         self._rungs: list[RungChange] = []
         self._rollbacks: list[Rollback] = []
@@ -106,6 +107,11 @@ class Recorder:
     def decision(self, epoch: int, words: str) -> None:
         """Adds what was decided and why."""
         self._decisions.append((epoch, words))
+
+    def choice(self, choice: Choice) -> None:
+        """Adds what an adaptation began with; of a decision that is carried out again, the first time counts."""
+        if choice.trace_id not in {known.trace_id for known in self._choices}:
+            self._choices.append(choice)
 
     def event(self, event: LifecycleEvent) -> None:
         """Adds a transition."""
@@ -162,6 +168,7 @@ class Recorder:
             step_ms=tuple(self._step_ms),
             graft_steps=tuple(self._graft_steps),
             decisions=tuple(self._decisions),
+            choices=tuple(self._choices),
         )
 
     def summary(
@@ -222,6 +229,7 @@ class Recorder:
         self._step_ms = list(history.step_ms)
         self._graft_steps = list(history.graft_steps)
         self._decisions = list(history.decisions)
+        self._choices = list(history.choices)
         self._events = [LifecycleEvent.model_validate(event) for event in state["events"]]
         self._rungs = [RungChange.model_validate(change) for change in state.get("rungs", ())]
         self._rollbacks = [Rollback.model_validate(rollback) for rollback in state.get("rollbacks", ())]

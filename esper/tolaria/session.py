@@ -542,6 +542,7 @@ class Session:
             self._prepared_for = -1
             return
         for command in signal.commands:
+            self._chronicle.chose(command, signal.policy, self._boundary.reports if self._boundary else ())
             self._adaptation.apply(command)
 
     # ---------------------------------------------------------------- for checkpoints
