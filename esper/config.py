@@ -245,6 +245,9 @@ class KasminaConfig(Section):
     telemetry_share: Annotated[float, Field(gt=0, le=1)] | None = 0.02
     """What samples of health may cost, as a share of the time of all steps: where they cost more, they come less often
     (but in every epoch). null keeps to `telemetry_every`, as deterministic mode always does."""
+    chunks: PositiveInt = 1
+    """Runs of neighbouring channels into which each site is cut; health is also told of each. Seeds and kernels are of
+    all channels."""
     shadow_every: PositiveInt = 1
     """Steps between shadow updates of seeds in TRAINING."""
     shadow_lr: PositiveFloat = 3e-3

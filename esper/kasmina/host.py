@@ -26,6 +26,7 @@ from esper.kasmina.outputs import path_of
 from esper.kasmina.reports import layer_report
 from esper.kasmina.shadow import AllReduce, train_shadow
 from esper.kasmina.sites import find_sites
+from esper.kasmina.sums import Sums, merged
 from esper.leyline.blueprints import BlueprintIR
 from esper.leyline.compiled import is_wrapper, runs_compiled
 from esper.leyline.errors import ConflictError, KernelFaultError
@@ -68,12 +69,16 @@ def wrap(
         raise ConflictError("this model is wrapped already", remedy="use the handle that wrap() returned")
     wanted = sites if sites == "auto" else (sites,) if isinstance(sites, str) else tuple(sites)
     signatures = find_sites(model, example, sites=wanted, causal=causal)
-    layers = Layers(signatures).train(model.training)
+    chosen = config or KasminaConfig()
+    layers = Layers(signatures, num_chunks=chosen.chunks).train(model.training)
     model.add_module(PREFIX, layers)
+    first = next(model.parameters(), None)
+    if first is not None:
+        layers.to(first.device)
     for layer in all_layers(layers):
         if runs_compiled(model, layer.path):
             layer.fix(model.get_submodule(layer.path))
-    return Host(model, layers, config or KasminaConfig())
+    return Host(model, layers, chosen)
 
 
 class Host:
@@ -147,8 +152,8 @@ class Host:
             for name, parameter in layer.kernel(seed).named_parameters():
                 yield f"{PREFIX}.{layer.key}.{seed.seed_id}.{name}", parameter
 
-    def share(self, mean: AllReduce) -> None:
-        self._life.mean = mean
+    def share(self, mean: AllReduce, *, world: int) -> None:
+        self._life.mean, self._life.world = mean, world
 
     def prepare(self, step: int, *, epoch: int, steps_per_epoch: int, observe: bool) -> Change:
         change = self._life.step(Moment(self._life.moment.run_id, epoch, step), steps_per_epoch)
@@ -215,16 +220,19 @@ class Host:
     def close_epoch(self, *, run_id: str, epoch: int, step: int, val_loss: float | None) -> list[LayerHealthReport]:
         moment = Moment(run_id, epoch, step)
         self._life.close_interval(moment, val_loss)
-        reports = [layer_report(layer, moment, self._life.gate) for layer in all_layers(self._layers)]
-        for layer in all_layers(self._layers):
+        layers = all_layers(self._layers)
+        reports = [
+            layer_report(layer, sums, moment, self._life.gate) for layer, sums in zip(layers, self._sums(), strict=True)
+        ]
+        for layer in layers:
             layer.observer.reset()
             for seed in layer.candidates:
                 seed.losses = (0.0, 0)
         return reports
 
     def soundness(self) -> Mapping[str, tuple[int, int]]:
-        found = {layer.site: layer.observer.health() for layer in all_layers(self._layers)}
-        return {site: (health.num_samples, health.num_skipped) for site, health in found.items()}
+        found = {layer.site: layer.observer.sums() for layer in all_layers(self._layers)}
+        return {site: (sums.samples, sums.skipped) for site, sums in found.items()}
 
     def check(self, command: KasminaControlCommand) -> str | None:
         return self._life.check(command)
@@ -273,6 +281,14 @@ class Host:
         if self._life.loader is not None:
             self._life.loader.close()
             self._life.loader = None
+
+    def _sums(self) -> list[Sums]:
+        """What was sampled at each site since the last interval, over all ranks. Collective under DDP."""
+        observers = [layer.observer for layer in all_layers(self._layers)]
+        own = [observer.sums() for observer in observers]
+        if self._life.mean is None:
+            return own
+        return merged(own, [observer.watched for observer in observers], self._life.mean, self._life.world)
 
     def _observe(self, observe: bool) -> None:
         self._observing = observe

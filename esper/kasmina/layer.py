@@ -7,7 +7,7 @@ leaves no trace on the host's forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from esper.kasmina.blending import blend
-from esper.kasmina.health import Observer
+from esper.kasmina.observer import Observer
 from esper.kasmina.outputs import part_of, path_of, put, take
 from esper.kasmina.seed import KernelFacts, Seed
 from esper.kasmina.table import SeedTable
@@ -47,7 +47,7 @@ class Layer(nn.Module):
         is_fixed: whether the hook stays on the site for good, outside of what the host's owner compiled.
     """
 
-    def __init__(self, site: str, signature: SiteSignature) -> None:
+    def __init__(self, site: str, signature: SiteSignature, *, num_chunks: int = 1) -> None:
         super().__init__()
         self.site = site
         self.path = path_of(site)
@@ -55,13 +55,24 @@ class Layer(nn.Module):
         self.signature = signature
         self.table = SeedTable()
         self.seeds: list[Seed] = []
-        self.observer = Observer(site, signature)
+        self.observer = Observer(site, signature, num_chunks=num_chunks)
         self.observing = False
         self.reach: torch.Tensor | None = None
         self.natives: dict[str, NativeModule] = {}
+        self._place = torch.empty(0)
         self._shadow: Seed | None = None
         self._handle: RemovableHandle | None = None
         self.is_fixed = False
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Layer:
+        """As the module moves, so do the figures of its seeds and its site; their precision stays what it is."""
+        super()._apply(fn, recurse)
+        device = fn(self._place).device
+        if device != self._place.device:
+            self._place = torch.empty(0, device=device)
+            self.table.to(device)
+            self.observer.to(device)
+        return self
 
     # ---- seeds and kernels
 
@@ -237,10 +248,10 @@ class Layers(nn.Module):
     has no methods of its own: they would take names from sites.
     """
 
-    def __init__(self, sites: Mapping[str, SiteSignature]) -> None:
+    def __init__(self, sites: Mapping[str, SiteSignature], *, num_chunks: int = 1) -> None:
         super().__init__()
         for site, signature in sites.items():
-            self.add_module(key_of(site), Layer(site, signature))
+            self.add_module(key_of(site), Layer(site, signature, num_chunks=num_chunks))
 
     def forward(self, x: Any) -> Any:
         """Returns what it is given."""

@@ -68,6 +68,7 @@ class Lifecycle:
         val_loss: the last finite validation loss that was told; None before the first.
         moment: the last one that was told.
         mean: averages figures over ranks in place, under DDP.
+        world: number of ranks.
         shadows: the seeds in TRAINING with their layers.
         pending: events that happened outside `apply` and `prepare` and are reported by the next of either.
     """
@@ -79,6 +80,7 @@ class Lifecycle:
         self.loader: KernelLoader | None = None
         self.wait = True
         self.mean: AllReduce | None = None
+        self.world = 1
         self._limits = Limits(config.ramp, config.gate_factor, config.drift_limit)
         self.version = 0
         self.clock = 0
@@ -439,7 +441,7 @@ class Lifecycle:
         if finite:
             self.val_loss = val_loss
         for layer in all_layers(self.layers):
-            layer.table.fields["epochs"] += 1
+            layer.table.age()
         for layer, seed in self._candidates():
             if seed.stage.is_blended and val_loss is not None:
                 self._compare(seed, val_loss, finite=finite)

@@ -100,7 +100,7 @@ def _save_seed(seed: Seed, *, has_kernel: bool) -> dict[str, Any]:
 
 def _restore_layer(life: Lifecycle, layer: Layer, entry: Mapping[str, Any]) -> None:
     layer.clear()
-    layer.table = SeedTable(entry["table"])
+    layer.table = SeedTable(entry["table"], life.device())
     layer.observer.load(entry["health"])
     for row, saved in enumerate(entry["seeds"]):
         seed = Seed(saved["seed_id"], layer.site, layer.table, row)

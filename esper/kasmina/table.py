@@ -1,13 +1,15 @@
 """The figures of all seeds of one layer, as a struct of arrays: one tensor a field, one row a seed.
 
-Telemetry and checkpoints read a field of all seeds at once; a `Seed` reads and writes its own row. The tensors stay on
-the CPU, since they steer Python and not kernels.
+Telemetry and checkpoints read a field of all seeds at once; a `Seed` reads and writes its own row. The tensors lie on
+the model's device. What steers Python at every step (stages, alphas) is read from a copy of the rows in plain numbers,
+and a write to the device is a fill that nobody waits for: so no step waits for the device on account of a seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -30,31 +32,52 @@ FIELDS: Mapping[str, torch.dtype] = MappingProxyType(
 
 
 class SeedTable:
-    """Rows are appended and never removed: a row belongs to one seed for good."""
+    """Rows are appended and never removed: a row belongs to one seed for good.
 
-    def __init__(self, fields: Mapping[str, torch.Tensor] | None = None) -> None:
+    Args:
+        fields: of a state; None is a table without rows.
+        device: of the model.
+    """
+
+    def __init__(self, fields: Mapping[str, torch.Tensor] | None = None, device: torch.device | None = None) -> None:
         fields = fields or {}
         num_rows = len(fields["stage"]) if fields else 0
         self.fields = {
             # a field that is younger than the state starts at 0
-            name: fields[name].to(dtype).clone() if name in fields else torch.zeros(num_rows, dtype=dtype)
+            name: fields[name].to(device, dtype, copy=True)
+            if name in fields
+            else torch.zeros(num_rows, dtype=dtype, device=device)
             for name, dtype in FIELDS.items()
         }
+        self._rows: dict[str, list[Any]] = {name: tensor.tolist() for name, tensor in self.fields.items()}
 
     def __len__(self) -> int:
-        return len(self.fields["stage"])
+        return len(self._rows["stage"])
+
+    def to(self, device: torch.device) -> None:
+        """Goes to where the model lies."""
+        self.fields = {name: tensor.to(device) for name, tensor in self.fields.items()}
 
     def append(self) -> int:
         """Adds a row of zeros (stage DORMANT) and returns its number."""
-        for name, dtype in FIELDS.items():
-            self.fields[name] = torch.cat([self.fields[name], torch.zeros(1, dtype=dtype)])
+        for name, tensor in self.fields.items():
+            self.fields[name] = torch.cat([tensor, tensor.new_zeros(1)])
+            self._rows[name].append(0)
         return len(self) - 1
 
     def get(self, field: str, row: int) -> float:
-        return self.fields[field][row].item()
+        """The value; does not wait for the device."""
+        return self._rows[field][row]
 
     def set(self, field: str, row: int, value: float) -> None:
-        self.fields[field][row] = value
+        """Writes the value; does not wait for the device."""
+        self._rows[field][row] = value if FIELDS[field].is_floating_point else int(value)
+        self.fields[field][row].fill_(value)
+
+    def age(self) -> None:
+        """One more control interval for every seed."""
+        self.fields["epochs"] += 1
+        self._rows["epochs"] = [epochs + 1 for epochs in self._rows["epochs"]]
 
     def state(self) -> dict[str, torch.Tensor]:
         """Copies of all fields."""

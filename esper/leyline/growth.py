@@ -129,9 +129,9 @@ class Growable(Protocol):
         """Names and parameters on the live path: the host's own first, then those of blended seeds, oldest first."""
         ...
 
-    def share(self, mean: Callable[[Sequence[torch.Tensor]], None]) -> None:
-        """Says how figures that steer the live path are averaged over ranks, in place, under DDP. Collective then:
-        all ranks call `prepare` and `close_epoch` in the same order.
+    def share(self, mean: Callable[[Sequence[torch.Tensor]], None], *, world: int) -> None:
+        """Says how telemetry, and figures that steer the live path, are averaged over `world` ranks, in place, under
+        DDP. Collective then: all ranks call `prepare` and `close_epoch` in the same order, and sample the same steps.
         """
         ...
 
@@ -189,13 +189,15 @@ class Growable(Protocol):
         ...
 
     def close_epoch(self, *, run_id: str, epoch: int, step: int, val_loss: float | None) -> list[LayerHealthReport]:
-        """Ends the interval: health of each site from the sampled steps, evidence of harm for blended seeds from
-        `val_loss`, and each seed's gate.
+        """Ends the interval: health of each site from the sampled steps (of all ranks), evidence of harm for blended
+        seeds from `val_loss`, and each seed's gate.
         """
         ...
 
     def soundness(self) -> Mapping[str, tuple[int, int]]:
-        """For each site, of this interval: samples of health that were finite, and sampled steps that were not."""
+        """For each site, of this interval and this rank: samples of health that were finite, and sampled steps that
+        were not.
+        """
         ...
 
     def check(self, command: KasminaControlCommand) -> str | None:

@@ -46,6 +46,25 @@ class Evidence(Contract):
 # ---------------------------------------------------------------- telemetry
 
 
+class ChunkHealth(Contract):
+    """The health of one chunk, a run of neighbouring channels of a site; the figures are as in `HealthSignal`.
+
+    Attributes:
+        first_channel, num_channels: which of the site's channels.
+        avg_correlation: between the chunk's own channels; None with fewer than two that are watched.
+    """
+
+    chunk_id: Annotated[int, Field(ge=0)]
+    first_channel: Annotated[int, Field(ge=0)]
+    num_channels: Annotated[int, Field(ge=1)]
+    activation_variance: Finite | None = None
+    dead_neuron_ratio: Fraction | None = None
+    avg_correlation: Fraction | None = None
+    gradient_norm: Finite | None = None
+    grow_potential: Finite | None = None
+    health_score: Fraction | None = None
+
+
 class HealthSignal(Contract):
     """The health of one seed, or of its site while the seed is dormant, over one epoch (or control interval).
 
@@ -54,7 +73,8 @@ class HealthSignal(Contract):
     Attributes:
         layer_id: the site's name (module path).
         seed_id: unique within the run.
-        chunk_id: slice of the site's channels the seed watches; 0 where the site is one chunk.
+        chunk_id: the chunk of the site's channels with the largest growth potential (see `LayerHealthReport.chunks`);
+            0 where the site is one chunk. The other figures are of all channels, as a kernel is.
         activation_variance: mean over channels of the variance of h.
         dead_neuron_ratio: share of channels whose activation never exceeded a small threshold.
         avg_correlation: mean absolute correlation between channels of h.
@@ -93,7 +113,12 @@ class HealthSignal(Contract):
 
 
 class LayerHealthReport(Contract):
-    """All seeds of one site, with the site's place in the host."""
+    """All seeds of one site, with the site's place in the host.
+
+    Attributes:
+        num_samples: that the figures are of, over all ranks.
+        chunks: the figures of each chunk, where the site is cut into several (`kasmina.chunks`).
+    """
 
     api_version: int = API_VERSION
     run_id: str
@@ -102,6 +127,7 @@ class LayerHealthReport(Contract):
     epoch: Annotated[int, Field(ge=0)]
     step: Annotated[int, Field(ge=0)]
     num_samples: Annotated[int, Field(ge=0)] = 0
+    chunks: tuple[ChunkHealth, ...] = ()
     seeds: tuple[HealthSignal, ...]
 
 

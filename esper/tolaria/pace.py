@@ -1,7 +1,8 @@
 """How often health is sampled: on every so many steps, and less often where a sample costs more than its share.
 
 It is told what steps took and knows nothing else; the clock is the caller's. With a share of None the interval is
-fixed, which is what a deterministic run needs: what is sampled must not depend on the clock.
+fixed, which is what a deterministic run needs: what is sampled must not depend on the clock. Nor may it differ between
+the ranks of a run, whose clocks do: they hold to one rank's interval from epoch to epoch.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Pace:
         self._every = every
         self._share = share
         self._last: int | None = None
+        self._held: int | None = None
         self._plain: deque[float] = deque(maxlen=WINDOW)
         self._sampled: deque[float] = deque(maxlen=WINDOW)
 
@@ -42,7 +44,8 @@ class Pace:
         """
         if self._share is None:
             return step % self._every == 0
-        if self._last is not None and self._last <= step < self._last + self.interval(longest=longest):
+        interval = self._held or self.interval(longest=longest)
+        if self._last is not None and self._last <= step < self._last + interval:
             return False
         self._last = step
         return True
@@ -50,6 +53,10 @@ class Pace:
     def took(self, seconds: float, *, sampled: bool) -> None:
         """Takes in the duration of a step."""
         (self._sampled if sampled else self._plain).append(seconds)
+
+    def hold(self, interval: int) -> None:
+        """Keeps to this interval, whatever was measured, until it is told another."""
+        self._held = interval
 
     def forget(self) -> None:
         """Drops what was measured: steps cost something else from now on, as after a graft."""

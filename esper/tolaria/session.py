@@ -129,7 +129,7 @@ class Session:
         self._costs = HostCosts(growable, task.loss_fn, precision=self.precision)
         self.host_size = HostSize(live_params(growable), self._costs.forward(example) // len(example[0]))
         if ports.ranks.world > 1:
-            growable.share(ports.ranks.mean_)
+            growable.share(ports.ranks.mean_, world=ports.ranks.world)
         self._val = val
         self._steps_per_epoch = steps_per_epoch
         self._boundary: Boundary | None = None
@@ -167,6 +167,7 @@ class Session:
         self._deciding.begin()
         self._adaptation.rebuild_parallel()
         self._guard.remember()
+        self._agree_on_pace()
         self._ready()
 
     def finish(self, reason: str) -> None:
@@ -311,7 +312,7 @@ class Session:
         if self._paced_version != course.growable.topology_version:
             self._paced_version = course.growable.topology_version
             self._pace.forget()
-        self._observing = self._pace.samples(course.step, longest=max(1, self._steps_per_epoch // 2))
+        self._observing = self._pace.samples(course.step, longest=self._longest)
         change = course.growable.prepare(
             course.step,
             epoch=course.epoch,
@@ -384,7 +385,19 @@ class Session:
             with course.ledger.timed("telemetry"):  # here, so that no step after a graft pays for the counting
                 for inputs, targets in self._parts(self._last_batch):
                     self._costs.training_step(inputs, targets)
+        self._agree_on_pace()
         self._ready()
+
+    @property
+    def _longest(self) -> int:
+        """Steps between samples of health at most."""
+        return max(1, self._steps_per_epoch // 2)
+
+    def _agree_on_pace(self) -> None:
+        """All ranks sample the same steps until the next epoch: each sees its own share of what is then one batch."""
+        ranks = self.course.ports.ranks
+        if ranks.world > 1:
+            self._pace.hold(ranks.broadcast(self._pace.interval(longest=self._longest)))
 
     def _share_buffers(self) -> None:
         """Gives every rank rank 0's running statistics: each saw another share of the last step."""

@@ -560,7 +560,7 @@ def test_ranks_swap_at_one_step_or_not_at_all(built: Built, both: bool):
 
     def run(rank: int) -> None:
         host = drivers[rank].host
-        host.share(meeting.mean)
+        host.share(meeting.mean, world=2)
         if rank == 0:  # this rank is ready at once, the other one later
             host.request_native("s0", built.artifact.kernel_id)
             awaited(drivers[0])
@@ -607,7 +607,7 @@ def train(swaps):
     host = wrapped("mlp", hub=shelf)
     kernel_id = shelf.put(DESIGNS["mlp"], SiteSignature(kind=SiteKind.VECTOR, channels=8))
     driver = Driver("mlp", host).to_grafting(SITES["mlp"], kernel_id)
-    host.share(ranks.mean_)
+    host.share(ranks.mean_, world=2)
     model = ranks.parallel(host.module, [name for name, _ in host.live_parameters()])
     mine, rungs, began = batches("mlp", 64, seed=100 + rank), [], driver.step
     loaded = threading.Event()

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kasmina_support import HOSTS, Driver, assert_equal, fingerprint, wrapped
 
-from esper.kasmina.health import PROBE_EVERY, PROBE_FEATURES, Health, Observer, some_rows
-from esper.leyline import ConflictError, SiteKind, SiteSignature
+from esper.config import KasminaConfig
+from esper.kasmina.health import Health, chunks_of, health_of_chunks, health_of_site
+from esper.kasmina.observer import PROBE_EVERY, PROBE_FEATURES, Observer, some_rows
+from esper.leyline import ConflictError, SeedStage, SiteKind, SiteSignature
 
 MAP = SiteSignature(kind=SiteKind.FEATURE_MAP, channels=3, extent=(4, 5))
 VECTOR = SiteSignature(kind=SiteKind.VECTOR, channels=5)
@@ -34,7 +36,7 @@ def test_streams_agree_with_all_samples_at_once(signature):
     rows = torch.cat([rows_of(h, signature) for h in parts])
     correlation = torch.corrcoef(rows.T).abs()
     num = signature.channels
-    health = observer.health()
+    health = health_of_site(observer.sums())
     assert health.num_samples == 12
     assert health.activation_variance == pytest.approx(rows.var(0, correction=0).mean().item(), rel=1e-6)
     assert health.avg_correlation == pytest.approx((correlation.sum().item() - num) / (num * (num - 1)), rel=1e-6)
@@ -51,7 +53,7 @@ def test_a_large_mean_does_not_eat_the_variance(offset, sizes):
     for part in parts:
         observer.watch(part)
     expected = torch.cat(parts).double().var(0, correction=0).mean().item()
-    assert observer.health().activation_variance == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert health_of_site(observer.sums()).activation_variance == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
 def test_dead_channels_are_counted_and_not_correlated():
@@ -60,7 +62,7 @@ def test_dead_channels_are_counted_and_not_correlated():
     h[:, 3] = -h[:, 0]
     observer = Observer("x", VECTOR)
     observer.watch(h)
-    health = observer.health()
+    health = health_of_site(observer.sums())
     assert health.dead_neuron_ratio == pytest.approx(0.2)
     alive = torch.corrcoef(h[:, [0, 2, 3, 4]].double().T).abs()
     assert health.avg_correlation == pytest.approx((alive.sum().item() - 4) / 12)
@@ -84,7 +86,7 @@ def test_gradient_and_growth_potential_are_those_of_a_zeroed_last_layer():
         if step % PROBE_EVERY == 0:
             pulls.append(last.grad)
         norms.append(h.grad.norm(dim=1).mean())
-    health = observer.health()
+    health = health_of_site(observer.sums())
     assert health.grow_potential == pytest.approx(
         torch.stack(pulls).mean(0).norm().item() / math.sqrt(PROBE_FEATURES), rel=1e-5
     )
@@ -101,7 +103,7 @@ def test_a_probe_of_a_map_is_taken_at_every_position():
     out.square().sum().backward()
     rows, gradient = (t.detach().permute(0, 2, 3, 1).reshape(-1, 3).double() for t in (h, h.grad))
     expected = gradient.T @ torch.relu(rows @ observer._probe_cp.double())
-    health = observer.health()
+    health = health_of_site(observer.sums())
     assert health.grow_potential == pytest.approx(expected.norm().item() / math.sqrt(PROBE_FEATURES), rel=1e-5)
     assert health.gradient_norm == pytest.approx(h.grad.flatten(1).norm(dim=1).mean().item(), rel=1e-5)
 
@@ -127,7 +129,7 @@ def test_one_live_position_in_a_large_map_is_a_live_channel():
     h[1, 0, 31, 17] = -3.0
     observer = Observer("x", signature)
     observer.watch(h)
-    assert observer.health().dead_neuron_ratio == pytest.approx(2 / 3)
+    assert health_of_site(observer.sums()).dead_neuron_ratio == pytest.approx(2 / 3)
 
 
 def test_figures_of_a_large_map_are_those_of_all_its_rows_but_for_noise():
@@ -138,7 +140,7 @@ def test_figures_of_a_large_map_are_those_of_all_its_rows_but_for_noise():
     for _ in range(20):
         rows = torch.randn(8, 32, 32, 3, generator=generator) @ mix
         observer.watch(rows.permute(0, 3, 1, 2))
-    health = observer.health()
+    health = health_of_site(observer.sums())
     assert health.activation_variance == pytest.approx(2.0, rel=0.05)
     assert health.avg_correlation == pytest.approx(0.8 / 3, abs=0.02)
 
@@ -154,7 +156,7 @@ def test_a_state_taken_in_the_middle_goes_on_bit_for_bit():
     for observer in (first, second):
         for h in parts[4:]:
             observer.watch(h)
-    assert first.health() == second.health()
+    assert health_of_site(first.sums()) == health_of_site(second.sums())
 
 
 def test_what_waits_is_bounded():
@@ -174,23 +176,101 @@ def test_the_probe_depends_on_the_name_alone_and_draws_nothing():
 
 
 def test_what_is_not_measured_is_none():
-    assert Observer("x", VECTOR).health() == Health()
+    assert health_of_site(Observer("x", VECTOR).sums()) == Health()
     assert Health().score is None
     observer = Observer("x", VECTOR)
     observer.watch(torch.full((2, 5), float("nan")))
-    assert observer.health() == Health(num_skipped=1)
+    assert health_of_site(observer.sums()) == Health(num_skipped=1)
 
 
 def test_a_constant_layer_scores_nothing():
     observer = Observer("x", VECTOR)
     observer.watch(torch.ones(4, 5))
-    assert observer.health().avg_correlation is None
-    assert observer.health().score == 0.0
+    assert health_of_site(observer.sums()).avg_correlation is None
+    assert health_of_site(observer.sums()).score == 0.0
 
 
 def test_a_state_of_another_width_is_refused():
     with pytest.raises(ConflictError):
         Observer("x", VECTOR).load(Observer("x", SEQUENCE).state())
+
+
+# ---------------------------------------------------------------- chunks
+
+
+@given(channels=st.integers(1, 200), num=st.integers(1, 64))
+def test_chunks_hold_every_channel_once_and_are_even(channels, num):
+    chunks = chunks_of(channels, num)
+    assert [channel for chunk in chunks for channel in chunk] == list(range(channels))
+    sizes = {len(chunk) for chunk in chunks}
+    assert len(chunks) == min(num, channels)
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("signature", [MAP, VECTOR, SEQUENCE], ids=lambda s: s.kind.value)
+def test_each_chunk_has_the_figures_of_its_own_channels(signature):
+    torch.manual_seed(0)
+    observer = Observer("x", signature, num_chunks=2)
+    rows, norms, pulls = [], [], []
+    for step in range(3):
+        h = torch.randn(signature.shape(4)) * 3 + 1
+        h.movedim(1 if signature.kind is SiteKind.FEATURE_MAP else -1, 0)[0] = 0.0  # a dead channel
+        out = h.requires_grad_() * 1.0
+        observer.watch(out)
+        out.pow(3).mean().backward()
+        gradient_nc = rows_of(h.grad, signature)
+        rows.append(rows_of(out.detach(), signature))
+        norms.append(gradient_nc.reshape(4, -1, signature.channels))
+        if step % PROBE_EVERY == 0:
+            pulls.append(gradient_nc.T @ torch.relu(rows[-1] @ observer._probe_cp.double()))
+    sums = observer.sums()
+    rows_nc, gradient_blc, pull_cp = torch.cat(rows), torch.cat(norms), torch.stack(pulls).mean(0)
+    found = health_of_chunks(sums, observer.chunks, observer.watched)
+    assert [health.dead_neuron_ratio for health in found] == [1 / len(observer.chunks[0]), 0.0]
+    for health, chunk in zip(
+        (health_of_site(sums), *found), (range(signature.channels), *observer.chunks), strict=True
+    ):
+        part = slice(chunk.start, chunk.stop)
+        assert health.activation_variance == pytest.approx(rows_nc[:, part].var(0, correction=0).mean().item())
+        assert health.gradient_norm == pytest.approx(gradient_blc[:, :, part].norm(dim=(1, 2)).mean().item(), rel=1e-5)
+        assert health.grow_potential == pytest.approx(pull_cp[part].norm().item() / PROBE_FEATURES**0.5, rel=1e-5)
+        alive = rows_nc[:, part][:, rows_nc[:, part].var(0) > 0]
+        num = alive.shape[1]
+        expected = (torch.corrcoef(alive.T).abs().sum().item() - num) / (num * (num - 1)) if num > 1 else None
+        assert health.avg_correlation == (None if expected is None else pytest.approx(expected))
+
+
+def test_a_site_of_one_chunk_tells_no_chunks():
+    observer = Observer("x", VECTOR)
+    observer.watch(torch.ones(2, 5))
+    assert health_of_chunks(observer.sums(), observer.chunks, observer.watched) == ()
+
+
+def test_reports_tell_each_chunk_and_which_asks_most_for_a_kernel():
+    driver = Driver("mlp", wrapped("mlp", config=KasminaConfig(chunks=4)), observe_every=1).run_epoch()
+    report = driver.reports[0]
+    assert [(c.chunk_id, c.first_channel, c.num_channels) for c in report.chunks] == [
+        (0, 0, 2), (1, 2, 2), (2, 4, 2), (3, 6, 2),
+    ]  # fmt: skip
+    potentials = [chunk.grow_potential for chunk in report.chunks]
+    assert report.seeds[0].chunk_id == potentials.index(max(potentials)) != 0
+    assert math.hypot(*potentials) == pytest.approx(report.seeds[0].grow_potential)
+
+
+# ---------------------------------------------------------------- where it lies
+
+
+def test_what_is_kept_moves_with_the_model_and_stays_as_precise():
+    """There is one device here, so the move is to torch's `meta`; the precision is asked for by a cast."""
+    host = wrapped("mlp")
+    layer = host.module._esper.get_submodule("1")
+    host.to(torch.float16)
+    assert {t.dtype for t in layer.table.fields.values()} <= {torch.uint8, torch.int64, torch.float64}
+    assert layer.observer.sums().mean_c.dtype is torch.float64
+    host.module._esper.to("meta")
+    kept = (*layer.table.fields.values(), *layer.observer.state().values())
+    assert {t.device.type for t in kept if isinstance(t, torch.Tensor)} == {"meta"}
+    assert host.seeds()[0].stage is SeedStage.DORMANT, "what steers Python does not ask the device"
 
 
 # ---------------------------------------------------------------- in the host

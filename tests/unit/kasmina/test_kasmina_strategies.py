@@ -194,7 +194,9 @@ def test_performance_that_is_worse_than_before_the_graft_holds_alpha_and_asks_fo
 def test_drift_is_averaged_over_ranks():
     driver = grafting(DRIFT)
     seen = []
-    driver.host.share(lambda tensors: seen.extend(float(t) for t in tensors) or [t.fill_(1e9) for t in tensors])
+    driver.host.share(
+        lambda tensors: seen.extend(float(t) for t in tensors) or [t.fill_(1e9) for t in tensors], world=2
+    )
     driver.train(4)
     assert len(seen) == 3, "the first step has nothing to share"
     before = driver.seed().alpha

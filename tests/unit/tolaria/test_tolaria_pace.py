@@ -69,3 +69,14 @@ def test_a_clock_that_stands_still_changes_nothing():
     pace = Pace(5, 0.01)
     drive(pace, 50, plain=0.0, sampled=0.0)
     assert pace.interval(longest=100) == pytest.approx(5)
+
+
+def test_ranks_with_other_clocks_sample_the_same_steps_while_they_hold_to_one_interval():
+    paces = [Pace(5, 0.01), Pace(5, 0.01)]
+    for pace in paces:
+        pace.hold(paces[0].interval(longest=100))
+    chosen = [drive(pace, 60, plain=1.0, sampled=sampled) for pace, sampled in zip(paces, (1.0, 9.0), strict=True)]
+    assert chosen[0] == chosen[1] == list(range(0, 60, 5))
+    for pace in paces:
+        pace.hold(paces[1].interval(longest=100))
+    assert drive(paces[0], 300, plain=1.0, sampled=1.0) == drive(paces[1], 300, plain=1.0, sampled=9.0)
