@@ -4,6 +4,7 @@
 this package's root.
 """
 
+from esper.leyline.alerts import Alert, AlertKind
 from esper.leyline.blueprints import INPUT, Blueprint, BlueprintIR, Node
 from esper.leyline.bus import BusStats, DeadLetter, GroupStats, TopicStats
 from esper.leyline.contract import API_VERSION, Contract, new_id, now
@@ -104,6 +105,8 @@ __all__ = [
     "TRANSITIONS",
     "Action",
     "AdaptationSignal",
+    "Alert",
+    "AlertKind",
     "AssetHub",
     "BlendStrategy",
     "Blueprint",

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
+from esper.leyline.alerts import Alert
 from esper.leyline.blueprints import Blueprint
 from esper.leyline.bus import DeadLetter
 from esper.leyline.contract import Contract, Finite, new_id, now
@@ -38,6 +39,7 @@ class Topic(StrEnum):
     EPOCH = "system.events.epoch"
     LIFECYCLE = "system.events.lifecycle"
     RUNGS = "system.events.rung"
+    ALERTS = "system.events.alert"
     FIELD_REPORTS = "innovation.field_reports"
     DEAD_LETTERS = "system.dead_letters"
 
@@ -53,6 +55,7 @@ PAYLOADS: dict[Topic, type[Contract]] = {
     Topic.EPOCH: EpochRecord,
     Topic.LIFECYCLE: LifecycleEvent,
     Topic.RUNGS: RungChange,
+    Topic.ALERTS: Alert,
     Topic.FIELD_REPORTS: FieldReport,
     Topic.DEAD_LETTERS: DeadLetter,
 }

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from esper.leyline.alerts import Alert
 from esper.leyline.blueprints import Blueprint
 from esper.leyline.contract import Contract
 from esper.leyline.kernels import CompiledKernelArtifact, KernelStatus, SiteSignature
@@ -29,6 +30,7 @@ from esper.leyline.signals import (
 )
 from esper.nissa.stages import word
 from esper.nissa.viewmodel import (
+    NUM_ALERTS,
     NUM_CLOCK,
     NUM_NOTES,
     NUM_POINTS,
@@ -53,6 +55,7 @@ TOPICS: tuple[Topic, ...] = (
     Topic.BLUEPRINT_SUBMITTED,
     Topic.KERNEL_READY,
     Topic.FIELD_REPORTS,
+    Topic.ALERTS,
 )
 """What Nissa listens to."""
 
@@ -71,6 +74,7 @@ class Live:
         self._views: OrderedDict[str, LiveView] = OrderedDict()
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._kernels: OrderedDict[tuple[str, str], bool] = OrderedDict()  # (blueprint, signature) -> is ready
+        self._alerts: OrderedDict[str, Alert] = OrderedDict()  # of the platform as a whole
         self._max_runs, self._max_ids, self._max_kernels = max_runs, max_ids, max_kernels
 
     def apply(self, message: OonaMessage) -> bool:
@@ -89,6 +93,8 @@ class Live:
         elif isinstance(body, CompiledKernelArtifact):
             if body.status is KernelStatus.VALIDATED:
                 self._kernel(body.blueprint_id, body.signature, ready=True)
+        elif isinstance(body, Alert) and not body.run_id:
+            self._platform_alert(body)
         elif type(body) in _FOLDS:
             self._fold(body, message.timestamp)
         return True
@@ -101,12 +107,29 @@ class Live:
         """The runs that are remembered, the most recently heard of last."""
         return tuple(self._views)
 
+    def platform_alerts(self) -> tuple[Alert, ...]:
+        """The alerts of no run: those that last, and the last ones that ended."""
+        return tuple(self._alerts.values())
+
     def _fold(self, body: Any, at: float) -> None:
-        view = self._views.get(body.run_id) or LiveView(run_id=body.run_id)
+        view = self._views.get(body.run_id)
+        if view is None:
+            view = LiveView(run_id=body.run_id)
+            for alert in self._alerts.values():
+                view = _on_alert(view, alert, at) if alert.is_open else view
         view = _FOLDS[type(body)](view, body, at)
         if isinstance(body, RunStarted):
             view = self._count_kernels(view)
         _remember(self._views, body.run_id, replace(view, updated_at=max(view.updated_at, at)), self._max_runs)
+
+    def _platform_alert(self, alert: Alert) -> None:
+        """Keeps it, and shows it with every run that it may trouble."""
+        old = self._alerts.get(alert.alert_id)
+        if old is None or old.is_open:
+            _remember(self._alerts, alert.alert_id, alert, NUM_ALERTS)
+        for run_id, view in self._views.items():
+            if not view.is_done or alert.alert_id in view.alerts:
+                self._views[run_id] = _on_alert(view, alert, alert.updated_at)
 
     def _kernel(self, blueprint_id: str, signature: SiteSignature, *, ready: bool) -> None:
         key = (blueprint_id, signature.key)
@@ -318,6 +341,33 @@ def _on_field_report(view: LiveView, body: FieldReport, _at: float) -> LiveView:
     return replace(view, outcomes={**view.outcomes, body.outcome: view.outcomes.get(body.outcome, 0) + 1})
 
 
+def _on_alert(view: LiveView, body: Alert, _at: float) -> LiveView:
+    """An alert is two notes: that it began, and that it is over. What is told of it between replaces it."""
+    old = view.alerts.get(body.alert_id)
+    if old is not None and not old.is_open:
+        return view
+    alerts = _trimmed({**view.alerts, body.alert_id: body})
+    view = replace(view, alerts=alerts)
+    epoch = min(view.epochs_done, max(view.num_epochs - 1, 0))
+    if old is None:
+        view = replace(view, num_alerts={**view.num_alerts, body.kind: view.num_alerts.get(body.kind, 0) + 1})
+        tone = Tone.BAD if body.severity is Severity.CRITICAL else Tone.WARNING
+        step = view.step if body.since_step is None else body.since_step
+        view = _note(view, body.since, epoch, step, body.place, body.summary, body.evidence, tone=tone)
+    if body.ended_at is None:
+        return view
+    step = view.step if body.ended_step is None else body.ended_step
+    text = f"{body.summary}: over"
+    return _note(view, body.ended_at, epoch, step, body.place, text, body.ending, tone=Tone.GOOD)
+
+
+def _trimmed(alerts: dict[str, Alert]) -> dict[str, Alert]:
+    """At most `NUM_ALERTS`: of those that ended the oldest goes first, then the oldest of all."""
+    while len(alerts) > NUM_ALERTS:
+        del alerts[next((key for key, alert in alerts.items() if not alert.is_open), next(iter(alerts)))]
+    return alerts
+
+
 def _key(site: str, seed_id: str) -> str:
     return f"{site}\n{seed_id}"
 
@@ -339,4 +389,5 @@ _FOLDS: dict[type[Contract], Callable[[LiveView, Any, float], LiveView]] = {
     RungChange: _on_rung,
     AdaptationSignal: _on_decision,
     FieldReport: _on_field_report,
+    Alert: _on_alert,
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from esper.leyline.alerts import Alert, AlertKind
 from esper.leyline.native import Rung
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import EpochRecord, Evidence, Outcome
@@ -16,6 +17,7 @@ NUM_STEP_LOSSES = 160
 NUM_NOTES = 40
 NUM_SEEDS = 256
 NUM_CLOCK = 6
+NUM_ALERTS = 32
 
 
 class Tone(StrEnum):
@@ -104,6 +106,8 @@ class LiveView:
         decision: the controller's last answer in words, waits too; `policy` gave it.
         outcomes: how many adaptations ended which way.
         num_notes: notes so far, also those no longer in `notes`.
+        alerts: by id, in the order of their begin; those that last, and the last ones that ended.
+        num_alerts: alerts so far by kind, also those no longer in `alerts`.
     """
 
     run_id: str
@@ -133,6 +137,8 @@ class LiveView:
     outcomes: Mapping[Outcome, int] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
     num_notes: int = 0
+    alerts: Mapping[str, Alert] = field(default_factory=dict)
+    num_alerts: Mapping[AlertKind, int] = field(default_factory=dict)
 
     @property
     def params(self) -> int:
@@ -153,6 +159,11 @@ class LiveView:
     def is_done(self) -> bool:
         """Whether the last epoch has ended."""
         return 0 < self.num_epochs <= self.epochs_done
+
+    @property
+    def open_alerts(self) -> tuple[Alert, ...]:
+        """The alerts that last, in the order of their begin."""
+        return tuple(alert for alert in self.alerts.values() if alert.is_open)
 
     def seconds_left(self, now: float) -> float | None:
         """Estimates the seconds left at the pace of the last epochs; None until there is a pace."""

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator
 
+from esper.leyline.alerts import Alert, AlertKind
 from esper.leyline.blueprints import Blueprint, BlueprintIR, Node
 from esper.leyline.contract import Contract
 from esper.leyline.kernels import Check, CompiledKernelArtifact, SiteKind, SiteSignature, ValidationReport
@@ -289,3 +290,18 @@ def endings(epoch: int) -> Iterator[tuple[Topic, Contract]]:
 def events_by_epoch() -> list[LifecycleEvent]:
     """The events in the order in which `messages` sends them."""
     return sorted(events(), key=lambda event: event.epoch)
+
+
+def alert(**changes) -> Alert:
+    fields = {
+        "alert_id": "a1", "kind": AlertKind.LOSS_SPIKE, "run_id": RUN, "since": STARTED + 9.5, "since_step": 40,
+        "updated_at": STARTED + 9.6, "summary": "the loss jumped", "detector": "robust z-score",
+        "evidence": "3.1 where 0.8 is usual: 12 deviations above", "command": f"esper runs show {RUN}",
+        "figures": {"value": 3.1, "usual": 0.8, "score": 12.0},
+    }  # fmt: skip
+    return Alert(**{**fields, **changes})
+
+
+def told(body: Alert, number: int = 0) -> OonaMessage:
+    message = OonaMessage.of(Topic.ALERTS, body, sender_id="nissa", key=body.run_id or "platform")
+    return message.model_copy(update={"event_id": f"{body.alert_id}-{number}", "timestamp": body.updated_at})

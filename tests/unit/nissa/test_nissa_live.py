@@ -9,12 +9,13 @@ import nissa_story as story
 import pytest
 from pydantic import ValidationError
 
+from esper.leyline.alerts import AlertKind
 from esper.leyline.messages import OonaMessage, Topic
 from esper.leyline.native import Rung
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import AdaptationSignal, EpochRecord, EvidenceKind, Outcome, Severity, StepBatch
 from esper.nissa.live import Live
-from esper.nissa.viewmodel import NUM_NOTES, NUM_POINTS, LiveView, Tone
+from esper.nissa.viewmodel import NUM_ALERTS, NUM_NOTES, NUM_POINTS, LiveView, Tone
 
 
 def fold(messages) -> LiveView:
@@ -174,3 +175,45 @@ def test_old_runs_are_forgotten():
         live.apply(OonaMessage.of(Topic.EPOCH, record, sender_id="t", key=name))
     assert live.run_ids() == ("b", "c")
     assert live.view("a") is None
+
+
+def test_an_alert_is_told_once_at_its_begin_and_once_at_its_end():
+    grown = story.alert(count=7, updated_at=story.STARTED + 9.9)
+    ended = grown.model_copy(update={"ended_at": story.STARTED + 10, "ended_step": 60, "ending": "as before"})
+    late = story.told(grown, 3)
+    view = fold([*story.messages(2), *(story.told(body, i) for i, body in enumerate((story.alert(), grown)))])
+    assert view.open_alerts == (grown,)
+    assert view.num_alerts == {AlertKind.LOSS_SPIKE: 1}
+    assert [(note.subject, note.text, note.tone) for note in view.notes[-1:]] == [
+        (story.RUN, "the loss jumped", Tone.WARNING)
+    ]
+    view = fold([*story.messages(2), story.told(story.alert()), story.told(ended, 2), late])
+    assert (view.open_alerts, view.alerts["a1"]) == ((), ended)
+    assert [(note.text, note.reason) for note in view.notes[-2:]] == [
+        ("the loss jumped", story.alert().evidence),
+        ("the loss jumped: over", "as before"),
+    ]
+
+
+def test_an_alert_of_the_platform_is_seen_with_every_run_it_may_trouble():
+    lag = story.alert(alert_id="lag", kind=AlertKind.BUS_LAG, run_id="", group="slow", since_step=None)
+    live = Live()
+    other = EpochRecord(run_id="other", epoch=0, num_epochs=2, step=1, train_loss=1.0)
+    done = other.model_copy(update={"run_id": "done", "num_epochs": 1})
+    for body in (done, other, lag, other.model_copy(update={"run_id": "later"})):
+        topic = Topic.ALERTS if body is lag else Topic.EPOCH
+        live.apply(OonaMessage.of(topic, body, sender_id="t", key="k"))
+    assert live.platform_alerts() == (lag,)
+    views = {run_id: live.view(run_id) for run_id in live.run_ids()}
+    assert {name: view.open_alerts for name, view in views.items()} == {"done": (), "other": (lag,), "later": (lag,)}
+    ended = lag.model_copy(update={"ended_at": lag.updated_at + 1, "ending": "it caught up"})
+    live.apply(OonaMessage.of(Topic.ALERTS, ended, sender_id="t", key="k"))
+    assert [view.open_alerts for run_id in live.run_ids() if (view := live.view(run_id))] == [(), (), ()]
+
+
+def test_alerts_stay_few_and_those_that_last_stay_longest():
+    ended = [story.alert(alert_id=f"e{i}", ended_at=story.STARTED + 20, ending="over") for i in range(NUM_ALERTS)]
+    view = fold([story.told(story.alert()), *(story.told(body) for body in ended)])
+    assert len(view.alerts) == NUM_ALERTS
+    assert view.open_alerts == (story.alert(),)
+    assert view.num_alerts == {AlertKind.LOSS_SPIKE: 1 + NUM_ALERTS}
