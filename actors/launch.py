@@ -36,6 +36,7 @@ from esper.leyline.keys import load_or_create, public_hex
 from esper.leyline.summary import CONFIG_FILE, HISTORY_FILE, REPORT_FILE, SUMMARY_FILE, RunHistory
 from esper.nissa import Follower, view_for, write_report
 from esper.storage import Storage
+from esper.tolaria.patience import PatientStorage
 
 if TYPE_CHECKING:
     from actors.platform import Platform
@@ -99,7 +100,7 @@ def run(
     storage.check_writable()
     config = _pin_key(config)
     run_id = run_id or new_run_id(config)
-    folder = storage.below("runs", run_id)
+    folder = PatientStorage(f"{storage.uri}/runs/{run_id}", storage.options)  # as the trainer's is
     with held(storage, shared=joins()):  # before anything is written or started
         if not resume:
             folder.write(CONFIG_FILE, dump_config(_without_secrets(config)).encode())
@@ -238,9 +239,6 @@ def _note_failure(folder: Storage, error: EsperError) -> None:
 
 def _report(folder: Storage, summary: RunSummary) -> None:
     history = RunHistory.model_validate_json(folder.read(HISTORY_FILE))
-    if folder.local is not None:
-        write_report(summary, history, folder.local / REPORT_FILE)
-        return
     with tempfile.TemporaryDirectory() as scratch:
         path = write_report(summary, history, Path(scratch) / REPORT_FILE)
         folder.write(REPORT_FILE, path.read_bytes())

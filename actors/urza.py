@@ -39,6 +39,7 @@ from esper.leyline import (
     Outcome,
     Pipeline,
     SiteSignature,
+    StorageError,
     Topic,
     UnavailableError,
 )
@@ -287,6 +288,9 @@ class UrzaHandle:
     Args:
         actor: the actor's handle.
         deadline_s: after so long a call raises `UnavailableError`; Ray repeats it meanwhile if Urza is restarted.
+
+    A storage that fails behind an Urza that was `ready` once is an `UnavailableError` too: it may be back, and whoever
+    asks has no other storage to name.
     """
 
     def __init__(self, actor: Any, *, deadline_s: float = 30.0) -> None:
@@ -306,8 +310,12 @@ class UrzaHandle:
         return UrzaHandle(self._actor, deadline_s=deadline_s)
 
     def ready(self) -> int:
-        """Waits until Urza answers; returns its process id."""
-        return self._ask("ready")
+        """Waits until Urza answers; returns its process id.
+
+        Raises:
+            StorageError: if the address cannot be read or written.
+        """
+        return _get(self._actor.ready.remote(), self._deadline_s, names_storage=True)
 
     def submit_blueprint(
         self,
@@ -506,13 +514,15 @@ def _handle(actor: Any, deadline_s: float) -> UrzaHandle:
     return UrzaHandle(actor, deadline_s=deadline_s)
 
 
-def _get(ref: ray.ObjectRef, timeout_s: float) -> Any:
-    """`ray.get` with the library's errors; an `ObjectLostError` passes."""
+def _get(ref: ray.ObjectRef, timeout_s: float, *, names_storage: bool = False) -> Any:
+    """`ray.get` with the library's errors; an `ObjectLostError` passes, and with `names_storage` a `StorageError`."""
     try:
         return ray.get(ref, timeout=max(timeout_s, 0.0))
     except GetTimeoutError as error:
         raise UnavailableError("Urza did not answer within its deadline") from error
     except RayTaskError as error:
+        if isinstance(error.cause, StorageError) and not names_storage:
+            raise UnavailableError(f"Urza's storage fails: {error.cause}") from error
         if isinstance(error.cause, EsperError):
             raise error.cause from None
         raise

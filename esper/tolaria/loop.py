@@ -24,6 +24,7 @@ from esper.leyline.messages import Topic
 from esper.leyline.presence import Presence
 from esper.leyline.signals import EpochRecord, RunStarted
 from esper.leyline.summary import HISTORY_FILE, SUMMARY_FILE, RunStatus, RunSummary, Start
+from esper.storage import Storage
 from esper.tolaria.checkpoint import Checkpoints, Restored
 from esper.tolaria.commands import CommandLog
 from esper.tolaria.course import Ports
@@ -144,7 +145,8 @@ class Trainer:
             steps_per_epoch=self._num_batches,
             device=self._device,
             commands=commands,
-            steering=Steering(self._folder) if self._is_first else None,
+            # not patient: a storage that fails must not hold the run up for what people may have said
+            steering=Steering(Storage.at(directory, config.storage_options)) if self._is_first else None,
         )
         self._presence = Presence()
         self._best = Best()

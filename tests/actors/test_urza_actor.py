@@ -190,6 +190,19 @@ def test_errors_cross_unchanged(hub):
         hub.kernel("0" * 64)
 
 
+def test_a_storage_that_fails_for_a_while_is_a_system_that_does_not_answer(hub, address, tmp_path):
+    record, container = compiled(hub)
+    aside = Path(address).rename(tmp_path / "aside")
+    Path(address).touch()
+    for question in (lambda: hub.fetch(record.kernel_id), lambda: hub.register_sites([WIDE], run_id="r")) * 2:
+        with pytest.raises(UnavailableError):  # the second time it must be opened anew
+            question()
+    Path(address).unlink()
+    aside.rename(address)
+    assert bytes(hub.fetch(record.kernel_id)) == container
+    hub.register_sites([WIDE], run_id="r")
+
+
 def test_an_address_that_cannot_be_written_is_refused_before_an_actor_starts(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError) as caught:
