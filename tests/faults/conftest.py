@@ -10,7 +10,8 @@ from actors.cluster import connected, prepare_environment
 
 prepare_environment()
 
-import fault_support as support  # noqa: E402 - Ray's environment comes first
+import chaos_plans  # noqa: E402 - Ray's environment comes first
+import fault_support as support  # noqa: E402
 from ray import cloudpickle  # noqa: E402
 
 from actors import platform  # noqa: E402
@@ -18,7 +19,8 @@ from actors.launch import run  # noqa: E402
 from esper.leyline import FaultPlan  # noqa: E402
 from esper.storage import Storage  # noqa: E402
 
-cloudpickle.register_pickle_by_value(support)  # workers know no folder of tests
+for module in (support, chaos_plans):
+    cloudpickle.register_pickle_by_value(module)  # workers know no folder of tests
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +31,16 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def train(cluster):
-    """Trains on the module's Ray: `train(storage, run_id, faults=None, **settings)`. What is detached ends with it."""
+    """Trains on the module's Ray: `train(storage, run_id, faults=None, resume=False, **settings)`.
+
+    What is detached ends with the module.
+    """
     storages = set()
 
-    def start(storage: Path, run_id: str, faults: FaultPlan | None = None, **settings: object):
+    def start(storage: Path, run_id: str, faults: FaultPlan | None = None, *, resume: bool = False, **settings: object):
         config = support.config(storage, **settings)
         storages.add(config.storage)
-        return run(support.WatchedWorkload(config), config, run_id=run_id, faults=faults)
+        return run(support.WatchedWorkload(config), config, run_id=run_id, faults=faults, resume=resume)
 
     yield start
     for storage in storages:

@@ -1,21 +1,24 @@
-"""A driver of its own for a test that kills it: `driver.py STORAGE MARKER PLACE STEP`. The run's id is `killed`."""
+"""A driver of its own, for a test that kills it: `driver.py FILE`, a pickled (config, run_id, faults, mark).
+
+The process writes its id to `mark` before it begins.
+"""
 
 from __future__ import annotations
 
+import os
+import pickle
 import sys
 from pathlib import Path
 
-import fault_support
+from fault_support import WatchedWorkload
 
 from actors.launch import run
-from jobs.workload import ConfiguredWorkload
 
 
 def main() -> None:
-    storage, marker, place, step = sys.argv[1:]
-    config = fault_support.config(Path(storage))
-    faults = fault_support.KillSelf(place, int(step), Path(marker))
-    run(ConfiguredWorkload(config), config, run_id="killed", faults=faults)
+    config, run_id, faults, mark = pickle.loads(Path(sys.argv[1]).read_bytes())
+    mark.write_text(str(os.getpid()))
+    run(WatchedWorkload(config), config, run_id=run_id, faults=faults)
 
 
 if __name__ == "__main__":

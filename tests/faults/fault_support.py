@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +92,7 @@ class KillSelf:
     rank: int = 0
 
     def at(self, place: str, step: int) -> None:
-        if (place, step) == (self.place, self.step) and self.rank == own_rank() and _first(self.marker):
+        if (place, step) == (self.place, self.step) and self.rank == own_rank() and first_at(self.marker):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -111,7 +114,7 @@ class KillActors:
     namespace: str = NAMESPACE
 
     def at(self, place: str, step: int) -> None:
-        if (place, step) != (self.place, self.step) or not _first(self.marker):
+        if (place, step) != (self.place, self.step) or not first_at(self.marker):
             return
         pids = [pid_of(name, self.namespace) for name in actor_names(self.namespace, self.names)]
         assert pids, f"no actor begins with any of {self.names}"
@@ -122,7 +125,7 @@ class KillActors:
 
 @dataclass(frozen=True)
 class WatchedWorkload:
-    """A configured workload whose model `WriteHashes` can look at."""
+    """A configured workload whose model a script of faults can look at, and spoil."""
 
     config: RunConfig
 
@@ -133,6 +136,11 @@ class WatchedWorkload:
 
 
 _WATCHED: dict[str, torch.nn.Module] = {}
+
+
+def spoil_watched() -> None:
+    """Makes a weight of the watched model NaN."""
+    next(_WATCHED["model"].parameters()).data.view(-1)[0] = float("nan")
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,25 @@ class WriteHashes:
             with (self.folder / f"rank-{own_rank()}").open("a") as file:
                 file.write(f"{step} {len(names)} {digest.hexdigest()}\n")
         self.faults.at(place, step)
+
+
+def drive(folder: Path, config: RunConfig, run_id: str, faults: FaultPlan, **environment: str) -> Any:
+    """Trains with a driver of its own, on a Ray of its own unless `environment` says else; returns how it ended.
+
+    Args:
+        folder: for the driver's files; `driver` holds its process id.
+        config, run_id, faults: of the run.
+        environment: of the driver, besides this process's.
+    """
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.parents[1]), str(here)])
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    file = folder / "job.pickle"
+    file.write_bytes(pickle.dumps((config, run_id, faults, folder / "driver")))
+    return subprocess.run(
+        [sys.executable, here / "driver.py", file], env={**inherited, "PYTHONPATH": path, **environment}, check=False,
+        timeout=600, capture_output=True, text=True,
+    )  # fmt: skip
 
 
 def own_rank() -> int:
@@ -183,7 +210,7 @@ def pid_of(name: str, namespace: str) -> int:
     return pid
 
 
-def _first(marker: Path) -> bool:
+def first_at(marker: Path) -> bool:
     """Whether nobody was here before; from now on somebody was."""
     try:
         marker.touch(exist_ok=False)

@@ -5,11 +5,6 @@ One undisturbed run in a storage of its own is what all others are compared with
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import fault_support as support
 import pytest
 from fault_support import KillActors, KillSelf, WriteHashes
@@ -23,26 +18,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
 ]
 
-REPOSITORY = Path(__file__).parents[2]
 
-
-def test_a_driver_killed_in_the_middle_of_growth_resumes_to_the_same_weights(undisturbed, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])}
-    environment.pop("RAY_ADDRESS", None)
-    marker = tmp_path / "fired"
-    place = ["step", str(support.IN_GRAFTING)]
-    killed = subprocess.run(
-        [sys.executable, Path(__file__).with_name("driver.py"), tmp_path / "store", marker, *place],
-        env=environment, check=False, timeout=400, capture_output=True, text=True,
-    )  # fmt: skip
-    assert marker.exists(), killed.stderr
-    assert killed.returncode == -9
-    resumed = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "train", "--resume", "killed", "--storage", tmp_path / "store"],
-        env=environment, cwd=tmp_path, check=False, timeout=400, capture_output=True, text=True,
-    )  # fmt: skip
-    assert resumed.returncode == 0, resumed.stderr
-    assert support.differences(support.final_weights(tmp_path / "store" / "runs" / "killed"), undisturbed) == []
+def test_a_driver_killed_in_the_middle_of_growth_resumes_to_the_same_weights(train, undisturbed, tmp_path):
+    """All of its Ray dies with it; the run is taken up on another."""
+    faults = KillSelf("step", support.IN_GRAFTING, tmp_path / "fired")
+    storage = tmp_path / "store"
+    killed = support.drive(tmp_path, support.config(storage), "killed", faults)
+    assert faults.marker.exists(), killed.stderr
+    assert killed.returncode == -9, killed.stderr
+    resumed = train(storage, "killed", resume=True)
+    assert resumed.summary.status is RunStatus.FINISHED
+    assert support.differences(support.final_weights(resumed.directory), undisturbed) == []
 
 
 def test_a_killed_train_worker_is_replaced_and_ends_with_the_same_weights(train, undisturbed, shared, tmp_path):
