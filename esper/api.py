@@ -531,7 +531,9 @@ def _named(name: str, submitted: Lookup, *, field: str) -> NamedDesign:
     return design
 
 
-def checkpoint_host(workload: Workload, config: RunConfig, *, directory: str, best: bool = False) -> kasmina.Host:
+def checkpoint_host(
+    workload: Workload, config: RunConfig, *, directory: str, best: bool = False, epoch: int | None = None
+) -> kasmina.Host:
     """The wrapped model of a run's checkpoint, grown as it was, on the CPU.
 
     Args:
@@ -539,12 +541,15 @@ def checkpoint_host(workload: Workload, config: RunConfig, *, directory: str, be
         config: of the run.
         directory: of the run.
         best: the best checkpoint instead of the last.
+        epoch: the checkpoint of this epoch, as its folder is numbered.
 
     Raises:
         NotFoundError: if there is no such checkpoint.
+        TamperedError: if it is not whole.
     """
     checkpoints = Checkpoints(Storage.at(directory, config.storage_options))
-    found: Restored | None = checkpoints.best() if best else checkpoints.latest()
+    find = checkpoints.best if best else checkpoints.latest
+    found: Restored | None = find() if epoch is None else checkpoints.load(epoch)
     if found is None:
         raise NotFoundError(f"{directory} holds no {'best ' if best else ''}checkpoint")
     host = _wrap_workload(workload, config, torch.device("cpu"))

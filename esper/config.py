@@ -151,6 +151,16 @@ class ImportedHost(_Host):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
+class RunHost(_Host):
+    """The network that a run left, what it grew included, which is an ordinary part of this host."""
+
+    type: Literal["run"] = "run"
+    run: Annotated[str, Field(min_length=1)]
+    """The run's folder, a path or any address that `storage_options` open; `esper train --from RUN` finds it."""
+    epoch: Annotated[int, Field(ge=0)] | None = None
+    """Of its checkpoint, as its folder is numbered. Null: the last, whose number a run notes when it begins."""
+
+
 class GivenHost(_Host):
     """A model handed over in Python (`esper.grow`)."""
 
@@ -158,7 +168,7 @@ class GivenHost(_Host):
 
 
 Host = Annotated[
-    MlpHost | CnnHost | ResNetHost | VitHost | GptHost | ImportedHost | GivenHost, Field(discriminator="type")
+    MlpHost | CnnHost | ResNetHost | VitHost | GptHost | ImportedHost | RunHost | GivenHost, Field(discriminator="type")
 ]
 
 # ---------------------------------------------------------------- the systems

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from esper.config import CnnHost, GivenHost, GptHost, Host, ImportedHost, MlpHost, ResNetHost, VitHost
+from esper.config import CnnHost, GivenHost, GptHost, Host, ImportedHost, MlpHost, ResNetHost, RunHost, VitHost
 from esper.leyline.errors import ConfigError
 
 
@@ -50,6 +50,12 @@ def build_host(config: Host, *, input_shape: Sequence[int], num_outputs: int, se
                 return _build_gpt(config, input_shape, num_outputs)
             case ImportedHost():
                 return _import_host(config)
+            case RunHost():
+                raise ConfigError(
+                    "the network of a run is built from that run's checkpoint, not from a configuration alone",
+                    field="host.type",
+                    remedy="esper train takes it; in Python: esper.api.checkpoint_host and esper.kasmina.export",
+                )
             case GivenHost():
                 raise ConfigError(
                     "this model was handed over in Python and cannot be built from a configuration",

@@ -59,6 +59,10 @@ def train(
         str | None,
         typer.Option(metavar="RUN", help="Continue a run that was interrupted.", autocompletion=complete_run),
     ] = None,
+    from_run: Annotated[
+        str | None,
+        typer.Option("--from", metavar="RUN", help="Start from what a run left, grown.", autocompletion=complete_run),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sites, fitting blueprints and cost; train nothing.")
     ] = False,
@@ -81,6 +85,10 @@ def train(
     from jobs import train as job
 
     settings = arguments if storage is None or resume else [*arguments, f"storage={json.dumps(storage)}"]
+    if from_run is not None:
+        if path is None or resume is not None:
+            raise ConfigError("--from needs a configuration of its own", remedy="esper train CONFIG --from RUN")
+        settings = [*settings, job.host_of(from_run, path, settings)]
     if dry_run:
         if path is None:
             raise ConfigError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from esper.config import RunConfig, load_config, parse_config
+from esper.config import RunConfig, RunHost, load_config, parse_config
 from esper.leyline import ConfigError, RunStatus
 from jobs.environment import data_root
 from jobs.workload import ConfiguredWorkload
@@ -25,7 +25,43 @@ LOG_FILE = "driver.log"
 
 def train(path: Path, overrides: list[str], *, as_json: bool) -> int:
     """Trains from a file; returns the exit code."""
-    return _launch(_pin_weights(load_config(path, overrides)), as_json=as_json)
+    return _launch(_pin_weights(_pin_run(load_config(path, overrides))), as_json=as_json)
+
+
+def host_of(run: str, path: Path, overrides: list[str]) -> str:
+    """The override that makes what a run left the host of another.
+
+    Args:
+        run: its id, a unique beginning of one, or `latest`, in the storage of the configuration.
+        path: of the configuration.
+        overrides: of it.
+    """
+    from jobs.runs import RunStore
+
+    config = load_config(path, overrides)
+    return f"host={json.dumps({'type': 'run', 'run': RunStore(config.storage, config.storage_options).directory(run)})}"
+
+
+def _pin_run(config: RunConfig) -> RunConfig:
+    """A run to start from by an address and an epoch that stay what they are, whatever becomes of that run.
+
+    Raises:
+        ConfigError: if it has no checkpoint that can be used.
+    """
+    from esper.storage import Storage
+    from esper.tolaria.checkpoint import Checkpoints
+
+    host = config.host
+    if not isinstance(host, RunHost):
+        return config
+    address = host.run if "://" in host.run else str(Path(host.run).expanduser().absolute())
+    epoch = host.epoch
+    if epoch is None:
+        found = Checkpoints(Storage.at(address, config.storage_options if "://" in address else None)).latest()
+        if found is None:
+            raise ConfigError(f"{address} holds no checkpoint", field="host.run", remedy="see esper runs ls")
+        epoch = found.epoch
+    return config.model_copy(update={"host": host.model_copy(update={"run": address, "epoch": epoch})})
 
 
 def _pin_weights(config: RunConfig) -> RunConfig:

@@ -6,7 +6,8 @@ it as a forward hook, and so keeps its class, its attributes and the keys of its
 (`nn.TransformerEncoder` asks its first layer for `self_attn`), which a replacement of the block would break.
 
 So `plain.get_submodule(site)` puts out `h + a * r(h)`, and `plain.get_submodule(site).grown.<seed>` is `r`. Where a
-site is one tensor of several (`path#0`), `grown` stands at `path`, lets the others pass, and is called `grown_0`.
+site is one tensor of several (`path#0`), `grown` stands at `path`, lets the others pass, and is called `grown_0`. What
+an exported model grows at the same site when it is wrapped again is called `regrown`, and so on.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ def _install(site: nn.Module, layer: Layer, seeds: list[Seed]) -> None:
         raise ConflictError(f"site {layer.site} is a {type(site).__name__} with a forward of its own: not exportable")
     part = part_of(layer.site)
     name = NAME if part is None else f"{NAME}_{part}"
-    if hasattr(site, name):
-        raise ConflictError(f"site {layer.site} has an attribute {name!r} already", remedy="rename it")
+    while hasattr(site, name):
+        name = f"re{name}"
     grown = _graph_of(layer, seeds, in_sequence=in_sequence)
     grown.train(site.training)
     site.add_module(name, grown)

@@ -14,7 +14,8 @@ import hashlib
 import json
 import logging
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import safetensors
@@ -39,11 +40,13 @@ class Restored:
         epoch: the last epoch it holds.
         name: its folder, relative to the run's.
         state: as it was given to `save`; tensors lie on the CPU.
+        refused: newer ones that were finished and are not whole, by epoch, and why.
     """
 
     epoch: int
     name: str
     state: dict[str, Any]
+    refused: Mapping[int, str] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -113,12 +116,26 @@ class Checkpoints:
         return Restored(epoch, name, state)
 
     def latest(self) -> Restored | None:
-        """Returns the newest whole checkpoint; a torn or altered one is passed over, with a warning."""
+        """Returns the newest whole checkpoint; newer ones that are torn or altered are refused, and named in it. None
+        if none was ever finished.
+
+        Raises:
+            TamperedError: if checkpoints were finished, and none of them is whole any more.
+        """
+        refused: dict[int, str] = {}
         for epoch in reversed(self.epochs()):
             try:
-                return self.load(epoch)
-            except (TamperedError, NotFoundError) as error:
+                return replace(self.load(epoch), refused=refused)
+            except NotFoundError as error:  # nobody had finished it
+                log.warning("checkpoint.unfinished", extra={"epoch": epoch, "reason": str(error)})
+            except TamperedError as error:
                 log.warning("checkpoint.refused", extra={"epoch": epoch, "reason": str(error)})
+                refused[epoch] = error.message
+        if refused:
+            raise TamperedError(
+                f"no checkpoint in {self._folder.shown} is whole: {'; '.join(refused.values())}",
+                remedy="put the run's folder back from a copy, or begin a new run",
+            )
         return None
 
     def best(self) -> Restored | None:

@@ -294,6 +294,8 @@ class Trainer:
         self.session.load_state_dict(found.state["session"])
         self._best.value, self._best.epochs_since = found.state["best"]
         self._resumed_from = found.epoch
+        for epoch, reason in found.refused.items():
+            self.session.reach.miss(f"the checkpoint of epoch {epoch + 1}", reason)
         log.info("run.resumed", extra={"epoch": found.epoch})
 
     def _write(self, status: RunStatus, *, test: Evaluation | None = None, error: str | None = None) -> RunSummary:

@@ -75,6 +75,10 @@ class Reach:
         """Takes over what a run said before it was resumed."""
         self._went_without = {text.split(":", 1)[0]: text for text in words} | self._went_without
 
+    def miss(self, what: str, reason: str) -> None:
+        """Notes something else that the run goes on without."""
+        self._went_without.setdefault(what, f"{what}: {reason}")
+
     def _note(self, system: str, error: UnavailableError) -> None:
         words = f"{system}: {error}"
         self._missing[system] = words

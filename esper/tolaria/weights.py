@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from esper.config import Host
+from esper.config import Host, RunHost
 from esper.leyline.errors import ConfigError
 from esper.leyline.growth import PREFIX
 from esper.storage import driver_errors
@@ -35,20 +35,25 @@ class Trained:
     Attributes:
         address: of its weights; None where they are in the model already.
         options: of the fsspec driver. Not shown in the repr: they may hold secrets.
+        origin: the run whose weights are in the model already; empty for none.
     """
 
     address: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    origin: str = ""
 
     @classmethod
     def of(cls, host: Host) -> Trained | None:
         """What a configured host starts from; None for new weights."""
-        return None if host.weights is None else cls(host.weights, host.weights_options)
+        origin = host.run if isinstance(host, RunHost) else ""
+        if host.weights is None and not origin:
+            return None
+        return cls(host.weights, host.weights_options, origin)
 
     @property
     def shown(self) -> str:
-        """The address as people write it; empty without one."""
-        return self.address or ""
+        """The address, or the run, as people write it; empty without one."""
+        return self.address or self.origin
 
     def load_into(self, model: nn.Module) -> None:
         """Puts the weights into a host, plain or wrapped; with no address the model stays as it is.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
 from tolaria_support import Crash, CrashAt, config, equal, train
 
-from esper.leyline import RunHistory, SeedStage
+from esper.leyline import RunHistory, SeedStage, TamperedError
 from esper.storage import Storage
 from esper.tolaria.checkpoint import Checkpoints
 
@@ -73,12 +74,25 @@ def test_a_run_goes_on_from_the_one_before_a_tampered_one(tmp_path, part):
     before = Checkpoints(Storage.at(tmp_path / "torn")).latest()
     assert before is not None
     assert f"epoch-{before.epoch:06d}" < newest.name
+    assert [f"epoch-{epoch:06d}" for epoch in before.refused] == [newest.name]
     summary, weights = train(tmp_path / "torn", config(), resume=True)
     assert equal(weights, undisturbed)
     assert summary.events[-1].to_stage is SeedStage.FOSSILIZED
+    [words] = summary.went_without
+    assert words.startswith(f"the checkpoint of epoch {max(before.refused) + 1}: ")
     assert (summary.urza.opened, summary.urza.refused) == (0, 0)  # a hub that answers is never given up
     history = RunHistory.model_validate_json((tmp_path / "torn" / "history.json").read_bytes())
     assert [row.epoch for row in history.epochs] == list(range(8))
+
+
+def test_a_run_of_which_no_checkpoint_is_whole_is_not_begun_again_in_silence(torn, tmp_path):
+    shutil.copytree(torn, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("epoch-*/tensors*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(TamperedError, match=r"no checkpoint in .* is whole"):
+        train(tmp_path / "run", config(), resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 def test_a_torn_note_of_the_best_one_does_not_end_the_run(tmp_path):
