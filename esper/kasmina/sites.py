@@ -6,7 +6,8 @@ blocks (of a tuple or a dict, the first tensor that fits):
 
 - containers (`Sequential`, `ModuleList`, `ModuleDict`), the host itself and modules that hold a container of blocks
   are walked through;
-- any other module with children is a block: its output is a site;
+- any other module with children is a block: its output is a site; where that leaves no site at all, because a module
+  only frames another, blocks that put out the host's own output are walked through too;
 - leaves in a run (convolution or linear layer, norm, activation, pool) give one site: the output of the activation, or
   of the pool after it, else of the layer with its norm. The last layer of all is the head, and no site.
 """
@@ -14,6 +15,7 @@ blocks (of a tuple or a dict, the first tensor that fits):
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -33,7 +35,12 @@ _LAYERS = (
     nn.modules.conv._ConvNd,  # noqa: SLF001 - the one base of all convolutions
 )
 _POOLS = ("MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool", "FractionalMaxPool", "LPPool")
+_SHOWN = 5
 _KINDS = {2: SiteKind.VECTOR, 3: SiteKind.SEQUENCE, 4: SiteKind.FEATURE_MAP}
+
+
+class SiteWarning(UserWarning):
+    """A pattern names modules that cannot carry a seed beside those that can."""
 
 
 def find_sites(
@@ -61,7 +68,7 @@ def find_sites(
     seen = probe(module, example)
     if sites == "auto":
         names = _automatic(module, seen)
-        remedy = "name the sites yourself: module paths or globs"
+        remedy = f"name the sites yourself: module paths or globs{_reasons(module, seen)}"
     else:
         names = [name for pattern in sites for name in _named(module, seen, pattern)]
         remedy = None
@@ -84,18 +91,32 @@ def _named(module: nn.Module, seen: Probe, pattern: str) -> list[str]:
         return [pattern]
     chosen = [path for path, m in modules.items() if _matches(path, wanted) or type(m).__name__ == wanted]
     fitting = [site for site in (f"{path}{mark}{part}" for path in chosen) if _unfit(seen, site) is None]
+    unfit = [(path, reason) for path in chosen if (reason := _unfit(seen, f"{path}{mark}{part}")) is not None]
     if not fitting:
         available = [site for path in modules for site in _sites_of(seen, path)]
         close = difflib.get_close_matches(pattern, available, n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        reasons = [f"{path}: {_unfit(seen, f'{path}{mark}{part}')}" for path in chosen]
-        why = f" that can carry a seed ({'; '.join(reasons)})" if reasons else ""
+        why = f" that can carry a seed ({_listed(unfit)})" if unfit else ""
         raise SiteError(
             f"no site {pattern!r} in this model{why}",
             field="sites",
             remedy=f"{hint}it has {', '.join(available) or 'no fitting place'}",
         )
+    if unfit:
+        warnings.warn(f"{pattern} also names what cannot carry a seed: {_listed(unfit)}", SiteWarning, stacklevel=2)
     return fitting
+
+
+def _listed(unfit: Sequence[tuple[str, str]]) -> str:
+    more = f"; and {len(unfit) - _SHOWN} more" if len(unfit) > _SHOWN else ""
+    return "; ".join(f"{path}: {reason}" for path, reason in unfit[:_SHOWN]) + more
+
+
+def _reasons(module: nn.Module, seen: Probe) -> str:
+    """Why blocks of a host are no sites, for one that has none."""
+    blocks = [name for name, block in module.named_modules() if name and not _is_leaf(block)]
+    unfit = [(name, reason) for name in blocks if name in seen.calls and (reason := _unfit(seen, name)) is not None]
+    return f" ({_listed(unfit)})" if unfit else ""
 
 
 def _sites_of(seen: Probe, path: str) -> list[str]:
@@ -132,6 +153,8 @@ def _unfit(seen: Probe, site: str) -> str | None:
     if not isinstance(h, torch.Tensor):
         fitting = [] if mark else _sites_of(seen, path)
         named = f"; name one of it: {', '.join(fitting)}" if fitting else ""
+        if not mark and not named and isinstance(h, tuple | list) and type(h) is not tuple:
+            named = "; of a plain tuple or a dict one could be named"
         return f"it puts out {type(h).__name__}, not one tensor{named}"
     return _unfit_tensor(seen, h)
 
@@ -172,11 +195,15 @@ def _automatic(module: nn.Module, seen: Probe) -> list[str]:
     layers = [name for name, m in module.named_modules() if name in seen.calls and isinstance(m, _LAYERS)]
     head = max(layers, key=lambda name: seen.calls[name].order, default=None)
     found: list[str] = []
-    _walk(module, "", seen, head, found)
+    _walk(module, "", seen, head, found, through_output=False)
+    if not found:
+        _walk(module, "", seen, head, found, through_output=True)
     return found
 
 
-def _walk(module: nn.Module, path: str, seen: Probe, head: str | None, found: list[str]) -> None:
+def _walk(
+    module: nn.Module, path: str, seen: Probe, head: str | None, found: list[str], *, through_output: bool
+) -> None:
     run: list[tuple[str, str]] = []  # path and role of the leaves since the last layer
     for name, child in _in_call_order(module, path, seen):
         role = _role(child)
@@ -189,8 +216,8 @@ def _walk(module: nn.Module, path: str, seen: Probe, head: str | None, found: li
         else:
             found.extend(_site_of_run(run, seen, head))
             run = []
-            if _walks_through(child):
-                _walk(child, name, seen, head, found)
+            if _walks_through(child) or (through_output and _puts_out_the_output(seen, name)):
+                _walk(child, name, seen, head, found, through_output=through_output)
             else:
                 found.extend([site for site in _sites_of(seen, name) if _is_useful(seen, site)][:1])
     found.extend(_site_of_run(run, seen, head))
@@ -233,6 +260,11 @@ def _first_call(name: str, calls: Mapping[str, Call]) -> int | None:
     """When a module or anything in it was first called: containers such as `ModuleList` are not called themselves."""
     orders = [call.order for path, call in calls.items() if path == name or path.startswith(f"{name}.")]
     return min(orders, default=None)
+
+
+def _puts_out_the_output(seen: Probe, path: str) -> bool:
+    output = seen.calls[path].output if path in seen.calls else None
+    return isinstance(output, torch.Tensor) and is_output(seen, output)
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from kasmina_support import PUBLIC, Cnn, Driver, Shelf, Transformer, assert_equa
 from torch import nn
 
 from esper.kasmina import export, wrap
-from esper.kasmina.sites import find_sites
+from esper.kasmina.sites import SiteWarning, find_sites
 from esper.leyline import SiteError, SiteKind, SiteSignature
 
 TOKENS = torch.randint(11, (2, 5))
@@ -223,3 +223,63 @@ def test_probing_changes_nothing():
     assert random.getstate() == python_state
     assert all(not m._forward_hooks for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
+
+
+class Frame(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_a_model_that_only_frames_another_has_the_sites_of_that_one():
+    inner = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(2, 3)
+    own = list(find_sites(inner, (x,)))
+    assert own == ["1", "3"]
+    assert list(find_sites(Frame(Frame(inner)), (x,))) == [f"inner.inner.{name}" for name in own]
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.blocks[1](self.blocks[1](self.blocks[0](x)))
+        return self.head(self.blocks[2](h))
+
+
+def test_a_pattern_says_which_of_its_modules_it_leaves_out():
+    with pytest.warns(SiteWarning, match=r"blocks\.1: the forward calls it 2 times"):
+        found = find_sites(Twice(), (torch.randn(2, 4),), sites=["blocks.*"])
+    assert list(found) == ["blocks.0", "blocks.2"]
+
+
+class Listing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return [self.linear(x)]
+
+
+class OfLists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = Listing(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.block(x)[0])
+
+
+def test_a_model_without_a_place_is_told_why_of_its_blocks():
+    with pytest.raises(SiteError) as refused:
+        find_sites(OfLists(), (torch.randn(2, 4),))
+    assert "block: it puts out list, not one tensor; of a plain tuple or a dict one could be named" in str(
+        refused.value
+    )
