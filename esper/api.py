@@ -52,6 +52,7 @@ from torch import nn
 from esper import kasmina
 from esper.config import Budget, RunConfig, parse_config
 from esper.kasmina.breaker import Breaker, guarded
+from esper.leyline.chains import Tail
 from esper.leyline.errors import ConfigError, NotFoundError, SiteError
 from esper.leyline.growth import SeedView
 from esper.leyline.kernels import SiteSignature
@@ -114,6 +115,7 @@ def grow(
     example: tuple[Any, ...] | None = None,
     config: RunConfig | None = None,
     overrides: Iterable[str] = (),
+    tails: Mapping[str, Tail] | None = None,
 ) -> Run:
     """Trains a model that may grow, on Ray, and returns the finished run. Your `model` itself is not changed.
 
@@ -137,6 +139,8 @@ def grow(
         example: positional inputs of the model for a few samples; None takes them from `train_data`.
         config: everything else; None is the defaults.
         overrides: dotted settings that win over all, such as `tolaria.patience=5`.
+        tails: by site, what the model computes from there on, `tail(model, h, *inputs)`: kernels train behind the host
+            without a replay of what comes before (see `esper.kasmina.tails`).
 
     Raises:
         ConfigError: if a setting is wrong, or no runtime is installed.
@@ -172,6 +176,7 @@ def grow(
         optimizer=optimizer or optimizer_factory(resolved.tolaria.optimizer),
         scheduler=scheduler or scheduler_factory(resolved.tolaria.scheduler),
         trained=Trained.of(resolved.host) or Trained(),  # nobody can tell from a model whether it is: so it is measured
+        tails=dict(tails or {}),
     )
 
     def fresh() -> Workload:
@@ -261,6 +266,7 @@ def wrap(
     causal: bool = False,
     config: RunConfig | None = None,
     overrides: Iterable[str] = (),
+    tails: Mapping[str, Tail] | None = None,
 ) -> Grown:
     """Makes a model able to grow in one's own loop. The model stays what it is; go on calling it.
 
@@ -271,13 +277,15 @@ def wrap(
         causal: whether sequence sites may only look back, as in language models.
         config: limits and rates; None is the defaults.
         overrides: dotted settings, such as `kasmina.shadow_lr=1e-3`.
+        tails: by site, what the model computes from there on, `tail(model, h, *inputs)`: kernels train behind the host
+            without a replay of what comes before (see `esper.kasmina.tails`).
 
     Raises:
         ConfigError: if a setting is wrong.
-        SiteError: if a site does not exist or cannot carry a seed.
+        SiteError: if a site does not exist or cannot carry a seed, or a tail does not put out what the model does.
     """
     resolved = _resolve(config or RunConfig(), {"data": {"type": "given"}, "host": {"type": "given"}}, overrides)
-    host = kasmina.wrap(model, example=example, sites=sites, causal=causal, config=resolved.kasmina)
+    host = kasmina.wrap(model, example=example, sites=sites, causal=causal, config=resolved.kasmina, tails=tails)
     return Grown(host, example, resolved)
 
 
@@ -492,7 +500,8 @@ def check_workload(workload: Workload, config: RunConfig) -> None:
     try:
         sites = _wrap_workload(trial, config, torch.device("cpu")).sites
     except SiteError as error:  # its field is an argument's name; people write the setting
-        raise SiteError(error.message, field="kasmina.sites", remedy=error.remedy) from error
+        field = "kasmina.sites" if error.field == "sites" else error.field
+        raise SiteError(error.message, field=field, remedy=error.remedy) from error
     for name in () if names == "library" else names:
         _fitting(name, submitted, sites.values(), field="tezzeret.blueprints")
     for index, graft in enumerate(schedule if config.tamiyo.policy == "schedule" else ()):
@@ -632,6 +641,7 @@ def _wrap_workload(workload: Workload, config: RunConfig, device: torch.device) 
         sites=config.kasmina.sites,
         causal=workload.task.name == "language_model",
         config=config.kasmina,
+        tails=workload.tails,
     )
 
 

@@ -258,8 +258,9 @@ class KasminaConfig(Section):
     chunks: PositiveInt = 1
     """Runs of neighbouring channels into which each site is cut; health is also told of each. Seeds and kernels are of
     all channels."""
-    shadow_every: PositiveInt = 1
-    """Steps between shadow updates of seeds in TRAINING."""
+    shadow_every: PositiveInt | Literal["auto"] = "auto"
+    """Steps between shadow updates of seeds in TRAINING. `auto` is 12, where an update costs about a fifth of that many
+    steps at most, but no fewer than 64 updates an epoch: in short epochs a kernel has no time to lose."""
     shadow_lr: PositiveFloat = 3e-3
     """Learning rate of a kernel in TRAINING (AdamW)."""
     race: PositiveInt = 1

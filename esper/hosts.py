@@ -1,6 +1,7 @@
 """The host networks that a configuration can name: plain PyTorch, with nothing of Esper inside.
 
-Blocks stand in `nn.Sequential` or `nn.ModuleList`, because that is where seeds are looked for. Shape suffixes:
+Blocks stand in `nn.Sequential` or `nn.ModuleList`, because that is where seeds are looked for. Each host tells by
+`tail_of` what follows a block, so that a kernel can train there without a replay of what comes before. Shape suffixes:
 B batch, C channels, H height, W width, T positions, D width of a transformer, V vocabulary.
 """
 # ruff: noqa: N803, N806 -- shapes stand as suffixes
@@ -11,6 +12,7 @@ import importlib
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from esper.config import CnnHost, GivenHost, GptHost, Host, ImportedHost, MlpHost, ResNetHost, RunHost, VitHost
+from esper.leyline.chains import Tail, is_chain, rest_of
 from esper.leyline.errors import ConfigError
 
 
@@ -82,7 +85,15 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, ...) to (B, outputs); samples are flattened."""
-        return self.head(self.blocks(x.flatten(1)))
+        return self.readout(self.blocks(x.flatten(1)))
+
+    def readout(self, h: torch.Tensor) -> torch.Tensor:
+        """What follows the blocks."""
+        return self.head(h)
+
+    def tail_of(self, site: str) -> Tail | None:
+        """What follows a block."""
+        return _tail(self, "blocks", site)
 
 
 class ConvBlock(nn.Module):
@@ -131,7 +142,15 @@ class Cnn(nn.Module):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, outputs)."""
-        return self.head(self.stages(x_BCHW).mean(dim=(2, 3)))
+        return self.readout(self.stages(x_BCHW))
+
+    def readout(self, h_BCHW: torch.Tensor) -> torch.Tensor:
+        """What follows the stages."""
+        return self.head(h_BCHW.mean(dim=(2, 3)))
+
+    def tail_of(self, site: str) -> Tail | None:
+        """What follows a block."""
+        return _tail(self, "stages", site)
 
 
 class ResidualBlock(nn.Module):
@@ -187,7 +206,15 @@ class ResNet(nn.Module):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, outputs)."""
-        return self.head(self.stages(self.stem(x_BCHW)).mean(dim=(2, 3)))
+        return self.readout(self.stages(self.stem(x_BCHW)))
+
+    def readout(self, h_BCHW: torch.Tensor) -> torch.Tensor:
+        """What follows the stages."""
+        return self.head(h_BCHW.mean(dim=(2, 3)))
+
+    def tail_of(self, site: str) -> Tail | None:
+        """What follows a block."""
+        return _tail(self, "stages", site)
 
 
 class Attention(nn.Module):
@@ -255,7 +282,15 @@ class Gpt(nn.Module):
         """(B, T) token numbers to (B, T, V) logits; T is at most the context."""
         places_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         x_BTD = self.drop(self.tokens(tokens_BT) + self.positions(places_T))
-        return self.head(self.norm(self.blocks(x_BTD)))
+        return self.readout(self.blocks(x_BTD))
+
+    def readout(self, h_BTD: torch.Tensor) -> torch.Tensor:
+        """What follows the blocks."""
+        return self.head(self.norm(h_BTD))
+
+    def tail_of(self, site: str) -> Tail | None:
+        """What follows a block."""
+        return _tail(self, "blocks", site)
 
     def _initialise(self, depth: int) -> None:
         """GPT-2's scheme: normal of 0.02, and branches' last layers smaller by the root of their number."""
@@ -304,7 +339,27 @@ class Vit(nn.Module):
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, outputs)."""
         x_BTD = self.patches(x_BCHW).flatten(2).transpose(1, 2)
-        return self.head(self.norm(self.blocks(self.drop(x_BTD + self.positions_TD))).mean(dim=1))
+        return self.readout(self.blocks(self.drop(x_BTD + self.positions_TD)))
+
+    def readout(self, h_BTD: torch.Tensor) -> torch.Tensor:
+        """What follows the blocks."""
+        return self.head(self.norm(h_BTD).mean(dim=1))
+
+    def tail_of(self, site: str) -> Tail | None:
+        """What follows a block."""
+        return _tail(self, "blocks", site)
+
+
+def _tail(host: nn.Module, chain: str, site: str) -> Tail | None:
+    """What follows a site within the host's chain of blocks; None for a place inside a block, or outside the chain."""
+    path = site.removeprefix(f"{chain}.")
+    if path == site or "#" in site or not is_chain(host.get_submodule(chain), path):
+        return None
+    return partial(_from_block, chain=chain, path=path)
+
+
+def _from_block(host: Any, h: torch.Tensor, *_inputs: torch.Tensor, chain: str, path: str) -> torch.Tensor:
+    return host.readout(rest_of(host.get_submodule(chain), path, h))
 
 
 def _build_cnn(config: CnnHost, input_shape: Sequence[int], num_outputs: int) -> nn.Module:

@@ -23,11 +23,14 @@ from esper.kasmina.lifecycle import Lifecycle, Moment
 from esper.kasmina.loader import KernelLoader
 from esper.kasmina.neighbour import has_neighbours
 from esper.kasmina.outputs import path_of
+from esper.kasmina.probe import tensors_of
 from esper.kasmina.reports import layer_report
 from esper.kasmina.shadow import AllReduce, train_shadow
 from esper.kasmina.sites import find_sites
 from esper.kasmina.sums import Sums, merged
+from esper.kasmina.tails import applies, find_tails
 from esper.leyline.blueprints import BlueprintIR
+from esper.leyline.chains import Tail
 from esper.leyline.compiled import is_wrapper, runs_compiled
 from esper.leyline.errors import ConflictError, KernelFaultError
 from esper.leyline.growth import PREFIX, Change, SeedView, ShadowStep
@@ -44,6 +47,7 @@ def wrap(
     sites: str | Sequence[str] = "auto",
     causal: bool = False,
     config: KasminaConfig | None = None,
+    tails: Mapping[str, Tail] | None = None,
 ) -> Host:
     """Makes a model able to grow. Until it does, it computes exactly what it did, and is as fast.
 
@@ -55,9 +59,11 @@ def wrap(
             tensors one is named, as `blocks.0#0` (see `outputs`).
         causal: whether sequence sites may only look back, as in language models.
         config: limits and rates; `sites` there is not read.
+        tails: by site, what the model computes from that site's tensor on: `tail(model, h, *inputs)`. It saves the rest
+            of each replay of a kernel in TRAINING; see `esper.kasmina.tails`.
 
     Raises:
-        SiteError: if a site does not exist or cannot carry a seed.
+        SiteError: if a site does not exist or cannot carry a seed, or a tail does not put out what the model does.
         ConflictError: if the model is wrapped already, or is what `torch.compile(model)` returned.
     """
     if is_wrapper(model):
@@ -69,6 +75,7 @@ def wrap(
         raise ConflictError("this model is wrapped already", remedy="use the handle that wrap() returned")
     wanted = sites if sites == "auto" else (sites,) if isinstance(sites, str) else tuple(sites)
     signatures = find_sites(model, example, sites=wanted, causal=causal)
+    known = find_tails(model, example, signatures, tails or {})
     chosen = config or KasminaConfig()
     layers = Layers(signatures, num_chunks=chosen.chunks).train(model.training)
     model.add_module(PREFIX, layers)
@@ -76,6 +83,7 @@ def wrap(
     if first is not None:
         layers.to(first.device)
     for layer in all_layers(layers):
+        layer.tail = known.get(layer.site)
         if runs_compiled(model, layer.path):
             layer.fix(model.get_submodule(layer.path))
     return Host(model, layers, chosen)
@@ -89,6 +97,7 @@ class Host:
         self._layers = layers
         self._life = Lifecycle(module, layers, config)
         self._observing = False
+        self._replays = 0
         self.cache = KernelCache(config.cache_mb << 20)
         for layer in all_layers(layers):
             for _ in range(config.race):
@@ -155,10 +164,12 @@ class Host:
     def share(self, mean: AllReduce, *, world: int) -> None:
         self._life.mean, self._life.world = mean, world
 
-    def prepare(self, step: int, *, epoch: int, steps_per_epoch: int, observe: bool) -> Change:
+    def prepare(self, step: int, *, epoch: int, steps_per_epoch: int, observe: bool, replays: int = 0) -> Change:
         change = self._life.step(Moment(self._life.moment.run_id, epoch, step), steps_per_epoch)
         if observe != self._observing:
             self._observe(observe)
+        if replays or self._replays:
+            self._keep(replays)
         return change
 
     def has_neighbours(self, site: str, ir: BlueprintIR) -> bool:
@@ -179,13 +190,16 @@ class Host:
             return ShadowStep()
         losses: dict[str, float] = {}
         seconds: dict[str, float] = {}
+        starts = self._starts(args)
         with unobserved(self._layers):
             for layer, seed in self._life.shadows:
                 if seed.fault:
                     continue
                 began = perf_counter()
                 try:
-                    loss = train_shadow(self._module, layer, seed, args, loss_of, all_reduce=all_reduce)
+                    loss = train_shadow(
+                        self._module, layer, seed, args, loss_of, start=starts.get(layer.site), all_reduce=all_reduce
+                    )
                 except KernelFaultError as error:
                     seed.fault = error.message
                     continue
@@ -281,6 +295,31 @@ class Host:
         if self._life.loader is not None:
             self._life.loader.close()
             self._life.loader = None
+
+    def _keep(self, replays: int) -> None:
+        """Lets the sites at which kernels train leave their tensors, where it is known what follows them."""
+        self._replays = replays
+        training = {layer.site for layer, _ in self._life.shadows} if replays else set()
+        for layer in all_layers(self._layers):
+            on = layer.site in training and layer.tail is not None
+            on = on and applies(self._module, layer.path, layer.hook_id)
+            if on or layer.keeps:
+                layer.keep(self._module.get_submodule(layer.path), on=on)
+
+    def _starts(self, args: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+        """By site, what the step's own forward left there for these inputs.
+
+        Nothing where it cannot be told which forward that was: more of them than were announced, or another number of
+        samples, as in an own loop that sums gradients over several forwards. Such a step is replayed whole.
+        """
+        inputs = next(tensors_of(args), None)
+        starts: dict[str, torch.Tensor] = {}
+        for layer in {layer.site: layer for layer, _ in self._life.shadows}.values():
+            is_clear = layer.num_kept <= self._replays
+            h = layer.kept()
+            if h is not None and is_clear and inputs is not None and len(h) == len(inputs):
+                starts[layer.site] = h
+        return starts
 
     def _sums(self) -> list[Sums]:
         """What was sampled at each site since the last interval, over all ranks. Collective under DDP."""

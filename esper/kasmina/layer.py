@@ -7,6 +7,7 @@ leaves no trace on the host's forward.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,7 @@ from esper.kasmina.observer import Observer
 from esper.kasmina.outputs import part_of, path_of, put, take
 from esper.kasmina.seed import KernelFacts, Seed
 from esper.kasmina.table import SeedTable
+from esper.leyline.chains import Tail
 from esper.leyline.compiled import outside
 from esper.leyline.errors import KernelFaultError, NotFoundError
 from esper.leyline.growth import PREFIX
@@ -44,6 +46,8 @@ class Layer(nn.Module):
         reach: norm of what the seed in GRAFTING would add at alpha = 1, as a share of the norm of h; taken at the first
             training forward after it was set to None, where the strategy goes by it.
         natives: by seed id, the native code that computes its kernel; it owns no parameters.
+        tail: what the host computes from here on; None is not known.
+        keeps: whether the training forwards leave what the site puts out, for `kept`.
         is_fixed: whether the hook stays on the site for good, outside of what the host's owner compiled.
     """
 
@@ -60,6 +64,9 @@ class Layer(nn.Module):
         self.reach: torch.Tensor | None = None
         self.natives: dict[str, NativeModule] = {}
         self._place = torch.empty(0)
+        self.tail: Tail | None = None
+        self.keeps = False
+        self._kept: deque[torch.Tensor] = deque()
         self._shadow: Seed | None = None
         self._handle: RemovableHandle | None = None
         self.is_fixed = False
@@ -162,6 +169,26 @@ class Layer(nn.Module):
             self._shadow = None
             self.sync(site)
 
+    def keep(self, site: nn.Module, *, on: bool) -> None:
+        """Whether the training forwards from now on leave what the site puts out, one tensor each, for `kept`."""
+        self.keeps = on
+        self._kept.clear()
+        self.sync(site)
+
+    @property
+    def hook_id(self) -> int | None:
+        """Of its hook on the site; None while it has none there."""
+        return None if self._handle is None else self._handle.id
+
+    @property
+    def num_kept(self) -> int:
+        """Tensors that forwards left."""
+        return len(self._kept)
+
+    def kept(self) -> torch.Tensor | None:
+        """The oldest tensor that a forward left, and takes it away; None if there is none."""
+        return self._kept.popleft() if self._kept else None
+
     def fix(self, site: nn.Module) -> None:
         """Puts the hook on the site for good, for a host that its owner compiled (docs/adr/0008).
 
@@ -175,7 +202,8 @@ class Layer(nn.Module):
         """Puts the hook on the site if there is something to do there, and else takes it off."""
         if self.is_fixed:
             return
-        busy = self.observing or self._shadow is not None or any(seed.stage.is_blended for seed in self.seeds)
+        steps = self.observing or self.keeps or self._shadow is not None
+        busy = steps or any(seed.stage.is_blended for seed in self.seeds)
         if busy and self._handle is None:
             self._handle = site.register_forward_hook(self.on_output)
         elif not busy and self._handle is not None:
@@ -198,12 +226,16 @@ class Layer(nn.Module):
         for seed in self.blended():
             h = self._through(seed, h, seed.alpha)
         if self._shadow is not None:
-            return self._behind(self._shadow, h.detach())
-        if self.observing and self.training and torch.is_grad_enabled():
-            self.observer.watch(h)
+            return self.behind(self._shadow, h.detach())
+        if self.training and torch.is_grad_enabled():
+            if self.keeps and not _in_backward():
+                self._kept.append(h.detach().clone())  # the host may overwrite it
+            if self.observing:
+                self.observer.watch(h)
         return h
 
-    def _behind(self, seed: Seed, h: torch.Tensor) -> torch.Tensor:
+    def behind(self, seed: Seed, h: torch.Tensor) -> torch.Tensor:
+        """What the site puts out with a seed in TRAINING on top of the tensor `h`, which is cut off from the host."""
         blended = self._through(seed, h, 1.0)
         if torch.is_grad_enabled() and not blended.requires_grad and any(True for _ in self.kernel(seed).parameters()):
             raise KernelFaultError("its output depends on none of its weights", field=seed.seed_id)
@@ -235,6 +267,11 @@ class Layer(nn.Module):
 
 def _call(layer: Layer, site: nn.Module, args: Any, output: Any) -> Any:
     return layer.on_output(site, args, output)
+
+
+def _in_backward() -> bool:
+    """Whether this forward is one that activation checkpointing repeats."""
+    return torch._C._current_graph_task_id() != -1  # noqa: SLF001 - torch has no public question
 
 
 def _goes_by_drift(seed: Seed) -> bool:
@@ -281,15 +318,15 @@ def layer_at(layers: Layers, site: str) -> Layer:
 
 @contextmanager
 def unobserved(layers: Layers) -> Iterator[None]:
-    """Within it, no layer takes health: the forward is not the host's own."""
-    observing = [layer for layer in all_layers(layers) if layer.observing]
-    for layer in observing:
-        layer.observing = False
+    """Within it, no layer takes health or keeps what passes: the forward is not the host's own."""
+    modes = [(layer, layer.observing, layer.keeps) for layer in all_layers(layers)]
+    for layer, _, _ in modes:
+        layer.observing = layer.keeps = False
     try:
         yield
     finally:
-        for layer in observing:
-            layer.observing = True
+        for layer, observing, keeps in modes:
+            layer.observing, layer.keeps = observing, keeps
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -84,7 +84,7 @@ def probe(module: nn.Module, example: tuple[Any, ...]) -> Probe:
         stack.enter_context(forked_rng(module))
         module.eval()
         output = torch.func.functional_call(module, detached(module), example)
-    seen.outputs = {_storage(tensor) for tensor in _tensors(output)}
+    seen.outputs = {_storage(tensor) for tensor in tensors_of(output)}
     return seen
 
 
@@ -103,21 +103,22 @@ def _watcher(seen: Probe, name: str) -> Any:
 
 
 def _batch_of(example: tuple[Any, ...]) -> int:
-    for tensor in _tensors(example):
+    for tensor in tensors_of(example):
         if tensor.ndim > 0:
             return tensor.shape[0]
     return 0
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in what goes into a model or comes out of it."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -156,7 +156,7 @@ class Seed:
         """Gives the kernel its own optimizer. Its parameters stay closed to autograd: only the shadow trains them."""
         parameters = list(module.parameters())
         # a design without parameters has nothing to train, and no optimizer takes an empty list
-        self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate) if parameters else None
+        self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, fused=True) if parameters else None
 
     def drop_kernel(self) -> None:
         """Lets go of all that belongs to a blended or trained kernel, but keeps what people read."""

@@ -1,4 +1,4 @@
-"""Training a kernel behind the host: the whole forward again, for the kernel alone.
+"""Training a kernel behind the host: the whole forward again, or what follows the site, for the kernel alone.
 
 The replay reads the host's weights without their gradient, writes to clones of its buffers and draws from a forked
 RNG; the site's input is cut off; `torch.autograd.grad` reaches the kernel's parameters and nothing else. So the host's
@@ -18,6 +18,7 @@ from torch import nn
 from esper.kasmina.layer import Layer, key_of
 from esper.kasmina.probe import detached, forked_rng
 from esper.kasmina.seed import Seed
+from esper.kasmina.tails import FromSite
 from esper.leyline.autocast import no_autocast_cache
 from esper.leyline.compiled import eagerly
 from esper.leyline.errors import SiteError
@@ -36,18 +37,28 @@ def train_shadow(
     args: tuple[Any, ...],
     loss_of: Callable[[Any], torch.Tensor],
     *,
+    start: torch.Tensor | None = None,
     all_reduce: AllReduce | None = None,
 ) -> float:
     """Trains one kernel on one batch and returns its loss, which may be infinite or NaN.
 
     An update whose gradient (over all ranks) is not finite is left out and counted in the seed's `errors`.
 
+    Args:
+        module: the host.
+        layer: of the seed.
+        seed: in TRAINING.
+        args: positional inputs of the host.
+        loss_of: outputs of the host to a scalar.
+        start: what the site put out for these inputs, of a layer with a tail; None replays the whole host.
+        all_reduce: averages gradients over ranks, in place.
+
     Raises:
         SiteError: if the loss does not depend on the site.
     """
     kernel = layer.kernel(seed)
     leaves = {name: p.detach().requires_grad_() for name, p in kernel.named_parameters()}
-    loss = _replay(module, layer, seed, args, loss_of, leaves)
+    loss = _replay(module, layer, seed, args, loss_of, leaves, start)
     if not leaves:
         return float(loss)
     if not loss.requires_grad:
@@ -70,12 +81,16 @@ def _replay(
     args: tuple[Any, ...],
     loss_of: Callable[[Any], torch.Tensor],
     leaves: dict[str, torch.Tensor],
+    start: torch.Tensor | None,
 ) -> torch.Tensor:
     prefix = f"{PREFIX}.{key_of(layer.site)}.{seed.seed_id}."
     tensors = detached(module) | {prefix + name: leaf for name, leaf in leaves.items()}
-    site = module.get_submodule(layer.path)
-    with eagerly(module), torch.enable_grad(), forked_rng(module), no_autocast_cache(), layer.shadow(seed, site):
-        return loss_of(torch.func.functional_call(module, tensors, args))
+    with eagerly(module), torch.enable_grad(), forked_rng(module), no_autocast_cache():
+        if start is not None and layer.tail is not None:
+            host = FromSite(module, layer.tail, lambda h: layer.behind(seed, h))
+            return loss_of(torch.func.functional_call(host, host.tensors(tensors), (start, *args)))
+        with layer.shadow(seed, module.get_submodule(layer.path)):
+            return loss_of(torch.func.functional_call(module, tensors, args))
 
 
 def _update(seed: Seed, parameters: list[nn.Parameter], gradients: list[torch.Tensor], norm: float) -> None:

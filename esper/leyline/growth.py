@@ -137,9 +137,17 @@ class Growable(Protocol):
 
     # ---- at a step
 
-    def prepare(self, step: int, *, epoch: int, steps_per_epoch: int, observe: bool) -> Change:
+    def prepare(self, step: int, *, epoch: int, steps_per_epoch: int, observe: bool, replays: int = 0) -> Change:
         """Readies the forward of `step`: takes in kernels the loader has finished, sets alpha, and arms the taking
         of health on this step if `observe`. Never blocks, never compiles.
+
+        Args:
+            step: its number.
+            epoch: of the run.
+            steps_per_epoch: which ramps go by.
+            observe: whether health is sampled.
+            replays: forwards of this step, at most, whose batches `train_shadows` will be given, in the same order:
+                what their sites put out is kept for it, where the host's owner has said what follows.
         """
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esper.leyline.native import Rung
-from esper.leyline.signals import Evidence, EvidenceKind
+from esper.leyline.signals import CircuitState, Evidence, EvidenceKind
 from esper.leyline.summary import Circuit, Rollback, Start
 
 UNKNOWN = "—"
@@ -34,6 +34,13 @@ def start(begun: Start) -> str:
 def rollback(back: Rollback) -> str:
     """`set back at step 1,204 (epoch 7): the loss is nan`."""
     return f"set back at step {back.step:,} (epoch {back.epoch + 1}): {back.reason}"
+
+
+CIRCUITS = {
+    CircuitState.OPEN: "open: silent, and not asked for a while",
+    CircuitState.HALF_OPEN: "half open: the next call tries it",
+}
+"""What a circuit breaker that is not closed says; a closed one says nothing."""
 
 
 def circuit(of: Circuit) -> str:

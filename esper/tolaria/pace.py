@@ -1,4 +1,6 @@
-"""How often health is sampled: on every so many steps, and less often where a sample costs more than its share.
+"""How often health is sampled, and kernels are trained behind the host.
+
+Health is sampled on every so many steps, and less often where a sample costs more than its share.
 
 It is told what steps took and knows nothing else; the clock is the caller's. With a share of None the interval is
 fixed, which is what a deterministic run needs: what is sampled must not depend on the clock. Nor may it differ between
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from typing import Literal
 
 WINDOW = 16
 """Steps of each kind whose median counts: one slow step on a shared machine says nothing."""
@@ -17,6 +20,22 @@ MIN_STEPS = 3
 """Steps of each kind before the interval is changed."""
 MAX_FACTOR = 16
 """The interval never exceeds the one that was asked for by more than this factor."""
+
+REPLAYS_EVERY = 12
+"""Steps from one update of a kernel in TRAINING to the next: an update takes up to 3 steps of a small host (measured by
+`esper bench overhead`), and training a kernel may cost a quarter of a step."""
+REPLAYS_AN_EPOCH = 64
+"""Updates that an epoch has room for, if it has as many steps: kernels have few epochs to show a gain in."""
+
+
+def replay_interval(every: int | Literal["auto"], *, steps_per_epoch: int) -> int:
+    """Steps from one update of a kernel in TRAINING to the next.
+
+    Args:
+        every: `kasmina.shadow_every`.
+        steps_per_epoch: 0 if it is not known yet.
+    """
+    return max(1, min(REPLAYS_EVERY, steps_per_epoch // REPLAYS_AN_EPOCH)) if every == "auto" else every
 
 
 class Pace:

@@ -43,7 +43,7 @@ from esper.tolaria.native import Optimizing
 from esper.tolaria.numerics import rng_state, set_rng_state
 from esper.tolaria.optim import Optimization
 from esper.tolaria.outbox import Outbox
-from esper.tolaria.pace import Pace
+from esper.tolaria.pace import Pace, replay_interval
 from esper.tolaria.packet import HostSize, live_flops, live_params
 from esper.tolaria.precision import Precision
 from esper.tolaria.reach import Reach
@@ -260,9 +260,9 @@ class Session:
 
     def _train_shadows(self, batch: Batch) -> None:
         course = self.course
-        training = self._in_training()
-        if not training or course.step % course.config.kasmina.shadow_every:
+        if not self._trains_shadows():
             return
+        training = self._in_training()
         ranks = course.ports.ranks
         began = time.perf_counter()
         with course.ledger.timed("shadow"):
@@ -288,6 +288,12 @@ class Session:
 
         _, flops = self._costs.counting(args, train, mode="shadow")
         return flops
+
+    def _trains_shadows(self) -> bool:
+        """Whether kernels are trained on the batch of the present step."""
+        course = self.course
+        every = replay_interval(course.config.kasmina.shadow_every, steps_per_epoch=self._steps_per_epoch)
+        return bool(self._in_training()) and course.step % every == 0
 
     def _in_training(self) -> tuple[str, ...]:
         """Ids of the seeds in TRAINING; looked up when the topology changes, not at every step."""
@@ -318,6 +324,7 @@ class Session:
             epoch=course.epoch,
             steps_per_epoch=max(1, self._steps_per_epoch or len(self._milliseconds)),
             observe=self._observing,
+            replays=course.config.tolaria.accumulate if self._trains_shadows() else 0,
         )
         self._adaptation.absorb(change)
 

@@ -6,14 +6,15 @@ a function of (seed, epoch) alone, so that a run can go on in the middle; a fact
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from esper.leyline.chains import Tail
 from esper.leyline.errors import DataError
 from esper.tolaria.optim import OptimizerFactory, SchedulerFactory
 from esper.tolaria.task import Task
@@ -41,6 +42,7 @@ class Workload:
         scheduler: makes its scheduler from (optimizer, total steps); None is a constant rate.
         trained: what the model was trained to before, so that its quality is measured before the first step; None is
             a new model.
+        tails: by site, what the model computes from there on; see `esper.kasmina.tails`.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Workload:
     scheduler: SchedulerFactory | None = None
     test: Data | None = None
     trained: Trained | None = None
+    tails: Mapping[str, Tail] = field(default_factory=dict)
 
 
 class Batches(Protocol):

@@ -3,8 +3,9 @@
 Inputs are random tensors, since only time is measured. One thread. A step is what the trainer does: `prepare`, then
 forward, loss, backward and the optimizer. The row `with telemetry` also samples health every 10 steps, `with telemetry
 at its share` as often as the trainer would by default: every 10 steps, or less often where that costs more than
-`kasmina.telemetry_share`. `step with a seed in training` trains one kernel behind the host on every
-`kasmina.shadow_every`-th step, the default. `memory` is what the tensors of model, gradients and optimizer take.
+`kasmina.telemetry_share`. `step with a seed in training` trains one kernel behind the first block as often as the
+trainer does by default where epochs are not short, and from its site on, as the host tells what follows a block; `by
+whole replays` is the same without that. `memory` is what the tensors of model, gradients and optimizer take.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from esper.kasmina import wrap
 from esper.kasmina.layer import Layer
 from esper.leyline import Action, KasminaControlCommand
 from esper.leyline.growth import Growable
-from esper.tolaria.pace import Pace
+from esper.tolaria.pace import REPLAYS_EVERY, Pace
 from jobs.bench.harness import BenchResult, Estimate, goal_at_most, interleaved, machine
 
 GOAL = 1.01
@@ -38,6 +39,7 @@ BATCH = 16
 TELEMETRY = "step with telemetry"
 PACED = "step with telemetry at its share"
 TRAINING = "step with a seed in training"
+REPLAYED = "step with a seed in training, by whole replays"
 BLUEPRINTS = {"cnn": "residual_conv", "mlp": "mlp_2x", "gpt": "mlp_adapter"}
 TELEMETRY_EVERY = 10
 PACING_STEPS = 200
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str], say: Callable[[str], None]) -> BenchResult:
                     goals.append(goal_at_most(f"{name} {what}", estimate, GOAL))
                 elif what == PACED:
                     goals.append(goal_at_most(f"{name} {what}", estimate, TELEMETRY_GOAL))
-                elif what == TRAINING:
+                elif what in {TRAINING, REPLAYED}:
                     goals.append(goal_at_most(f"{name} {what}", estimate, TRAINING_GOAL))
             ratio = case.memory()
             say(f"{name}, memory: {ratio:.4f}")
@@ -87,8 +89,7 @@ class _Case:
         self._y = torch.randint(outputs, (BATCH, *shape) if is_text else (BATCH,))
         self._control = copy.deepcopy(plain)
         self._host: Growable = wrap(copy.deepcopy(plain), example=(self._x[:2],), causal=is_text)
-        self._trained = wrap(copy.deepcopy(plain), example=(self._x[:2],), causal=is_text)
-        self._plain, self._blueprint = plain, blueprint
+        self._plain, self._blueprint, self._causal = plain, blueprint, is_text
 
     def comparisons(self) -> Iterator[tuple[str, Callable[[], object], Callable[[], object], int]]:
         """Yields what is compared, the plain call, the other one, and the steps after which its work recurs."""
@@ -99,8 +100,9 @@ class _Case:
         yield TELEMETRY, self._step(self._plain), self._growing_step(observe_every=every), every
         every = self._paced()
         yield PACED, self._step(self._plain), self._growing_step(observe_every=every), every
-        every = KasminaConfig().shadow_every
-        yield TRAINING, self._step(self._plain), self._training_step(every), every
+        every = REPLAYS_EVERY
+        yield TRAINING, self._step(self._plain), self._training_step(every, replays=1), every
+        yield REPLAYED, self._step(self._plain), self._training_step(every, replays=0), every
         yield "plain against itself", self._step(self._plain), self._step(self._control), 1
 
     def _step(self, model: nn.Module) -> Callable[[], None]:
@@ -134,9 +136,9 @@ class _Case:
 
         return taken(copy.deepcopy(self._host.module)) / taken(copy.deepcopy(self._control))
 
-    def _training_step(self, every: int) -> Callable[[], None]:
-        """A step with one kernel in TRAINING behind the host, on every so many steps."""
-        host = self._trained
+    def _training_step(self, every: int, *, replays: int) -> Callable[[], None]:
+        """A step with one kernel in TRAINING behind the host, on every so many steps; `replays` as for `prepare`."""
+        host = wrap(copy.deepcopy(self._control), example=(self._x[:2],), causal=self._causal)
         site, signature = next(iter(host.sites.items()))
         tree = {"data": {"type": "given"}, "host": {"type": "given"}, "tezzeret": {"blueprints": [self._blueprint]}}
         hub, key = local_hub([signature], parse_config(tree, []))
@@ -150,9 +152,11 @@ class _Case:
 
         def training_step() -> None:
             number = next(numbers)
-            host.prepare(number, epoch=0, steps_per_epoch=1_000_000, observe=False)
+            trains = number % every == 0
+            kept = replays if trains else 0
+            host.prepare(number, epoch=0, steps_per_epoch=1_000_000, observe=False, replays=kept)
             step()
-            if number % every == 0:
+            if trains:
                 host.train_shadows(
                     (self._x,), lambda outputs: functional.cross_entropy(outputs.flatten(0, -2), target.flatten())
                 )

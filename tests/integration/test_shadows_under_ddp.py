@@ -28,9 +28,12 @@ def rank_main(rank: int, meeting: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     for kind in KINDS:
         reference = trace(kind, None, steps=4, rank=rank, parallel=DistributedDataParallel)
-        for num_seeds in (0, 1, 3):
+        for num_seeds, replays in ((0, 0), (1, 0), (3, 0), (3, 1)):
             seeds: dict[str, torch.Tensor] = {}
-            found = trace(kind, num_seeds, steps=4, rank=rank, parallel=DistributedDataParallel, mean=mean, seeds=seeds)
+            found = trace(
+                kind, num_seeds, steps=4, rank=rank, parallel=DistributedDataParallel, mean=mean, seeds=seeds,
+                replays=replays,
+            )  # fmt: skip
             assert_equal(found, reference)
             assert bool(seeds) == bool(num_seeds)
             for key, tensor in seeds.items():

@@ -57,7 +57,7 @@ def with_seeds(model, kind, num_seeds, *, race=1):
     return host
 
 
-def trace(kind, num_seeds, *, steps, race=1, rank=0, parallel=None, mean=None, seeds=None):
+def trace(kind, num_seeds, *, steps, race=1, rank=0, parallel=None, mean=None, seeds=None, replays=0):
     """Trains for some steps and tells everything of the host, by name.
 
     Args:
@@ -69,6 +69,7 @@ def trace(kind, num_seeds, *, steps, race=1, rank=0, parallel=None, mean=None, s
         parallel: wraps the model for several processes.
         mean: averages tensors over them.
         seeds: takes the tensors of the seeds at the end.
+        replays: 1 lets kernels train from their sites on, by the tails that the hosts have.
     """
     model = build_kind(kind)
     host = None if num_seeds is None else with_seeds(model, kind, num_seeds, race=race)
@@ -81,7 +82,7 @@ def trace(kind, num_seeds, *, steps, race=1, rank=0, parallel=None, mean=None, s
     taken = []
     for step in range(steps):
         if host is not None:
-            host.prepare(step, epoch=0, steps_per_epoch=steps, observe=step % 3 == 0)
+            host.prepare(step, epoch=0, steps_per_epoch=steps, observe=step % 3 == 0, replays=replays)
         chosen = torch.randperm(32)[rank * 4 : rank * 4 + 4]
         taken.append(chosen)
         x, y = inputs[chosen], targets[chosen]

@@ -25,6 +25,11 @@ def test_seeds_in_training_leave_no_trace(kind, num_seeds):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_three_that_train_by_tails_leave_no_trace(kind):
+    assert_equal(trace(kind, 3, steps=STEPS, replays=1), without_esper(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_three_that_race_at_one_site_leave_no_trace(kind):
     seeds = {}
     assert_equal(trace(kind, 3, steps=STEPS, race=3, seeds=seeds), without_esper(kind))

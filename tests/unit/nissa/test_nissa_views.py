@@ -7,6 +7,7 @@ import functools
 import io
 import re
 import threading
+from dataclasses import replace
 
 import nissa_story as story
 import pytest
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from esper.leyline.errors import UnavailableError
 from esper.leyline.seeds import SeedStage
+from esper.leyline.signals import CircuitState
 from esper.leyline.summary import Params, RunStatus
 from esper.nissa import words
 from esper.nissa.follow import MISSING, Follower, follow
@@ -87,6 +89,21 @@ def test_the_frame_needs_no_unicode():
     assert "epoch" in text
     assert "o=o=O-.-.-.-." in re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert track(SeedStage.FOSSILIZED, ASCII).plain == "o=o=o=o=o=o=#"
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        (CircuitState.CLOSED, None),
+        (CircuitState.OPEN, "urza open: silent, and not asked for a while"),
+        (CircuitState.HALF_OPEN, "urza half open: the next call tries it"),
+    ],
+)
+def test_the_frame_tells_when_urza_is_not_asked(state, told):
+    view = view_after(3)
+    view = replace(view, last=view.last.model_copy(update={"urza": state}))
+    picture = " ".join(drawn(view, width=140).split())
+    assert told in picture if told else "urza" not in picture
 
 
 def test_every_stage_has_its_own_word_and_track():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.tolaria.pace import MAX_FACTOR, Pace
+from esper.tolaria.pace import MAX_FACTOR, Pace, replay_interval
 
 
 def drive(pace, steps, *, plain, sampled, longest=10_000):
@@ -80,3 +80,19 @@ def test_ranks_with_other_clocks_sample_the_same_steps_while_they_hold_to_one_in
     for pace in paces:
         pace.hold(paces[1].interval(longest=100))
     assert drive(paces[0], 300, plain=1.0, sampled=1.0) == drive(paces[1], 300, plain=1.0, sampled=9.0)
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "expected"),
+    [
+        ("auto", 0, 1),
+        ("auto", 34, 1),
+        ("auto", 140, 2),
+        ("auto", 768, 12),
+        ("auto", 10**6, 12),
+        (5, 10**6, 5),
+        (5, 0, 5),
+    ],
+)
+def test_kernels_are_trained_as_often_as_is_set_and_often_enough_in_short_epochs(every, steps, expected):
+    assert replay_interval(every, steps_per_epoch=steps) == expected

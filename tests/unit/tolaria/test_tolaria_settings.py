@@ -104,3 +104,15 @@ def test_a_seeds_own_rate_changes_what_it_learns(tmp_path):
     summary, slow = train(tmp_path / "slow", config(tamiyo__schedule=SLOW_SEED))
     assert summary.events[-1].to_stage is SeedStage.FOSSILIZED
     assert not equal(usual, slow)
+
+
+def test_kernels_train_from_their_site_on_where_the_rest_is_known(tmp_path):
+    """The host is a chain; a hook around all of it asks for whole replays."""
+    chosen = config(tolaria__epochs=3, tolaria__accumulate=2)
+    problem = workload(chosen)
+    handle = problem.model.register_forward_hook(lambda _module, _args, _output: None)
+    whole, _ = train(tmp_path / "whole", chosen, problem=problem)
+    handle.remove()
+    part, _ = train(tmp_path / "part", chosen)
+    assert 0 < part.ledger.flops.shadow < 0.9 * whole.ledger.flops.shadow
+    assert part.ledger.flops.host == whole.ledger.flops.host
