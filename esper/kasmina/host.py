@@ -162,7 +162,7 @@ class Host:
                 yield f"{PREFIX}.{layer.key}.{seed.seed_id}.{name}", parameter
 
     def share(self, mean: AllReduce, *, world: int) -> None:
-        self._life.mean, self._life.world = mean, world
+        self._life.share(mean, world)
 
     def prepare(self, step: int, *, epoch: int, steps_per_epoch: int, observe: bool, replays: int = 0) -> Change:
         change = self._life.step(Moment(self._life.moment.run_id, epoch, step), steps_per_epoch)
@@ -177,7 +177,7 @@ class Host:
 
     def request_native(self, seed_id: str, kernel_id: str) -> None:
         layer, seed = self._life.find(seed_id)
-        self._life.request_native(layer, seed, kernel_id)
+        self._life.arrivals.request_native(layer, seed, kernel_id)
 
     def train_shadows(
         self,
@@ -272,8 +272,8 @@ class Host:
             native: whether kernels may run native code (not in deterministic mode).
         """
         self.close()
-        self._life.loader = KernelLoader(hub, public_key, self.cache, native=native)
-        self._life.wait = wait
+        self._life.arrivals.loader = KernelLoader(hub, public_key, self.cache, native=native)
+        self._life.arrivals.wait = wait
         self._life.restore_requests()
 
     def load_kernel(self, site: str, seed_id: str, kernel_id: str) -> SeedView:
@@ -291,10 +291,11 @@ class Host:
 
     def close(self) -> None:
         """Lets the loader's thread end. The model goes on as it is."""
-        self._life.forget_requests()
-        if self._life.loader is not None:
-            self._life.loader.close()
-            self._life.loader = None
+        arrivals = self._life.arrivals
+        arrivals.forget_all()
+        if arrivals.loader is not None:
+            arrivals.loader.close()
+            arrivals.loader = None
 
     def _keep(self, replays: int) -> None:
         """Lets the sites at which kernels train leave their tensors, where it is known what follows them."""

@@ -1,27 +1,25 @@
-"""How seeds move from stage to stage: commands, the taking in of kernels, ramps and removals.
+"""How seeds move from stage to stage: on command, with what has arrived for them, and by time.
 
-It changes layers and reports what it did as a `Change`; it knows nothing of the loop, the optimizer or the policy.
+It changes layers and reports what it did as a `Change`; it knows nothing of the loop, the optimizer or the policy. How
+kernels come is of `arrivals`, how alphas move of `ramps`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from esper.config import KasminaConfig
-from esper.kasmina.blending import alpha_at
+from esper.kasmina.arrivals import Arrivals
 from esper.kasmina.gates import Gate, GateFacts, gate, target_of
 from esper.kasmina.layer import Layer, Layers, all_layers, layer_at
-from esper.kasmina.loader import KernelLoader, LoadedKernel
-from esper.kasmina.native import Natives, Notice
-from esper.kasmina.neighbour import copy_neighbours
+from esper.kasmina.loader import LoadedKernel
+from esper.kasmina.ramps import Ramps
 from esper.kasmina.seed import Retirement, Seed
 from esper.kasmina.shadow import AllReduce
-from esper.kasmina.strategies import Course, Limits, judged, move
+from esper.kasmina.strategies import judged
 from esper.leyline.compiled import runs_compiled
 from esper.leyline.errors import (
     EsperError,
@@ -67,8 +65,8 @@ class Lifecycle:
         clock: steps that were prepared.
         val_loss: the last finite validation loss that was told; None before the first.
         moment: the last one that was told.
-        mean: averages figures over ranks in place, under DDP.
-        world: number of ranks.
+        arrivals: kernels on their way in.
+        mean, world: how figures are averaged over so many ranks in place, under DDP; None alone.
         shadows: the seeds in TRAINING with their layers.
         pending: events that happened outside `apply` and `prepare` and are reported by the next of either.
     """
@@ -77,11 +75,10 @@ class Lifecycle:
         self.module = module
         self.layers = layers
         self.config = config
-        self.loader: KernelLoader | None = None
-        self.wait = True
+        self.arrivals = Arrivals(module, layers)
         self.mean: AllReduce | None = None
         self.world = 1
-        self._limits = Limits(config.ramp, config.gate_factor, config.drift_limit)
+        self._ramps = Ramps(config)
         self.version = 0
         self.clock = 0
         self.num_planted = 0
@@ -89,9 +86,6 @@ class Lifecycle:
         self.moment = Moment("", 0, 0)
         self.val_loss: float | None = None
         self.pending: list[LifecycleEvent] = []
-        self._loading: dict[str, Future[LoadedKernel]] = {}
-        self._natives = Natives(layers)
-        self._notices: list[Notice] = []
         self.shadows: list[tuple[Layer, Seed]] = []
         self._busy = False
 
@@ -103,6 +97,11 @@ class Lifecycle:
         self.num_planted += 1
         seed.put("entered", self.clock)
         return seed
+
+    def share(self, mean: AllReduce, world: int) -> None:
+        """Says how figures are averaged over ranks; see `Growable.share`."""
+        self.mean = self.arrivals.mean = self._ramps.mean = mean
+        self.world = world
 
     def find(self, seed_id: str) -> tuple[Layer, Seed]:
         """Returns a seed and its layer; raises `NotFoundError`."""
@@ -138,8 +137,8 @@ class Lifecycle:
         try:
             layer, seed, target = self._target(command)
             refusal = self._refusal(layer, seed, command, target)
-            if refusal is None and command.action is Action.GERMINATE and self.wait:
-                self._load_now(layer, command.kernel_id or "")
+            if refusal is None and command.action is Action.GERMINATE and self.arrivals.wait:
+                self.arrivals.hold(layer, command.kernel_id or "")
         except (NotFoundError, IllegalTransitionError, *_REFUSED) as error:
             return str(error)
         return refusal
@@ -205,7 +204,7 @@ class Lifecycle:
                 return None
 
     def _why_not_germinate(self, layer: Layer, seed: Seed, command: KasminaControlCommand) -> str | None:
-        if self.loader is None:
+        if self.arrivals.loader is None:
             return "no asset hub is attached"
         if runs_compiled(self.module, layer.path) and not layer.is_fixed:
             return "the host was compiled after it was wrapped, and would not see the kernel: wrap it last"
@@ -219,13 +218,13 @@ class Lifecycle:
         self, layer: Layer, seed: Seed, target: SeedStage, command: KasminaControlCommand, moment: Moment
     ) -> Change:
         kernel_id = command.kernel_id or ""
-        outcome = self._outcome(lambda: self._load_now(layer, kernel_id)) if self.wait else None
+        outcome = self._outcome(lambda: self.arrivals.take(layer, kernel_id)) if self.arrivals.wait else None
         seed.strategy, seed.lr_factor, seed.trace_id = command.strategy, command.lr_factor, command.command_id
         loaded = outcome.facts.blueprint if isinstance(outcome, LoadedKernel) else None
         seed.requested, seed.requested_blueprint = kernel_id, loaded or command.blueprint
         change = Change((self._enter(layer, seed, target, command.reason, moment),))
         if outcome is None:
-            self._request(layer, seed)
+            self.arrivals.request(layer, seed)
             return change
         return change + self._take_in(layer, seed, outcome, moment)
 
@@ -282,10 +281,7 @@ class Lifecycle:
 
     def _remove(self, layer: Layer, seed: Seed, to: SeedStage, reason: str, moment: Moment) -> Change:
         blended, had_shadow = seed.stage.is_blended, seed.stage is SeedStage.TRAINING
-        pending = self._loading.pop(seed.seed_id, None)
-        if pending is not None:
-            pending.cancel()
-        self._natives.forget(seed)
+        self.arrivals.forget(seed)
         event = self._enter(layer, seed, to, reason, moment)
         left = layer.take_kernel(seed)
         seed.drop_kernel()
@@ -294,49 +290,6 @@ class Lifecycle:
         return Change((event,), left=left, path_changed=blended)
 
     # ---- kernels
-
-    def _load_now(self, layer: Layer, kernel_id: str) -> LoadedKernel:
-        if self.loader is None:
-            raise NotFoundError("no asset hub is attached", remedy="call attach() first")
-        loaded = self.loader.load(kernel_id, layer.signature, self.device())
-        copy_neighbours(self.module, layer.path, loaded.module, loaded.facts.ir)
-        return loaded
-
-    def load(self, layer: Layer, seed: Seed, kernel_id: str) -> None:
-        """Loads a kernel into a DORMANT seed, which becomes GERMINATED.
-
-        Raises:
-            IllegalTransitionError: if the seed is not DORMANT.
-            EsperError: what the loader raises; the seed is as it was.
-        """
-        if seed.stage is not SeedStage.DORMANT:
-            raise IllegalTransitionError(f"seed {seed.seed_id} is {seed.stage}; only a DORMANT one takes a kernel")
-        loaded = self._load_now(layer, kernel_id)
-        seed.requested = kernel_id
-        reason = "a kernel was loaded by hand"
-        self.pending.append(self._enter(layer, seed, SeedStage.GERMINATED, reason, self.moment))
-        self._put(layer, seed, loaded)
-        self._refresh(layer)
-
-    def request_native(self, layer: Layer, seed: Seed, kernel_id: str) -> None:
-        """Asks for native code for a seed's kernel; see `Growable.request_native`."""
-        layer.kernel(seed)
-        assert seed.facts is not None
-        if self.loader is None:
-            raise NotFoundError("no asset hub is attached", remedy="call attach() first")
-        if kernel_id in (seed.native, seed.native_wanted):
-            return
-        seed.native_wanted = kernel_id
-        self._natives.expect(layer, seed, self.loader.request_native(kernel_id, seed.facts, self.device()))
-
-    def _put(self, layer: Layer, seed: Seed, loaded: LoadedKernel) -> None:
-        layer.put_kernel(seed, loaded.facts, loaded.module)
-        if loaded.native is not None or loaded.no_native:
-            self._notices.append(self._natives.place(layer, seed, loaded.native, loaded.no_native, self.mean))
-
-    def _request(self, layer: Layer, seed: Seed) -> None:
-        if self.loader is not None and seed.requested is not None:
-            self._loading[seed.seed_id] = self.loader.request(seed.requested, layer.signature, self.device())
 
     def _outcome(self, load: Callable[[], LoadedKernel]) -> LoadedKernel | EsperError:
         try:
@@ -347,8 +300,31 @@ class Lifecycle:
     def _take_in(self, layer: Layer, seed: Seed, outcome: LoadedKernel | EsperError, moment: Moment) -> Change:
         if isinstance(outcome, EsperError):
             return self._remove(layer, seed, SeedStage.CANCELLED, f"kernel refused: {outcome}", moment)
-        self._put(layer, seed, outcome)
+        self.arrivals.put(layer, seed, outcome)
         return Change(rungs=self._take_rungs())
+
+    def _collect(self, layer: Layer, seed: Seed, moment: Moment) -> Change:
+        try:
+            outcome: LoadedKernel | EsperError = self.arrivals.collect(layer, seed)
+        except EsperError as error:  # whatever the hub or the checks said; a bug is raised as it is
+            outcome = error
+        return self._take_in(layer, seed, outcome, moment)
+
+    def load(self, layer: Layer, seed: Seed, kernel_id: str) -> None:
+        """Loads a kernel into a DORMANT seed, which becomes GERMINATED.
+
+        Raises:
+            IllegalTransitionError: if the seed is not DORMANT.
+            EsperError: what the loader raises; the seed is as it was.
+        """
+        if seed.stage is not SeedStage.DORMANT:
+            raise IllegalTransitionError(f"seed {seed.seed_id} is {seed.stage}; only a DORMANT one takes a kernel")
+        loaded = self.arrivals.take(layer, kernel_id)
+        seed.requested = kernel_id
+        reason = "a kernel was loaded by hand"
+        self.pending.append(self._enter(layer, seed, SeedStage.GERMINATED, reason, self.moment))
+        self.arrivals.put(layer, seed, loaded)
+        self._refresh(layer)
 
     # ---- at a step
 
@@ -356,81 +332,20 @@ class Lifecycle:
         """Takes in finished kernels and moves every ramp by one step."""
         self.moment = moment
         self.clock += 1
-        self._notices += self._natives.step(self.mean)
+        self.arrivals.step()
         change = self._take_pending()
         if not self._busy:
             return change
         for layer, seed in self._candidates():
-            if seed.seed_id in self._loading and self._loading[seed.seed_id].done():
+            if self.arrivals.has_come(seed):
                 change += self._collect(layer, seed, moment)
             elif seed.retirement is not None or seed.stage is SeedStage.GRAFTING:
-                change += self._ramp(layer, seed, moment, steps_per_epoch)
+                retired = self._ramps.step(layer, seed, steps_per_epoch)
+                if retired and seed.retirement is not None:
+                    reason = f"retired: {seed.retirement.reason}"
+                    change += self._remove(layer, seed, SeedStage.CULLED, reason, moment)
         self._refresh()
         return change
-
-    def _collect(self, layer: Layer, seed: Seed, moment: Moment) -> Change:
-        future = self._loading.pop(seed.seed_id)
-
-        def ready() -> LoadedKernel:
-            loaded = future.result()
-            copy_neighbours(self.module, layer.path, loaded.module, loaded.facts.ir)
-            return loaded
-
-        try:
-            outcome: LoadedKernel | EsperError = ready()
-        except EsperError as error:  # whatever the hub or the checks said; a bug is raised as it is
-            outcome = error
-        return self._take_in(layer, seed, outcome, moment)
-
-    def _ramp(self, layer: Layer, seed: Seed, moment: Moment, steps_per_epoch: int) -> Change:
-        if seed.strategy is BlendStrategy.DIRECT and seed.retirement is None:
-            return Change()
-        if seed.figure("ramp_total") == 0:
-            seed.put("ramp_total", max(1, round(self.config.ramp_epochs * steps_per_epoch)))
-        if seed.retirement is None:
-            self._move(layer, seed)
-            return Change()
-        done, total = seed.figure("ramp_done") + 1, seed.figure("ramp_total")
-        seed.put("ramp_done", min(done, total))
-        alpha = alpha_at(self.config.ramp, done, total)
-        if done >= total:
-            return self._remove(layer, seed, SeedStage.CULLED, f"retired: {seed.retirement.reason}", moment)
-        seed.alpha = seed.retirement.from_alpha * (1.0 - alpha)
-        return Change()
-
-    def _move(self, layer: Layer, seed: Seed) -> None:
-        """Moves alpha by one step of the seed's strategy."""
-        self._measure(layer, seed)
-        table, row = layer.table, seed.row
-        course = Course(
-            alpha=seed.alpha,
-            done=seed.figure("ramp_done"),
-            total=seed.figure("ramp_total"),
-            typical=table.get("typical", row),
-            released=seed.figure("released"),
-        )
-        measured = table.get("measured", row) if seed.figure("has_measured") else None
-        course = move(seed.strategy, course, measured, self._limits)
-        seed.put("has_measured", 0)
-        seed.alpha = course.alpha
-        seed.put("ramp_done", course.done)
-        table.set("typical", row, course.typical)
-
-    def _measure(self, layer: Layer, seed: Seed) -> None:
-        """Takes what the strategy goes by from the last step, unless the end of an interval did already: a resumed run
-        has neither gradients nor activations of that step. Collective where figures are shared.
-        """
-        figure = None
-        if seed.strategy is BlendStrategy.GRAD_NORM_GATED:
-            gradients = [p.grad for p in layer.kernel(seed).parameters() if p.grad is not None]
-            figure = torch.nn.utils.get_total_norm(gradients) if gradients else None  # DDP made it equal on all ranks
-        elif seed.strategy is BlendStrategy.DRIFT_CONTROLLED:
-            figure, layer.reach = layer.reach, None
-            if figure is not None and self.mean is not None:
-                self.mean([figure])
-        if figure is not None and not seed.figure("has_measured"):
-            layer.table.set("measured", seed.row, float(figure))
-            seed.put("has_measured", 1)
 
     # ---- at an interval
 
@@ -446,7 +361,7 @@ class Lifecycle:
             if seed.stage.is_blended and val_loss is not None:
                 self._compare(seed, val_loss, finite=finite)
             if seed.stage is SeedStage.GRAFTING and seed.retirement is None:
-                self._measure(layer, seed)
+                self._ramps.measure(layer, seed)
                 if val_loss is not None and seed.baseline is not None:
                     seed.put("released", judged(seed.figure("released"), val_loss, seed.baseline))
             self._end_embargo(layer, seed, moment)
@@ -480,45 +395,30 @@ class Lifecycle:
     def restore_requests(self) -> None:
         """Asks again for the kernels that GERMINATED seeds still wait for."""
         for layer, seed in self._candidates():
-            if seed.stage is SeedStage.GERMINATED and seed.facts is None and seed.seed_id not in self._loading:
-                self._request(layer, seed)
+            if seed.stage is SeedStage.GERMINATED and seed.facts is None and not self.arrivals.is_awaited(seed):
+                self.arrivals.request(layer, seed)
         for layer in all_layers(self.layers):
             for seed in layer.seeds:
-                if self.loader is not None and seed.facts is not None and seed.native_wanted and not seed.native:
-                    wanted, seed.native_wanted = seed.native_wanted, None
-                    self.request_native(layer, seed, wanted)
+                self.arrivals.request_native_again(layer, seed)
         self._refresh()
-
-    def forget_requests(self) -> None:
-        """Drops all loads that are under way."""
-        for future in self._loading.values():
-            future.cancel()
-        self._loading.clear()
-        self._natives.forget_all()
 
     def _refresh(self, layer: Layer | None = None) -> None:
         if layer is not None:
             layer.sync(self.module.get_submodule(layer.path))
         current = self._candidates()
         self.shadows = [(layer, seed) for layer, seed in current if seed.stage is SeedStage.TRAINING]
-        self._busy = bool(self._loading) or any(
+        self._busy = len(self.arrivals) > 0 or any(
             seed.stage is SeedStage.GRAFTING or seed.retirement is not None for _, seed in current
         )
 
     def _candidates(self) -> list[tuple[Layer, Seed]]:
         return [(layer, seed) for layer in all_layers(self.layers) for seed in layer.candidates]
 
-    def device(self) -> torch.device:
-        """Where the host's weights lie."""
-        parameter = next(self.module.parameters(), None)
-        return parameter.device if parameter is not None else torch.device("cpu")
-
     def _take_pending(self) -> Change:
         events, self.pending = tuple(self.pending), []
         return Change(events, rungs=self._take_rungs())
 
     def _take_rungs(self) -> tuple[RungChange, ...]:
-        notices, self._notices = self._notices, []
         return tuple(
             RungChange(
                 run_id=self.moment.run_id,
@@ -532,7 +432,7 @@ class Lifecycle:
                 reason=notice.reason,
                 trace_id=notice.seed.trace_id,
             )
-            for notice in notices
+            for notice in self.arrivals.take_notices()
         )
 
     def _enter(self, layer: Layer, seed: Seed, stage: SeedStage, reason: str, moment: Moment) -> LifecycleEvent:

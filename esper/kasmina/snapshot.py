@@ -53,7 +53,7 @@ def restore(life: Lifecycle, state: Mapping[str, Any]) -> None:
             f"growth state of a host with sites {', '.join(saved)}; this one has {', '.join(here)}",
             remedy="restore into the same model with the same example shapes",
         )
-    life.forget_requests()
+    life.arrivals.forget_all()
     life.version = max(life.version, state["topology_version"]) + 1
     life.clock, life.num_planted, life.num_grafts = state["clock"], state["num_planted"], state["num_grafts"]
     life.moment = Moment(*state["moment"])
@@ -100,7 +100,7 @@ def _save_seed(seed: Seed, *, has_kernel: bool) -> dict[str, Any]:
 
 def _restore_layer(life: Lifecycle, layer: Layer, entry: Mapping[str, Any]) -> None:
     layer.clear()
-    layer.table = SeedTable(entry["table"], life.device())
+    layer.table = SeedTable(entry["table"], life.arrivals.device())
     layer.observer.load(entry["health"])
     for row, saved in enumerate(entry["seeds"]):
         seed = Seed(saved["seed_id"], layer.site, layer.table, row)
@@ -131,7 +131,7 @@ def _restore_seed(seed: Seed, saved: Mapping[str, Any]) -> None:
 
 def _restore_kernel(life: Lifecycle, layer: Layer, seed: Seed, saved: Mapping[str, Any]) -> None:
     assert seed.facts is not None
-    module = lower(seed.facts.ir, seed.facts.signature).to(life.device())
+    module = lower(seed.facts.ir, seed.facts.signature).to(life.arrivals.device())
     layer.put_kernel(seed, seed.facts, module)
     if seed.stage is SeedStage.TRAINING:
         seed.begin_training(module, life.config.shadow_lr)

@@ -405,7 +405,7 @@ def grafting(built: Built | None = None, **settings) -> tuple[Driver, Shelf]:
 
 def awaited(driver: Driver) -> None:
     """Waits for the loads that are under way."""
-    for _, _, future in list(driver.host._life._natives._loading.values()):
+    for _, _, future in list(driver.host._life.arrivals._natives._loading.values()):
         future.exception(timeout=120)
 
 
@@ -554,7 +554,7 @@ class Meeting:
 def test_ranks_swap_at_one_step_or_not_at_all(built: Built, both: bool):
     drivers = [grafting(built)[0] for _ in range(2)]
     if not both:
-        drivers[1].host._life.loader._allows_native = False
+        drivers[1].host._life.arrivals.loader._allows_native = False
     meeting = Meeting()
     found: list[list[tuple[int, Rung]]] = [[], []]
 
@@ -619,7 +619,7 @@ def train(swaps):
         if step == 4 + 4 * rank:  # one rank has it sooner
             loaded.set()
         if step == 12:
-            for _, _, future in list(host._life._natives._loading.values()):
+            for _, _, future in list(host._life.arrivals._natives._loading.values()):
                 future.exception(timeout=120)
         change = driver.take(host.prepare(driver.step, epoch=9, steps_per_epoch=4, observe=False))
         assert not change.joined and not change.left

@@ -145,7 +145,7 @@ class Gate(Shelf):
 
 def await_kernel(driver, seed_id="s0"):
     """Steps until the loader's result has been taken in."""
-    futures = list(driver.host._life._loading.values())
+    futures = list(driver.host._life.arrivals._loading.values())
     for future in futures:
         future.exception(timeout=30)
     driver.train(1)
@@ -290,3 +290,31 @@ def test_a_host_says_beforehand_whether_it_has_the_layers_that_a_design_copies()
     assert host.has_neighbours("3", designs["linear_stack"].ir)
     assert not has_neighbours(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), "1", designs["linear_stack"].ir, SITE)
     assert host.has_neighbours("3", designs["mlp_adapter"].ir), "it copies nothing"
+
+
+def test_a_kernel_that_was_checked_is_not_fetched_again_though_no_cache_can_hold_it():
+    """Between a rank's word that it has the kernel and the graft, the hub may fall silent."""
+    shelf = Shelf()
+    host = wrapped("mlp")
+    host.cache = KernelCache(10)
+    host.attach(shelf, PUBLIC, wait=True)
+    kernel_id = shelf.put("mlp_adapter", host.sites["1"])
+    command = order(Action.GERMINATE, "1", "s0", kernel_id=kernel_id)
+    assert host.check(command) is None
+    del shelf.containers[kernel_id]
+    host.apply(command, run_id="r", epoch=0, step=0)
+    assert host.seeds()[0].stage is SeedStage.GERMINATED
+    assert shelf.fetched == [kernel_id]
+    assert len(host.cache) == 0
+
+
+def test_a_kernel_that_was_checked_and_not_wanted_is_let_go_at_the_next_step():
+    shelf = Shelf()
+    host = wrapped("mlp")
+    host.cache = KernelCache(10)
+    host.attach(shelf, PUBLIC, wait=True)
+    command = order(Action.GERMINATE, "1", "s0", kernel_id=shelf.put("mlp_adapter", host.sites["1"]))
+    host.check(command)
+    host.prepare(0, epoch=0, steps_per_epoch=4, observe=False)
+    host.apply(command, run_id="r", epoch=0, step=0)
+    assert len(shelf.fetched) == 2
