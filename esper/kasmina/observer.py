@@ -193,12 +193,14 @@ class Observer:
         """Of each sample, over all channels and over each chunk: [B, 1] or [B, 1 + K], float32."""
         if len(self.chunks) == 1:
             return torch.linalg.vector_norm(gradient.flatten(1), dim=1, keepdim=True, dtype=torch.float32)
-        axis = 1 if self._kind is SiteKind.FEATURE_MAP else gradient.dim() - 1
-        parts = gradient.split([len(chunk) for chunk in self.chunks], dim=axis)
-        over = tuple(range(1, gradient.dim()))
-        norms = [torch.linalg.vector_norm(part, dim=over, dtype=torch.float32) for part in parts]
-        norm_bk = torch.stack(norms, 1)
-        return torch.cat([torch.linalg.vector_norm(norm_bk, dim=1, keepdim=True), norm_bk], 1)
+        is_map = self._kind is SiteKind.FEATURE_MAP
+        positions = tuple(range(2, gradient.dim())) if is_map else tuple(range(1, gradient.dim() - 1))
+        # of each channel first: the channels of a chunk do not lie together in a sequence
+        square_bc = gradient.float().square()
+        square_bc = square_bc.sum(positions) if positions else square_bc
+        parts = square_bc.split([len(chunk) for chunk in self.chunks], dim=1)
+        square_bk = torch.stack([part.sum(1) for part in parts], 1)
+        return torch.cat([square_bk.sum(1, keepdim=True), square_bk], 1).sqrt()
 
     @torch.no_grad()
     def _settle(self) -> None:
