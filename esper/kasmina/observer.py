@@ -192,7 +192,8 @@ class Observer:
     def _norms(self, gradient: torch.Tensor) -> torch.Tensor:
         """Of each sample, over all channels and over each chunk: [B, 1] or [B, 1 + K], float32."""
         if len(self.chunks) == 1:
-            return torch.linalg.vector_norm(gradient.flatten(1), dim=1, keepdim=True, dtype=torch.float32)
+            wide = torch.promote_types(gradient.dtype, torch.float32)  # narrower than the input it may not be
+            return torch.linalg.vector_norm(gradient.flatten(1), dim=1, keepdim=True, dtype=wide).float()
         is_map = self._kind is SiteKind.FEATURE_MAP
         positions = tuple(range(2, gradient.dim())) if is_map else tuple(range(1, gradient.dim() - 1))
         # of each channel first: the channels of a chunk do not lie together in a sequence

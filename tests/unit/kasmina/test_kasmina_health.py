@@ -330,3 +330,18 @@ def test_an_overwritten_activation_is_seen_as_it_was():
     host(x).sum().backward()
     signal = host.close_epoch(run_id="r", epoch=0, step=1, val_loss=None)[0].seeds[0]
     assert signal.activation_variance == pytest.approx(model[0](x).var(0, correction=0).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.bfloat16, 0.1)])
+def test_a_host_of_another_precision_has_the_same_health(dtype, tolerance):
+    def figures(kind):
+        host = wrapped("mlp")
+        host.to(kind)
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)).to(kind)
+        host.prepare(0, epoch=0, steps_per_epoch=1, observe=True)
+        host(x).square().mean().backward()
+        [*seeds] = [r.seeds[0] for r in host.close_epoch(run_id="run", epoch=0, step=1, val_loss=1.0)]
+        return [(seed.activation_variance, seed.gradient_norm, seed.grow_potential) for seed in seeds]
+
+    for ours, expected in zip(figures(dtype), figures(torch.float32), strict=True):
+        assert ours == pytest.approx(expected, rel=tolerance)
