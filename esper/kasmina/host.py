@@ -262,6 +262,10 @@ class Host:
 
     # ---- kernels
 
+    def cache_counts(self) -> tuple[int, int]:
+        """See `Growable`."""
+        return self.cache.hits, self.cache.misses
+
     def attach(self, hub: AssetHub, public_key: bytes, *, wait: bool, native: bool = True) -> None:
         """Says where kernels come from and whose signature they must bear.
 

@@ -129,6 +129,10 @@ class Growable(Protocol):
         """Names and parameters on the live path: the host's own first, then those of blended seeds, oldest first."""
         ...
 
+    def cache_counts(self) -> tuple[int, int]:
+        """Look-ups in the kernel cache so far: those that found their kernel, and those that did not."""
+        ...
+
     def share(self, mean: Callable[[Sequence[torch.Tensor]], None], *, world: int) -> None:
         """Says how telemetry, and figures that steer the live path, are averaged over `world` ranks, in place, under
         DDP. Collective then: all ranks call `prepare` and `close_epoch` in the same order, and sample the same steps.

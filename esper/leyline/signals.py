@@ -177,6 +177,7 @@ class EpochRecord(Contract):
         total_flops: FLOPs of everything so far (the ledger's total).
         pending: kernels that are submitted and not yet ready.
         urza: the trainer's circuit breaker towards Urza.
+        cache_hits, cache_misses: look-ups in the trainer's kernel cache since it started.
     """
 
     run_id: str
@@ -197,6 +198,8 @@ class EpochRecord(Contract):
     kernels_ready: Annotated[int, Field(ge=0)] = 0
     pending: Annotated[int, Field(ge=0)] = 0
     urza: CircuitState = CircuitState.CLOSED
+    cache_hits: Annotated[int, Field(ge=0)] = 0
+    cache_misses: Annotated[int, Field(ge=0)] = 0
 
 
 class SystemStatePacket(Contract):

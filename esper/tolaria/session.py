@@ -526,7 +526,7 @@ class Session:
     def _record(self, host: Evaluation | None, metrics: dict[str, float]) -> EpochRecord:
         course, headline = self.course, self.course.task.headline
         ready, pending = self._deciding.kernels()
-        account = course.ledger.snapshot()
+        account, (cache_hits, cache_misses) = course.ledger.snapshot(), course.growable.cache_counts()
         return EpochRecord(
             run_id=course.run_id,
             epoch=course.epoch,
@@ -546,6 +546,8 @@ class Session:
             kernels_ready=ready,
             pending=pending,
             urza=course.ports.circuit().state,
+            cache_hits=cache_hits,
+            cache_misses=cache_misses,
         )
 
     def _obey(self, signal: AdaptationSignal | None) -> None:
