@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from esper.leyline import AssetHub, Bus, EsperError
-from esper.nissa.metrics import METRICS, Kind, Sample, of_backlog, of_bus, of_run, vanished
+from esper.leyline import Alert, AssetHub, Bus, EsperError
+from esper.nissa.metrics import METRICS, Kind, Sample, of_alerts, of_backlog, of_bus, of_run, vanished
 from esper.nissa.viewmodel import LiveView
 
 _LOG = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class Reporter:
         bus: connects to the bus.
         hub: connects to Urza, for the compile queue; None leaves it out.
         every_s: from one export to the next.
+        alerts: gives the alerts of the platform as a whole.
     """
 
     def __init__(
@@ -73,8 +74,9 @@ class Reporter:
         bus: Callable[[], Bus],
         hub: Callable[[], AssetHub] | None,
         every_s: float,
+        alerts: Callable[[], Sequence[Alert]] = tuple,
     ) -> None:
-        self._views = views
+        self._views, self._alerts = views, alerts
         self._connect_bus, self._connect_hub = bus, hub
         self._bus: Bus | None = None
         self._hub: AssetHub | None = None
@@ -95,6 +97,7 @@ class Reporter:
     def samples(self) -> list[Sample]:
         """All there is to export now."""
         found = [sample for view in self._views() for sample in of_run(view)]
+        found += of_alerts("", self._alerts())
         found += self._ask("bus", self._of_bus)
         if self._connect_hub is not None:
             found += self._ask("urza", self._of_backlog)

@@ -8,16 +8,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
+from actors.alerts import AlertSender
 from actors.logs import log_as
 from actors.metrics import Reporter
+from esper.leyline.alerts import Alert
+from esper.leyline.bus import BusStats
 from esper.leyline.contract import new_id
 from esper.leyline.errors import UnavailableError
+from esper.leyline.messages import OonaMessage
 from esper.leyline.ports import AssetHub, Bus, Subscription
+from esper.nissa.anomalies import Watch
+from esper.nissa.anomalies.outgoing import Outgoing, message_of
 from esper.nissa.live import TOPICS, Live
 from esper.nissa.viewmodel import LiveView
 
@@ -43,6 +49,9 @@ class NissaActor:
     def __init__(self, bus_factory: Callable[[], Bus]) -> None:
         self._bus_factory = bus_factory
         self._live = Live()
+        self._watch = Watch()
+        self._outgoing = Outgoing()
+        self._is_caught_up = False  # alerts that follow from the log may stand in it, further on
         self._changed = threading.Condition()
         self._num_requests = 0  # drains asked for so far
         self._num_answered = 0  # drains whose messages are all folded
@@ -79,6 +88,29 @@ class NissaActor:
         with self._changed:
             return [view for run_id in self._live.run_ids() if (view := self._live.view(run_id)) is not None]
 
+    def platform_alerts(self) -> tuple[Alert, ...]:
+        """The alerts of no run: those that last, and the last that ended."""
+        with self._changed:
+            return self._live.platform_alerts()
+
+    def looked(self, stats: BusStats) -> None:
+        """See `Teller`."""
+        now = time.time()
+        with self._changed:
+            self._note(self._watch.look(stats, now))
+            self._note(self._watch.tick(now))
+
+    def to_tell(self) -> Sequence[OonaMessage]:
+        """See `Teller`."""
+        with self._changed:
+            return self._outgoing.waiting() if self._is_caught_up else []
+
+    def told(self, messages: Sequence[OonaMessage]) -> None:
+        """See `Teller`."""
+        with self._changed:
+            for message in messages:
+                self._outgoing.seen(message.event_id)
+
     def state(self) -> str:
         """What it is doing: `connecting`, `following`, `stopped`, or `reconnecting` with the reason."""
         return self._state
@@ -114,7 +146,7 @@ class NissaActor:
         try:
             subscription = bus.subscribe(TOPICS, group=f"nissa-{new_id()[:12]}", from_start=True)
             try:
-                self._state = "following"
+                self._state, self._is_caught_up = "following", False
                 while not self._stopped.is_set():
                     self._take(subscription)
             finally:
@@ -129,7 +161,7 @@ class NissaActor:
         with self._changed:
             for delivery in deliveries:
                 try:
-                    self._live.apply(delivery.message)
+                    self._fold(delivery.message)
                 except ValidationError as error:
                     # it would fail again: told and left out
                     fields = {"topic": delivery.message.topic.value, "sender": delivery.message.sender_id}
@@ -137,9 +169,22 @@ class NissaActor:
             if not deliveries:
                 # nothing was left by a poll that began after these drains were asked for
                 self._num_answered = max(self._num_answered, requests)
+                self._is_caught_up = True
                 self._changed.notify_all()
         if deliveries:
             subscription.ack(deliveries)
+
+    def _fold(self, message: OonaMessage) -> None:
+        if not self._live.apply(message):
+            self._outgoing.seen(message.event_id)
+            return
+        self._note(self._watch.apply(message.body(), message.timestamp))
+
+    def _note(self, alerts: Sequence[Alert]) -> None:
+        """Shows alerts at once, and has them wait for the bus: what is on it already comes back from there."""
+        for message in map(message_of, alerts):
+            if self._live.apply(message):
+                self._outgoing.add(message)
 
 
 class Nissa(NissaActor):
@@ -160,12 +205,16 @@ class Nissa(NissaActor):
         log_as(NAME)
         super().__init__(bus_factory)
         self._reporter = (
-            Reporter(self.views, bus=bus_factory, hub=hub_factory, every_s=metrics_every_s) if metrics_every_s else None
+            Reporter(self.views, bus=bus_factory, hub=hub_factory, every_s=metrics_every_s, alerts=self.platform_alerts)
+            if metrics_every_s
+            else None
         )
+        self._sender = AlertSender(self, bus_factory)
 
     def stop(self) -> None:
-        """Leaves the bus, ends the consumer and the metrics."""
+        """Leaves the bus, ends the consumer, the alerts and the metrics."""
         super().stop()
+        self._sender.stop()
         if self._reporter is not None:
             self._reporter.stop()
 

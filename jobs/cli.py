@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from esper.leyline.errors import EsperError, UserError
+from jobs.alerts import alerts
 from jobs.blueprints import blueprints_app
 from jobs.bus import bus_app
 from jobs.kernels import kernels_app
@@ -37,6 +38,7 @@ app.add_typer(blueprints_app, name="blueprints")
 app.add_typer(kernels_app, name="kernels")
 app.add_typer(urza_app, name="urza")
 app.add_typer(bus_app, name="bus")
+app.command("alerts")(alerts)
 
 
 def _complete_bench(incomplete: str) -> list[str]:

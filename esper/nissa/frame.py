@@ -20,14 +20,17 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from esper.leyline.alerts import Alert
 from esper.leyline.native import Rung
 from esper.leyline.seeds import ENDED, SeedStage
+from esper.leyline.signals import Severity
 from esper.nissa import words
 from esper.nissa.stages import LOOKS, TRACK, word
 from esper.nissa.viewmodel import LiveView, Note, SeedView, Tone
 
 _WIDE = 112
 _MIN_NOTES_LINES = 3
+_MAX_ALERTS = 3
 
 
 class Glyphs(NamedTuple):
@@ -120,6 +123,7 @@ class Frame:
         inner = options.update_width(max(options.max_width - 4, 20))
         glyphs, wide = glyphs_for(options), options.max_width >= _WIDE
         head = [_progress(self.view, self.now), _curves(self.view, inner.max_width, glyphs), _costs(self.view)]
+        head += _alert_rows(self.view, glyphs)
         tail = [_decision(self.view)] if self.view.decision else []
         if self.notice:
             tail.append(Text(f"{glyphs.marks[2]} {self.notice}", "yellow"))
@@ -171,6 +175,23 @@ def _fit(
 
 def _heading(text: str) -> Rule:
     return Rule(Text(text, "bold"), align="left", style="bright_black")
+
+
+def _alert_rows(view: LiveView, glyphs: Glyphs) -> list[RenderableType]:
+    """The alerts that last, the gravest first; of more than a few, how many."""
+    alerts = sorted(view.open_alerts, key=lambda alert: alert.severity is not Severity.CRITICAL)
+    rows: list[RenderableType] = [_alert_row(alert, glyphs) for alert in alerts[:_MAX_ALERTS]]
+    if len(alerts) > _MAX_ALERTS:
+        rows.append(Text(f"and {len(alerts) - _MAX_ALERTS} more alerts: esper alerts", "yellow"))
+    return rows
+
+
+def _alert_row(alert: Alert, glyphs: Glyphs) -> Text:
+    tone = Tone.BAD if alert.severity is Severity.CRITICAL else Tone.WARNING
+    mark = glyphs.marks[list(Tone).index(tone)]
+    since = "" if alert.since_step is None else f" since step {alert.since_step:,}"
+    text = Text.assemble((f"{mark} {alert.summary}", TONE_STYLES[tone]), f" at {alert.place}{since}", overflow="fold")
+    return text.append(f": {alert.evidence}; ", "dim").append(alert.command, "bold")
 
 
 def _progress(view: LiveView, now: float) -> Table:

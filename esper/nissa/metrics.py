@@ -13,6 +13,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple
 
+from esper.leyline.alerts import Alert, AlertKind
 from esper.leyline.bus import BusStats
 from esper.leyline.catalogue import Backlog
 from esper.leyline.signals import CircuitState
@@ -103,6 +104,12 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 "Norm of the loss gradient at a zero-initialised layer placed there.",
                 _SITE,
             ),
+            Metric(
+                "esper_alerts",
+                Kind.GAUGE,
+                "Alerts that last, by kind; those of no run under platform.",
+                ("run", "kind"),
+            ),
             Metric("esper_compile_jobs", Kind.GAUGE, "Kernels to be compiled, by device.", ("device", "state")),
             Metric("esper_bus_published", Kind.COUNTER, "Messages published, by topic.", ("topic",)),
             Metric("esper_bus_kept_bytes", Kind.GAUGE, "Bytes of messages that can still be read.", ("topic",)),
@@ -118,7 +125,9 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 
 _CIRCUIT = {CircuitState.CLOSED: 0, CircuitState.HALF_OPEN: 1, CircuitState.OPEN: 2}
 
-COUNTED = frozenset({"esper_seeds", "esper_run_kernels", "esper_compile_jobs", "esper_bus_lag_messages"})
+COUNTED = frozenset(
+    {"esper_seeds", "esper_run_kernels", "esper_alerts", "esper_compile_jobs", "esper_bus_lag_messages"}
+)
 """Gauges that count: absent is none."""
 
 
@@ -135,6 +144,7 @@ def of_run(view: LiveView) -> Iterator[Sample]:
     if view.step_ms is not None:
         yield Sample("esper_run_step_seconds", view.step_ms / 1e3, run)
     yield from _of_last_epoch(view, run)
+    yield from of_alerts(view.run_id, view.alerts.values())
     for stage, num in Counter(seed.stage for seed in view.seeds.values()).items():
         yield Sample("esper_seeds", num, {**run, "stage": stage.value})
     for outcome, num in view.outcomes.items():
@@ -148,6 +158,13 @@ def of_run(view: LiveView) -> Iterator[Sample]:
             "esper_site_grow_potential": seed.grow_potential,
         }
         yield from (Sample(name, value, place) for name, value in figures.items() if value is not None)
+
+
+def of_alerts(run_id: str, alerts: Iterable[Alert]) -> Iterator[Sample]:
+    """The alerts of one run that last, or with an empty id those of none; 0 of a kind that there is none of."""
+    counts = Counter(alert.kind for alert in alerts if alert.is_open and alert.run_id == run_id)
+    for kind in AlertKind:
+        yield Sample("esper_alerts", counts[kind], {"run": run_id or "platform", "kind": kind.value})
 
 
 def _latest_by_site(seeds: Iterable[SeedView]) -> Iterable[SeedView]:

@@ -165,5 +165,5 @@ def test_prometheus_answers_every_query_of_the_dashboard(prometheus):
         for group in json.loads(get(f"{prometheus}/api/v1/rules"))["data"]["groups"]
         for rule in group["rules"]
     }
-    assert len(states) == 5
+    assert len(states) == 6
     assert set(states.values()) <= {"ok", "unknown"}

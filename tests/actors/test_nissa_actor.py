@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
 import pytest
 
+from actors.alerts import AlertSender
 from actors.cluster import disconnect
 from actors.nissa import NissaActor, NissaHandle, connect, spawn
+from esper.leyline.alerts import AlertKind
+from esper.leyline.bus import BusStats, GroupStats
 from esper.leyline.errors import UnavailableError
 from esper.leyline.messages import OonaMessage, Topic
 from esper.leyline.ports import Delivery
-from esper.leyline.signals import EpochRecord
+from esper.leyline.signals import EpochRecord, StepBatch
 from esper.leyline.summary import BusCounts
 
 RUN = "run-1"
@@ -144,6 +148,84 @@ def test_without_a_bus_a_drain_says_what_it_waits_for():
         assert nissa.snapshot(RUN) is None
     finally:
         nissa.stop()
+
+
+def spiking(num_steps: int = 60) -> list[OonaMessage]:
+    """Steps with a loss that jumps and stays high, told one by one."""
+    found = []
+    for step in range(num_steps):
+        body = StepBatch(run_id=RUN, first_step=step, losses=(1.0 if step < 50 else 30.0,), milliseconds=(1.0,))
+        message = OonaMessage.of(Topic.STEPS, body, sender_id="trainer", key=RUN)
+        found.append(message.model_copy(update={"event_id": f"s{step}", "timestamp": 1e9 + step}))
+    return found
+
+
+def test_an_alert_stands_in_the_view_and_is_told_on_the_bus_once_even_by_a_nissa_that_reads_the_log_again():
+    bus = LogBus(spiking())
+    for life in range(2):
+        nissa = NissaActor(lambda: bus)
+        try:
+            view = nissa.drain(RUN, timeout_s=10)
+            assert view is not None
+            [alert] = view.open_alerts
+            assert (alert.kind, alert.since_step) == (AlertKind.LOSS_SPIKE, 48)
+            waiting = nissa.to_tell()
+            if life == 0:
+                assert [message.body().count for message in waiting] == [1, 2, 4, 8]
+                bus.publish(waiting)
+                nissa.told(waiting)
+            assert list(nissa.to_tell()) == []
+            assert nissa.drain(RUN, timeout_s=10) == view
+        finally:
+            nissa.stop()
+
+
+def test_a_group_that_stands_still_is_an_alert_of_the_platform():
+    nissa = NissaActor(lambda: LogBus(messages(2)))
+    try:
+        assert nissa.drain(RUN, timeout_s=10) is not None
+        for look in range(20):
+            group = GroupStats(group="slow", topics=("t",), pending=100 * look)
+            nissa.looked(BusStats(num_shards=1, groups=(group,)))
+        [alert] = nissa.platform_alerts()
+        assert (alert.kind, alert.group, alert.is_open) == (AlertKind.BUS_LAG, "slow", True)
+        nissa.looked(BusStats(num_shards=1))
+        [alert] = nissa.platform_alerts()
+        assert not alert.is_open
+    finally:
+        nissa.stop()
+
+
+def test_the_sender_of_alerts_tells_them_and_says_once_that_the_bus_is_missing(caplog):
+    class Stated(LogBus):
+        def stats(self):
+            return BusStats(num_shards=1)
+
+    bus, is_up, came, tried = Stated(spiking()), threading.Event(), threading.Event(), threading.Semaphore(0)
+
+    def connect():
+        tried.release()
+        if not is_up.is_set():
+            raise UnavailableError("the bus does not answer")
+        return bus
+
+    nissa = NissaActor(lambda: bus)
+    publish = bus.publish
+    bus.publish = lambda told: (publish(told), came.set())
+    assert nissa.drain(RUN, timeout_s=10) is not None
+    sender = AlertSender(nissa, connect, every_s=0.01)
+    try:
+        for _ in range(3):
+            assert tried.acquire(timeout=10)
+        is_up.set()
+        assert came.wait(10)
+    finally:
+        sender.stop()
+        nissa.stop()
+    told = [m.body() for m in bus.log if m.topic is Topic.ALERTS]
+    assert [alert.count for alert in told] == [1, 2, 4, 8, 8]
+    assert "not heard of" in told[-1].ending  # since the year 2001
+    assert caplog.text.count("alerts.bus.silent") == 1
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,11 @@ from rich.console import Console
 
 from esper.leyline.errors import UnavailableError
 from esper.leyline.seeds import SeedStage
+<<<<<<< HEAD
 from esper.leyline.signals import CircuitState
+=======
+from esper.leyline.signals import Severity
+>>>>>>> 623fd09 (Show alerts in the view, on the bus, in metrics, on the dashboard and by esper alerts)
 from esper.leyline.summary import Params, RunStatus
 from esper.nissa import words
 from esper.nissa.follow import MISSING, Follower, follow
@@ -77,6 +81,24 @@ def test_the_frame_tells_progress_stages_and_reasons_in_words():
     assert "residual_conv native code" in " ".join(drawn(view_after(29), width=140).split())
     assert "13 compiling" in drawn(view_after(0))
     assert "nissa is away" in drawn(view_after(3), notice="nissa is away")
+
+
+def test_the_frame_shows_what_lasts_with_where_since_when_evidence_and_what_to_do():
+    bodies = [
+        story.alert(alert_id=f"a{i}", severity=Severity.CRITICAL if i == 4 else Severity.WARNING, summary=f"thing {i}")
+        for i in range(5)
+    ]
+    ended = story.alert(alert_id="a0", summary="thing 0", ended_at=story.STARTED + 11, ending="as before")
+    live = Live()
+    for message in [*story.messages(2), *map(story.told, bodies), story.told(ended, 1)]:
+        live.apply(message)
+    view = live.view(story.RUN)
+    assert view is not None
+    text = " ".join(drawn(view, width=160).replace("│", " ").split())
+    told = f"✗ thing 4 at {story.RUN} since step 40: {ended.evidence}; {ended.command}"
+    assert told in text
+    assert "and 1 more alerts: esper alerts" in text
+    assert "thing 0: over: as before" in text
 
 
 def test_the_frame_needs_no_unicode():
