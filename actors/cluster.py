@@ -80,7 +80,7 @@ def connected(*, dashboard: bool = True, metadata: Mapping[str, str] | None = No
     """Joins the cluster at `RAY_ADDRESS`, or starts one here that ends with the block.
 
     Args:
-        dashboard: whether to start the dashboard with a Ray that is started here (on loopback).
+        dashboard: whether to start the dashboard with a Ray that is started here (on loopback), if it can be.
         metadata: entries of the job's metadata, shown in the dashboard.
 
     Raises:
@@ -100,8 +100,10 @@ def connected(*, dashboard: bool = True, metadata: Mapping[str, str] | None = No
     if joining:
         options = {"runtime_env": {"env_vars": _worker_environment()}}
     else:
-        # without an address Ray would join any head that somebody started on this machine
-        options = {"address": "local", "num_cpus": max(2, os.cpu_count() or 2), "include_dashboard": dashboard}
+        # without an address Ray would join any head that somebody started on this machine; None starts the dashboard
+        # where that can be done, and True would not start Ray without it
+        shown = None if dashboard else False
+        options = {"address": "local", "num_cpus": max(2, os.cpu_count() or 2), "include_dashboard": shown}
     try:
         context = ray.init(
             namespace=NAMESPACE,

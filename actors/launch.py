@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from actors.cluster import connected, joins
+from actors.cluster import Cluster, connected, joins
 from esper.config import ParquetImageData, RunConfig, TextData, dump_config
 from esper.leyline import (
     EsperError,
@@ -128,6 +128,7 @@ def _train(
         say(
             "bringing up Oona, Urza, Tezzeret, Tamiyo and Nissa"
             + (f"; {cluster.dashboard}" if cluster.dashboard else "")
+            + ("; Ray's dashboard did not start: going on without it" if _lacks_dashboard(config, cluster) else "")
         )
         from actors import platform, tolaria
 
@@ -144,13 +145,12 @@ def _train(
             try:
                 with Follower(systems.view.fetch(run_id), view_for(config.nissa.view, sys.stdout)):
                     summary = _in_thread(lambda: tolaria.fit(job, stop))
-                    if stop() is None:
-                        _catch_up(systems, run_id)
+                    missing = _catch_up(systems, run_id) if stop() is None else ()
             except EsperError as error:
                 _note_failure(folder, error)
                 raise
             if stop() is None:
-                summary = _count(systems, folder, summary)
+                summary = _count(systems, folder, summary, missing)
             _report(folder, summary)  # here: `ray job stop` kills 3 s after it has asked, and the rest takes seconds
             return summary
 
@@ -204,16 +204,23 @@ def _signals(stop: Stop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _catch_up(systems: Platform, run_id: str) -> None:
-    """Lets the view take in what is on the bus, so that its last picture is whole."""
+def _lacks_dashboard(config: RunConfig, cluster: Cluster) -> bool:
+    return config.nissa.dashboard and cluster.owned and cluster.dashboard is None
+
+
+def _catch_up(systems: Platform, run_id: str) -> tuple[str, ...]:
+    """Lets the view take in what is on the bus, so that its last picture is whole; returns what is missing."""
     try:
         systems.view.drain(run_id)
     except TransientError as error:
         _LOG.warning("view.behind", extra={"reason": str(error)})
+        return (f"Nissa: its last picture may lack what came last: {error}",)
+    return ()
 
 
-def _count(systems: Platform, folder: Storage, summary: RunSummary) -> RunSummary:
-    """Takes the bus's own counts of the run, delivery to the view included, into the summary."""
+def _count(systems: Platform, folder: Storage, summary: RunSummary, missing: tuple[str, ...]) -> RunSummary:
+    """Takes the bus's own counts of the run, delivery to the view included, and what was missing into the summary."""
+    summary = summary.model_copy(update={"went_without": (*summary.went_without, *missing)})
     bus = systems.bus.bus()
     try:
         counted = summary.model_copy(update={"bus": bus.counts(summary.run_id)})

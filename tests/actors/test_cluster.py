@@ -49,3 +49,22 @@ def test_a_ref_that_is_let_go_of_meanwhile_does_not_end_the_process():
     command = [sys.executable, "-c", LEAVES]
     left = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (left.returncode, left.stdout) == (3, "here True\n"), left.stderr
+
+
+WITHOUT_A_DASHBOARD = """
+import sys
+
+sys.modules["ray.dashboard.optional_deps"] = None  # as where Ray was installed without its dashboard
+from actors.cluster import connected
+
+with connected(dashboard=True) as cluster:
+    import ray
+
+    print("owned", cluster.owned, ray.get(ray.put(7)))
+"""
+
+
+def test_without_the_parts_of_a_dashboard_ray_starts_all_the_same():
+    command = [sys.executable, "-c", WITHOUT_A_DASHBOARD]
+    left = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (left.returncode, left.stdout) == (0, "owned True 7\n"), left.stderr
