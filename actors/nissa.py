@@ -175,10 +175,11 @@ class NissaActor:
             subscription.ack(deliveries)
 
     def _fold(self, message: OonaMessage) -> None:
-        if not self._live.apply(message):
+        body = self._live.take(message)
+        if body is None:
             self._outgoing.seen(message.event_id)
-            return
-        self._note(self._watch.apply(message.body(), message.timestamp))
+        else:
+            self._note(self._watch.apply(body, message.timestamp))
 
     def _note(self, alerts: Sequence[Alert]) -> None:
         """Shows alerts at once, and has them wait for the bus: what is on it already comes back from there."""

@@ -78,13 +78,17 @@ class Live:
         self._max_runs, self._max_ids, self._max_kernels = max_runs, max_ids, max_kernels
 
     def apply(self, message: OonaMessage) -> bool:
-        """Folds one message in; returns whether it was new.
+        """Folds one message in; returns whether it was new. Raises as `take` does."""
+        return self.take(message) is not None
+
+    def take(self, message: OonaMessage) -> Contract | None:
+        """Folds one message in; returns its payload if it was new.
 
         Raises:
             pydantic.ValidationError: if the payload is not its topic's contract; nothing has changed then.
         """
         if message.event_id in self._seen:
-            return False
+            return None
         body = message.body()
         _remember(self._seen, message.event_id, None, self._max_ids)
         if isinstance(body, Blueprint):
@@ -97,7 +101,7 @@ class Live:
             self._platform_alert(body)
         elif type(body) in _FOLDS:
             self._fold(body, message.timestamp)
-        return True
+        return body
 
     def view(self, run_id: str) -> LiveView | None:
         """The run as last heard of; None if nothing was."""

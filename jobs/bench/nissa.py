@@ -10,7 +10,8 @@ bus, the other publishes all that a trainer tells. Ratios of CPU time, of the wh
 On a cluster Nissa is a process of its own, so the second is what both pay together.
 
 Datapoints: batches of step telemetry (a loss and a time for each of 20 steps) and health reports (five figures a site)
-go over the bus in memory, are decoded, folded and watched, as fast as they come.
+go over the bus in memory, are decoded, folded and watched, as fast as they come. Counted is CPU time, of publisher,
+broker and Nissa together; by the wall clock other work on the machine counts too.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ from jobs.bench.overhead import HOSTS
 from jobs.bench.streams import RUN, episode
 
 BATCH, STEPS_PER_EPOCH = 16, 50
+WARM_UP = 4
+"""Chunks of messages before the count begins: imports fall into them."""
 GOAL, DATAPOINTS_GOAL = 1.02, 1_000_000
 
 
@@ -58,8 +61,9 @@ class Observer:
         total = 0
         while deliveries := self._subscription.poll(max_messages=512, timeout_s=0.0):
             for delivery in deliveries:
-                if self._live.apply(delivery.message):
-                    self._watch.apply(delivery.message.body(), delivery.message.timestamp)
+                body = self._live.take(delivery.message)
+                if body is not None:
+                    self._watch.apply(body, delivery.message.timestamp)
             self._subscription.ack(deliveries)
             total += len(deliveries)
         return total
@@ -112,7 +116,7 @@ def main(arguments: Sequence[str], say: Callable[[str], None]) -> BenchResult:
     parser = argparse.ArgumentParser(prog="esper bench nissa", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40, help="rounds of four epochs a figure, at least 10")
     parser.add_argument("--hosts", nargs="+", choices=("cnn", "mlp"), default=("cnn", "mlp"))
-    parser.add_argument("--seconds", type=float, default=10.0, help="of the stream of datapoints")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of CPU, for the stream of datapoints")
     options = parser.parse_args(arguments)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -120,14 +124,22 @@ def main(arguments: Sequence[str], say: Callable[[str], None]) -> BenchResult:
         costs = [row for name in options.hosts for row in cost(name, options.rounds, say)]
     finally:
         torch.set_num_threads(threads)
-    rate = datapoints(options.seconds)
-    say(f"{60 * rate:,.0f} datapoints a minute")
+    rate, by_the_clock = datapoints(options.seconds)
+    words = f"{60 * rate:,.0f} datapoints in a minute of one core, {60 * by_the_clock:,.0f} by the wall clock"
+    say(words)
     goals = [goal for _, goal in costs]
     goals.append(
-        Goal(name="datapoints a minute", value=60 * rate, goal=DATAPOINTS_GOAL, met=60 * rate >= DATAPOINTS_GOAL,
-             interval=(60 * rate, 60 * rate))
-    )  # fmt: skip
-    return BenchResult(name="nissa", machine=machine(), rows=tuple(row for row, _ in costs), goals=tuple(goals))
+        Goal(
+            name="datapoints in a minute of one core",
+            value=60 * rate,
+            goal=DATAPOINTS_GOAL,
+            met=60 * rate >= DATAPOINTS_GOAL,
+            interval=(60 * rate, 60 * rate),
+        )
+    )
+    return BenchResult(
+        name="nissa", machine=machine(), rows=tuple(row for row, _ in costs), goals=tuple(goals), verdict=words
+    )
 
 
 def cost(name: str, rounds: int, say: Callable[[str], None]) -> list[tuple[dict[str, object], Goal]]:
@@ -151,14 +163,18 @@ def cost(name: str, rounds: int, say: Callable[[str], None]) -> list[tuple[dict[
     return found
 
 
-def datapoints(seconds: float) -> float:
-    """Datapoints that Nissa takes in a second of the wall clock, publishing included."""
+def datapoints(seconds: float) -> tuple[float, float]:
+    """Datapoints that Nissa takes in a second of CPU, and of the wall clock; publishing included."""
     bus = MemoryBus()
     observer = Observer(bus)
     stream = endless()
-    points, began = 0, time.perf_counter()
+    points, began, cpu = 0, 0.0, 0.0
     try:
-        while time.perf_counter() - began < seconds:
+        for number in itertools.count():
+            if number == WARM_UP:
+                points, began, cpu = 0, time.perf_counter(), time.process_time()
+            if number > WARM_UP and time.process_time() - cpu >= seconds:
+                break
             bodies = list(itertools.islice(stream, 256))
             topics = [Topic.STEPS if isinstance(body, StepBatch) else Topic.SEED_HEALTH for body in bodies]
             told = [OonaMessage.of(t, body, sender_id="bench", key=RUN) for t, body in zip(topics, bodies, strict=True)]
@@ -168,7 +184,7 @@ def datapoints(seconds: float) -> float:
             points += sum(2 * len(b.losses) if isinstance(b, StepBatch) else 5 * len(b.seeds) for b in bodies)
     finally:
         bus.close()
-    return points / (time.perf_counter() - began)
+    return points / (time.process_time() - cpu), points / (time.perf_counter() - began)
 
 
 def endless() -> Iterator[StepBatch | LayerHealthReport]:

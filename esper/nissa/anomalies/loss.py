@@ -29,7 +29,7 @@ class LossStream:
     """The loss of one run."""
 
     def __init__(self) -> None:
-        self._past = Window(WINDOW, floor=0.05, refresh=8)
+        self._past = Window(WINDOW, floor=0.05, refresh=16)
         self._waiting: deque[float] = deque()
         self._recent: deque[bool] = deque(maxlen=SPIKE_OF[1])
         self._level = Level(block=BLOCK, factor=RISE_FACTOR)

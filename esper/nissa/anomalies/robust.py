@@ -66,5 +66,6 @@ class Window:
     def _measure(self) -> None:
         self._stale = 0
         self.median = median_of(self._sorted)
-        deviation = median_of(sorted(abs(value - self.median) for value in self._sorted))
+        median = self.median
+        deviation = median_of(sorted([abs(value - median) for value in self._sorted]))  # two runs: linear
         self.scale = max(TO_SIGMA * min(deviation, 1e300), self._floor)
