@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from esper.leyline.native import Rung, RungChange
 from esper.leyline.seeds import SeedStage
-from esper.leyline.signals import Evidence, LifecycleEvent
+from esper.leyline.signals import Evidence, FieldReport, LifecycleEvent
 from esper.leyline.summary import RunSummary
 from esper.nissa.words import WORTH
 
@@ -20,7 +20,7 @@ class Adaptation:
 
     Attributes:
         events: its transitions in order; refused commands are among them.
-        num_parameters: of the kernel, where a field report said so.
+        report: what was said of it at its end; None while it is under way.
         rungs: what its kernel ran from, each from its step on; before the first, its IR.
     """
 
@@ -29,7 +29,7 @@ class Adaptation:
     blueprint: str | None
     kernel_id: str | None
     events: tuple[LifecycleEvent, ...]
-    num_parameters: int | None = None
+    report: FieldReport | None = None
     rungs: tuple[RungChange, ...] = ()
 
     @property
@@ -59,8 +59,15 @@ class Adaptation:
 
     @property
     def reason(self) -> str:
-        """Why it ended as it did: the words of its last transition."""
+        """Why it ended as it did: the words of its last transition, or why it was not finished."""
+        if not self.is_over and self.report is not None and self.report.failure_reason:
+            return self.report.failure_reason
         return self._last.reason
+
+    @property
+    def num_parameters(self) -> int | None:
+        """Of the kernel, where a report said so."""
+        return None if self.report is None else self.report.num_parameters
 
     @property
     def motive(self) -> str:
@@ -71,6 +78,8 @@ class Adaptation:
     def evidence(self) -> Evidence | None:
         """The last paired evidence of worth; without one, the last evidence of any kind."""
         taken = [event.evidence for event in self.events if event.evidence is not None]
+        if self.report is not None and self.report.evidence is not None:
+            taken.append(self.report.evidence)
         worth = [evidence for evidence in taken if evidence.kind in WORTH]
         return (worth or taken or [None])[-1]
 
@@ -103,10 +112,8 @@ def adaptations(summary: RunSummary) -> list[Adaptation]:
 
 def _adaptation(events: Sequence[LifecycleEvent], summary: RunSummary) -> Adaptation:
     kernel_id = next((e.kernel_id for e in reversed(events) if e.kernel_id), None)
-    sizes = [
-        report.num_parameters
-        for report in summary.field_reports
-        if report.kernel_id == kernel_id and report.seed_id == events[0].seed
+    reports = [
+        report for report in summary.field_reports if report.kernel_id == kernel_id and report.seed_id == events[0].seed
     ]
     return Adaptation(
         site=events[0].site,
@@ -114,6 +121,6 @@ def _adaptation(events: Sequence[LifecycleEvent], summary: RunSummary) -> Adapta
         blueprint=next((e.blueprint for e in reversed(events) if e.blueprint), None),
         kernel_id=kernel_id,
         events=tuple(events),
-        num_parameters=sizes[-1] if sizes else None,
+        report=reports[-1] if reports else None,
         rungs=tuple(r for r in summary.rungs if (r.seed, r.kernel_id) == (events[0].seed, kernel_id)),
     )

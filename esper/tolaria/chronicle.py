@@ -121,7 +121,9 @@ class Chronicle:
         self.look()
         for seed in self._course.growable.seeds():
             if seed.stage.is_active and not self._was_rolled_back(self.event(seed, seed.stage, reason)):
-                self._report(seed.seed_id, Outcome.UNFINISHED, reason)
+                asks = self._course.config.tamiyo.ask_before_graft and not seed.stage.is_blended
+                unasked = "; nothing goes live in this run without a person's approval" if asks else ""
+                self._report(seed.seed_id, Outcome.UNFINISHED, reason + unasked)
 
     def _was_rolled_back(self, event: LifecycleEvent) -> bool:
         """Whether this adaptation was reported as rolled back: its kernel is removed after that, which is no news."""

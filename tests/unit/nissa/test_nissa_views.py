@@ -16,11 +16,7 @@ from rich.console import Console
 
 from esper.leyline.errors import UnavailableError
 from esper.leyline.seeds import SeedStage
-<<<<<<< HEAD
-from esper.leyline.signals import CircuitState
-=======
-from esper.leyline.signals import Severity
->>>>>>> 623fd09 (Show alerts in the view, on the bus, in metrics, on the dashboard and by esper alerts)
+from esper.leyline.signals import CircuitState, Severity
 from esper.leyline.summary import Params, RunStatus
 from esper.nissa import words
 from esper.nissa.follow import MISSING, Follower, follow
