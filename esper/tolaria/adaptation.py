@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 
-from esper.leyline.growth import Change
+from esper.leyline.growth import PREFIX, Change
 from esper.leyline.signals import KasminaControlCommand
 from esper.tolaria import governor
 from esper.tolaria.chronicle import Chronicle
@@ -27,7 +28,8 @@ class Adaptation:
         limits: of the governor; they say for how long the weights are watched after a change.
 
     Attributes:
-        norm: norm of the live weights when the live path last changed, or at the last snapshot.
+        norm: norm of the live weights when the live path last changed (of the host's own, as of the last snapshot), or
+            at the last snapshot.
         watching: looks at the kernels that came onto the live path.
         watch_until: step until which it is compared at every step.
     """
@@ -39,6 +41,7 @@ class Adaptation:
         self._limits = limits
         self.watching = Watching(course.growable, course.optimization)
         self.norm = 0.0
+        self._own_norm = 0.0
         self.watch_until = 0
 
     def apply(self, command: KasminaControlCommand) -> None:
@@ -89,7 +92,8 @@ class Adaptation:
         """The live path is another one from the next step on."""
         self._chronicle.recorder.graft(self._course.step)
         self._chronicle.outbox.mark(self._course.step)
-        self.norm = self.weight_norm()
+        # the host's own weights are not gone through for it: a graft may not cost more the larger the host is
+        self.norm = math.hypot(self._own_norm, self._norm(own=False))
         self.watch_until = self._course.step + self._limits.watch_steps
         self.watching.look_again()
         self.rebuild_parallel()
@@ -102,7 +106,17 @@ class Adaptation:
 
     def weight_norm(self) -> float:
         """Norm of all live weights together."""
-        tensors = [parameter.detach() for _, parameter in self._course.growable.live_parameters()]
+        return math.hypot(self._norm(own=True), self._norm(own=False))
+
+    def measure_norm(self) -> None:
+        """Takes the norm of weights that were found sound: what later ones are held against."""
+        self._own_norm = self._norm(own=True)
+        self.norm = math.hypot(self._own_norm, self._norm(own=False))
+
+    def _norm(self, *, own: bool) -> float:
+        """Norm of the host's own weights, or of its kernels' on the live path."""
+        named = self._course.growable.live_parameters()
+        tensors = [parameter.detach() for name, parameter in named if name.startswith(f"{PREFIX}.") is not own]
         return float(torch.nn.utils.get_total_norm(tensors)) if tensors else 0.0
 
     def _refusal(self, command: KasminaControlCommand) -> str | None:

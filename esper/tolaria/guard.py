@@ -90,7 +90,7 @@ class Guard:
         self._snapshot = snapshot.take(self._course.growable, self._course.optimization)
         if not self._on_trial():
             self._unblended = self._snapshot
-        self._adaptation.norm = self._adaptation.weight_norm()
+        self._adaptation.measure_norm()
         self._watching.measure_host()
         self._watching.look_again()
 
