@@ -329,7 +329,7 @@ def grafts_of(job: GraftJob, ranks: Ranks) -> Grafts:
     )
     session.begin()
     since, steps = WATCHED + 1, 0
-    while len(found.whole) < job.grafts or steps % STEPS_PER_EPOCH:
+    while len(found.whole) < job.grafts or since <= WATCHED or steps % STEPS_PER_EPOCH:
         began = time.perf_counter()
         session.step((x, y), _step(session.course.model, optimizer, x, y))
         milliseconds = 1e3 * (time.perf_counter() - began)
