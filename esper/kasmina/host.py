@@ -163,6 +163,14 @@ class Host:
 
     def share(self, mean: AllReduce, *, world: int) -> None:
         self._life.share(mean, world)
+        for layer in all_layers(self._layers):
+            layer.is_shared = True
+
+    def take_fault(self) -> str | None:
+        faults = [layer.fault for layer in all_layers(self._layers) if layer.fault is not None]
+        for layer in all_layers(self._layers) if faults else ():
+            layer.fault = None
+        return faults[0] if faults else None
 
     def prepare(self, step: int, *, epoch: int, steps_per_epoch: int, observe: bool, replays: int = 0) -> Change:
         change = self._life.step(Moment(self._life.moment.run_id, epoch, step), steps_per_epoch)

@@ -49,6 +49,8 @@ class Layer(nn.Module):
         tail: what the host computes from here on; None is not known.
         keeps: whether the training forwards leave what the site puts out, for `kept`.
         is_fixed: whether the hook stays on the site for good, outside of what the host's owner compiled.
+        is_shared: whether other ranks take the same steps; then a live kernel that fails is stood in for.
+        fault: how a live kernel failed that was stood in for.
     """
 
     def __init__(self, site: str, signature: SiteSignature, *, num_chunks: int = 1) -> None:
@@ -70,6 +72,8 @@ class Layer(nn.Module):
         self._shadow: Seed | None = None
         self._handle: RemovableHandle | None = None
         self.is_fixed = False
+        self.is_shared = False
+        self.fault: str | None = None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Layer:
         """As the module moves, so do the figures of its seeds and its site; their precision stays what it is."""
@@ -224,7 +228,7 @@ class Layer(nn.Module):
     def _grown(self, h: torch.Tensor) -> torch.Tensor:
         """What the site puts out for the host's own tensor."""
         for seed in self.blended():
-            h = self._through(seed, h, seed.alpha)
+            h = self._live(seed, h)
         if self._shadow is not None:
             return self.behind(self._shadow, h.detach())
         if self.training and torch.is_grad_enabled():
@@ -233,6 +237,20 @@ class Layer(nn.Module):
             if self.observing:
                 self.observer.watch(h)
         return h
+
+    def _live(self, seed: Seed, h: torch.Tensor) -> torch.Tensor:
+        """What goes on behind a blended seed.
+
+        Where the kernel fails on one of several ranks, the others wait for this rank's gradients in the backward, its
+        kernel's too. So the step goes on as if the kernel put out nothing; it will be undone once all ranks know.
+        """
+        try:
+            return self._through(seed, h, seed.alpha)
+        except KernelFaultError as error:
+            if not (self.is_shared and torch.is_grad_enabled()):
+                raise
+            self.fault = self.fault or str(error)
+            return h + sum((0.0 * parameter.sum()).to(h.dtype) for parameter in self.kernel(seed).parameters())
 
     def behind(self, seed: Seed, h: torch.Tensor) -> torch.Tensor:
         """What the site puts out with a seed in TRAINING on top of the tensor `h`, which is cut off from the host."""

@@ -129,7 +129,8 @@ class Lifecycle:
     # ---- commands
 
     def check(self, command: KasminaControlCommand) -> str | None:
-        """Why a command cannot be applied now; None if it can. Where kernels are waited for, this loads it.
+        """Why a command cannot be applied now; None if it can. Where kernels are waited for, this loads it, and
+        `apply` takes it from here.
 
         Raises:
             TransientError: if a kernel is to be waited for and the hub does not answer.

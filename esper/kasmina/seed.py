@@ -150,6 +150,7 @@ class Seed:
             reason=self.reason,
             native=self.native,
             trace_id=self.trace_id,
+            fault=self.fault,
         )
 
     def begin_training(self, module: nn.Module, learning_rate: float) -> None:

@@ -21,8 +21,8 @@ from esper.kasmina.seed import Seed
 from esper.kasmina.tails import FromSite
 from esper.leyline.autocast import no_autocast_cache
 from esper.leyline.compiled import eagerly
-from esper.leyline.errors import SiteError
-from esper.leyline.growth import PREFIX
+from esper.leyline.errors import KernelFaultError, SiteError
+from esper.leyline.growth import ELSEWHERE, PREFIX
 
 CLIP_NORM = 1.0
 """Limit of the gradient norm of one kernel, counted apart from the host's."""
@@ -55,22 +55,26 @@ def train_shadow(
 
     Raises:
         SiteError: if the loss does not depend on the site.
+        KernelFaultError: if the kernel fails, forward or backward, on this rank or on another: on all of them then.
     """
     kernel = layer.kernel(seed)
     leaves = {name: p.detach().requires_grad_() for name, p in kernel.named_parameters()}
-    loss = _replay(module, layer, seed, args, loss_of, leaves, start)
-    if not leaves:
-        return float(loss)
-    if not loss.requires_grad:
-        raise SiteError(f"the loss does not depend on site {layer.site}", remedy="choose another site")
-    gradients = list(torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True))
+    loss, gradients, fault = torch.zeros(()), [torch.zeros_like(leaf) for leaf in leaves.values()], None
+    try:
+        loss = _replay(module, layer, seed, args, loss_of, leaves, start)
+        if leaves:
+            gradients = _gradients(layer, seed, loss, list(leaves.values()))
+    except KernelFaultError as error:
+        fault = error
     if all_reduce is not None:
-        all_reduce(gradients)
-    norm = float(torch.nn.utils.get_total_norm(gradients))
-    if math.isfinite(norm):
-        _update(seed, list(kernel.parameters()), gradients, norm)
-    else:
+        fault = _together(seed, gradients, fault, all_reduce)
+    if fault is not None:
+        raise fault
+    norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    if not math.isfinite(norm):
         seed.put("errors", seed.figure("errors") + 1)
+    elif gradients:
+        _update(seed, list(kernel.parameters()), gradients, norm)
     return float(loss.detach())
 
 
@@ -91,6 +95,29 @@ def _replay(
             return loss_of(torch.func.functional_call(host, host.tensors(tensors), (start, *args)))
         with layer.shadow(seed, module.get_submodule(layer.path)):
             return loss_of(torch.func.functional_call(module, tensors, args))
+
+
+def _gradients(layer: Layer, seed: Seed, loss: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    if not loss.requires_grad:
+        raise SiteError(f"the loss does not depend on site {layer.site}", remedy="choose another site")
+    try:
+        return list(torch.autograd.grad(loss, leaves, materialize_grads=True))
+    except RuntimeError as error:  # the host's own backward of this batch went well
+        raise KernelFaultError(f"its backward raised {type(error).__name__}: {error}", field=seed.seed_id) from error
+
+
+def _together(
+    seed: Seed, gradients: list[torch.Tensor], fault: KernelFaultError | None, all_reduce: AllReduce
+) -> KernelFaultError | None:
+    """Averages gradients over ranks, and with them the word whether the kernel failed anywhere: a rank that kept away
+    for that would leave the others waiting. Returns the fault, which every rank has then.
+    """
+    like = gradients[0] if gradients else torch.zeros(())
+    failed = torch.full((1,), float(fault is not None), dtype=like.dtype, device=like.device)
+    all_reduce([*gradients, failed])
+    if fault is None and bool(failed):
+        return KernelFaultError(ELSEWHERE, field=seed.seed_id)
+    return fault
 
 
 def _update(seed: Seed, parameters: list[nn.Parameter], gradients: list[torch.Tensor], norm: float) -> None:

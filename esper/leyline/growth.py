@@ -41,6 +41,10 @@ PROBE_FEATURES = 32
 """Features of the made-up kernel with which the growth potential is measured."""
 
 
+ELSEWHERE = "it failed on another worker"
+"""The fault of a seed whose kernel failed on another rank; in what words, that rank says."""
+
+
 @dataclass(frozen=True, slots=True)
 class SeedView:
     """One seed as others see it. Costs are those of its kernel, 0 without one.
@@ -49,6 +53,7 @@ class SeedView:
         lr_factor: its learning rate on the live path, as a factor of the host's.
         native: id of the kernel whose native code computes it; None where it runs from its IR.
         trace_id: of the adaptation under way: the id of the command that began it; empty without one.
+        fault: how its kernel failed in use; empty while it did not.
     """
 
     seed_id: str
@@ -69,6 +74,7 @@ class SeedView:
     reason: str = ""
     native: str | None = None
     trace_id: str = ""
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +145,13 @@ class Growable(Protocol):
         """
         ...
 
+    def take_fault(self) -> str | None:
+        """How a kernel on the live path failed since this was last asked. Where figures are shared over ranks such a
+        kernel raises nothing under autograd: its step goes on without it, lest the other ranks wait, and is to be
+        undone by all of them together.
+        """
+        ...
+
     # ---- at a step
 
     def prepare(self, step: int, *, epoch: int, steps_per_epoch: int, observe: bool, replays: int = 0) -> Change:
@@ -168,7 +181,8 @@ class Growable(Protocol):
         Args:
             args: positional inputs of the host.
             loss_of: outputs of the host to a scalar loss.
-            all_reduce: averages kernel gradients over ranks in place, under DDP.
+            all_reduce: averages kernel gradients over ranks in place, under DDP. A kernel that fails on one rank is
+                faulty on all from this call on.
         """
         ...
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from esper.leyline.autocast import no_autocast_cache
-from esper.leyline.errors import DataError, NonFiniteError
+from esper.leyline.errors import DataError, KernelFaultError, NonFiniteError
 from esper.leyline.signals import Evidence, EvidenceKind
 from esper.tolaria.precision import FULL, Precision
 from esper.tolaria.ranks import Ranks
@@ -64,22 +64,31 @@ def evaluate(
     Raises:
         DataError: if no rank has a batch.
         NonFiniteError: if the loss is not finite.
+        KernelFaultError: if a kernel failed on this rank or on another. All of these are raised by every rank.
     """
     names = list(task.metrics)
     sums = torch.zeros(2 + len(names), dtype=torch.float64)  # samples, loss, metrics
     parts: list[torch.Tensor] = []
+    fault: KernelFaultError | None = None
     with _undisturbed(module), torch.no_grad(), no_autocast_cache():
         for batch in batches:
             inputs, targets = to_device(batch, device)
             args = model_args(inputs)
-            with precision.forward():
-                outputs = module(*args) if run is None else run(lambda args=args: module(*args), args)
+            try:
+                with precision.forward():
+                    outputs = module(*args) if run is None else run(lambda args=args: module(*args), args)
+            except KernelFaultError as error:
+                fault = error
+                break
             outputs = precision.full(outputs)
             num = batch_len((inputs, targets))
             losses = _losses(task, outputs, targets)
             parts.append(losses.double().cpu())
             figures = [float(losses.double().mean()), *(float(task.metrics[name](outputs, targets)) for name in names)]
             sums += torch.tensor([1.0, *figures], dtype=torch.float64) * num
+    words = ranks.agree(None if fault is None else str(fault))  # the others must not wait for its sums
+    if words is not None:
+        raise fault if fault is not None and ranks.world == 1 else KernelFaultError(words)
     # sums over ranks are means times the number of ranks, which cancels in every quotient below
     sums_shared = sums.to(device) if ranks.world > 1 else sums
     ranks.mean_([sums_shared])

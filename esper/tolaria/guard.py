@@ -23,6 +23,11 @@ log = logging.getLogger(__name__)
 AGREE_EVERY = 8
 """Steps between agreements of several ranks on whether to go back: each costs a round trip."""
 
+HOST_DIVERGES = "the host itself diverges; lower the learning rate"
+RANKS_DIVERGE = (
+    "one worker computes other bits: look at its memory, and for code that changes weights on one rank alone"
+)
+
 
 class Guard:
     """The governor of one run.
@@ -58,6 +63,9 @@ class Guard:
     def watch(self, loss: float) -> None:
         """Takes in the loss of a step, and looks at its gradients and at what it did to kernels on trial."""
         course, adaptation = self._course, self._adaptation
+        fault = course.growable.take_fault()
+        if fault is not None:
+            self._complaint = self._complaint or f"a kernel fails: {fault}"
         self._vitals, judgement = governor.judge(self._vitals, loss, self._limits)
         if judgement.verdict is governor.Verdict.ROLLBACK:
             self._complaint = self._complaint or judgement.reason
@@ -80,9 +88,13 @@ class Guard:
 
     def examine(self) -> str | None:
         """At the end of an epoch: goes back if there is a reason, and returns it. Collective."""
-        reason = self._course.ports.ranks.agree(self._complaint or self._ailment()) or self._divergence()
+        reason = self._course.ports.ranks.agree(self._complaint or self._ailment())
         if reason is not None:
             self.roll_back(reason)
+            return reason
+        reason = self._divergence()
+        if reason is not None:
+            self.roll_back(reason, remedy=RANKS_DIVERGE)
         return reason
 
     def remember(self) -> None:
@@ -98,13 +110,17 @@ class Guard:
         """An epoch ended in health."""
         self._vitals = governor.after_snapshot(self._vitals)
 
-    def roll_back(self, reason: str) -> None:
+    def roll_back(self, reason: str, *, remedy: str = HOST_DIVERGES) -> None:
         """Restores the last good snapshot bit by bit, and puts the blame on the seeds that were blended meanwhile.
 
         A seed that was grafted since is culled (the restored host never met it); one that was blended already is
         retired. If it is blamed again, or if going back did not help, what was good then was not: the snapshot from
         before its graft is restored, and the seed culled. Their sites are under embargo for `kasmina.embargo_epochs`.
         Collective.
+
+        Args:
+            reason: why.
+            remedy: what people can do about it if going back does not help.
 
         Raises:
             NonFiniteError: if this happened `max_rollbacks` times without a healthy epoch between.
@@ -115,7 +131,7 @@ class Guard:
         if self._vitals.rollbacks > self._limits.max_rollbacks:
             raise NonFiniteError(
                 f"set back {self._limits.max_rollbacks} times in a row, and again: {reason}",
-                remedy="the host itself diverges; lower the learning rate",
+                remedy=remedy,
             )
         log.warning("run.rolled_back", extra={"step": course.step, "reason": reason})
         self.words = f"rolled back at step {course.step}: {reason}"

@@ -55,7 +55,8 @@ class Optimizing:
         self._chronicle = chronicle
         self._reach = reach
         num_trainers = course.ports.ranks.world
-        self._is_wanted = optimizes(course.config, num_trainers=num_trainers, num_cores=num_usable_cores())
+        wanted = optimizes(course.config, num_trainers=num_trainers, num_cores=num_usable_cores())
+        self._is_wanted = course.ports.ranks.broadcast(wanted)  # machines differ in cores, ranks must not in calls
         self._submitted: set[tuple[str, str]] = set()
         self._settled: set[str] = set()
 

@@ -25,7 +25,7 @@ import torch
 
 from esper.config import RunConfig
 from esper.leyline.errors import KernelFaultError, NonFiniteError
-from esper.leyline.growth import PREFIX, Growable
+from esper.leyline.growth import ELSEWHERE, PREFIX, Growable
 from esper.leyline.messages import Topic
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import AdaptationSignal, EpochRecord, LayerHealthReport, Severity
@@ -216,7 +216,8 @@ class Session:
 
     def abandon(self, error: KernelFaultError) -> None:
         """To be called in place of `step`, where a kernel on the live path failed in the forward: goes back to the
-        last good state and removes the kernels that came since. The batch is lost. All ranks must have met the fault.
+        last good state and removes the kernels that came since. The batch is lost. Of several ranks none calls it:
+        there a failing kernel raises nothing in training, and all go back together.
 
         Raises:
             NonFiniteError: if this happens again and again, though each time it was set back.
@@ -507,9 +508,9 @@ class Session:
         if self._val is None or host is None:
             return
         for seed_id in self._in_training():
-            slow = course.ports.ranks.agree(self._slowness.verdict(seed_id))
-            if slow is not None:
-                course.growable.fault(seed_id, slow)
+            fails = course.ports.ranks.agree(self._fault_of(seed_id) or self._slowness.verdict(seed_id))
+            if fails is not None:
+                course.growable.fault(seed_id, fails)
                 continue
             began, before = time.perf_counter(), course.ledger.snapshot().flops.shadow
             try:
@@ -522,6 +523,11 @@ class Session:
             course.growable.record_evidence(seed_id, evidence)
             flops = course.ledger.snapshot().flops.shadow - before
             self.recorder.spend(seed_id, flops=flops, seconds=time.perf_counter() - began)
+
+    def _fault_of(self, seed_id: str) -> str | None:
+        """How a seed's kernel failed on this rank."""
+        seed = self.course.seed(seed_id)
+        return None if seed is None or seed.fault == ELSEWHERE else seed.fault or None
 
     def _record(self, host: Evaluation | None, metrics: dict[str, float]) -> EpochRecord:
         course, headline = self.course, self.course.task.headline

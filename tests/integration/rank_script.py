@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import torch
-from tolaria_support import BLUEPRINT, KEY, config, kernel_hub, train, workload
+from tolaria_support import BLUEPRINT, KEY, SIGNATURE, config, kernel_hub, train, workload
 from torch import distributed, nn
 
 from esper.api import local_hub
-from esper.config import CnnHost, GptHost, MlpHost
+from esper.config import CnnHost, GptHost, Host, MlpHost, ResNetHost, VitHost
 from esper.hosts import build_host
+from esper.kasmina.layer import all_layers
 from esper.kasmina.sites import find_sites
 from esper.leyline import SeedStage
 from esper.tolaria.numerics import digests
@@ -24,9 +25,11 @@ from esper.tolaria.schedules import optimizer_factory
 from esper.tolaria.task import TASKS
 from esper.tolaria.workload import Workload
 
-HOSTS = {
+HOSTS: dict[str, tuple[Host, tuple[int, ...], str, str]] = {
     "mlp": (MlpHost(hidden=(8, 8)), (8,), "blocks.1", "mlp_2x"),
     "cnn": (CnnHost(channels=(4, 4), dropout=0.1), (1, 8, 8), "stages.1.0", "conv_small"),
+    "resnet": (ResNetHost(channels=(4, 4)), (1, 8, 8), "stages.1.0", "conv_small"),
+    "vit": (VitHost(width=8, depth=1, heads=2, patch=4), (1, 8, 8), "blocks.0", "mlp_adapter"),
     "gpt": (GptHost(width=8, depth=1, heads=2, dropout=0.1), (6,), "blocks.0", "mlp_adapter"),
     "tied": (GptHost(width=8, depth=1, heads=2, tied=True), (6,), "blocks.0", "low_rank_adapter"),
 }
@@ -51,6 +54,39 @@ class Hub:
 
     def __getattr__(self, name):
         return getattr(self._inner, name)
+
+
+class Sabotage:
+    """Lets the kernel of one rank fail, once: its module raises, or what autograd makes of its output does.
+
+    Args:
+        module: the host.
+        stage: of the seed.
+        where: `forward` or `backward` of a training step, `telemetry` (a step that is sampled), or `eval`.
+    """
+
+    def __init__(self, module: nn.Module, stage: SeedStage, where: str) -> None:
+        [self.layer] = all_layers(module.get_submodule("_esper"))
+        self.stage, self.where, self.fired, self.hooked = stage, where, 0, False
+
+    def at(self, place: str, step: int) -> None:
+        seed = self.layer.seeds[0]
+        if place == "step" and not self.hooked and seed.stage is self.stage:
+            self.layer.kernel(seed).register_forward_hook(self.fail)
+            self.hooked = True
+
+    def fail(self, kernel: nn.Module, args: tuple, y: torch.Tensor) -> None:
+        due = {"telemetry": self.layer.observing, "eval": not kernel.training}.get(self.where, kernel.training)
+        if self.fired or not due:
+            return
+        if self.where == "backward":
+            y.register_hook(self.raised)
+        else:
+            self.raised()
+
+    def raised(self, *_: object) -> None:
+        self.fired += 1
+        raise RuntimeError("sabotage")
 
 
 class Tells:
@@ -103,6 +139,59 @@ def tampered(hub, kernel_id: str) -> bytes:
     return bytes(content)
 
 
+SABOTAGE = {
+    "live forward": (SeedStage.GRAFTING, "forward"),
+    "live telemetry": (SeedStage.STABILIZING, "telemetry"),
+    "live validation": (SeedStage.STABILIZING, "eval"),
+    "shadow forward": (SeedStage.TRAINING, "forward"),
+    "shadow backward": (SeedStage.TRAINING, "backward"),
+    "shadow validation": (SeedStage.TRAINING, "eval"),
+}
+
+
+def failing(rank: int, ranks, folder: Path) -> dict:
+    """Runs in which the kernel of rank 1 alone fails at one place; the next place is another run."""
+    found = {}
+    for name, (stage, where) in SABOTAGE.items():
+        problem = workload(config())
+        faults = Late(problem.model, stage, where) if rank == 1 else None
+        given = {} if faults is None else {"faults": faults}
+        summary, weights = train(folder / name, config(), problem=problem, ranks=ranks, **given)
+        events = [(event.step, event.to_stage.value, event.reason) for event in summary.events if not event.refused]
+        backs = [(back.epoch, back.step, back.reason) for back in summary.rollbacks]
+        fired = 0 if faults is None else faults.sabotage.fired
+        found[name] = {"weights": weights, "events": events, "rollbacks": backs, "fired": fired}
+    return found
+
+
+class Late:
+    """A sabotage of a host that is not wrapped yet."""
+
+    def __init__(self, module: nn.Module, stage: SeedStage, where: str) -> None:
+        self._prepare = lambda: Sabotage(module, stage, where)
+        self.sabotage = None
+
+    def at(self, place: str, step: int) -> None:
+        self.sabotage = self.sabotage or self._prepare()
+        self.sabotage.at(place, step)
+
+
+def racing(ranks, folder: Path) -> dict:
+    """A race of two kernels, with the hashes of all tensors after each epoch."""
+    from test_tolaria_race import race
+
+    chosen = race()
+    problem = workload(chosen)
+    hub, key = local_hub([SIGNATURE], chosen, private_key=KEY)
+    seen: list[dict[str, str]] = []
+    summary, weights = train(
+        folder / "race", chosen, problem=problem, ranks=ranks, hub=hub, public_key=key,
+        on_epoch=lambda record: seen.append(digests(problem.model.state_dict())),
+    )  # fmt: skip
+    events = [(event.step, event.seed, event.to_stage.value, event.reason) for event in summary.events]
+    return {"digests": json.dumps(seen), "events": events, "weights": weights}
+
+
 def plain(ranks, folder: Path) -> dict:
     """Twenty steps across a graft, on a host in which a batch's samples do not meet."""
     torch.manual_seed(1)
@@ -147,30 +236,36 @@ def epochs_of(name: str, ranks, folder: Path) -> dict:
     return {"digests": json.dumps(seen), "stages": stages}
 
 
+def silent(rank: int, ranks, folder: Path) -> dict:
+    """Rank 1 fetches its kernel only once the others have decided without it."""
+
+    def late(hub, kernel_id: str) -> bytes:
+        wait_for(folder / "decided")
+        return hub.fetch(kernel_id)
+
+    tells = Tells(folder / "decided") if rank == 0 else None
+    return growing(rank, ranks, folder, fetch=late, faults=tells, tolaria__agree_s=0.5)
+
+
+def seen_by(what: str, rank: int, ranks, folder: Path) -> dict:
+    scenes = {
+        "agreeing": lambda: agreeing(rank, ranks, folder),
+        "tampered": lambda: growing(rank, ranks, folder, fetch=tampered),
+        "silent": lambda: silent(rank, ranks, folder),
+        "failing": lambda: failing(rank, ranks, folder),
+        "racing": lambda: racing(ranks, folder),
+        "plain": lambda: plain(ranks, folder),
+        "hosts": lambda: {name: epochs_of(name, ranks, folder) for name in HOSTS},
+    }
+    return scenes[what]()
+
+
 def main(what: str, rank: int, world: int, folder: Path) -> None:
     ranks = SoloRanks()
     if world > 1:
         distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
         ranks = TorchRanks()
-    match what:
-        case "agreeing":
-            found = agreeing(rank, ranks, folder)
-        case "tampered":
-            found = growing(rank, ranks, folder, fetch=tampered)
-        case "silent":
-
-            def late(hub, kernel_id: str) -> bytes:
-                wait_for(folder / "decided")
-                return hub.fetch(kernel_id)
-
-            tells = Tells(folder / "decided") if rank == 0 else None
-            found = growing(rank, ranks, folder, fetch=late, faults=tells, tolaria__agree_s=0.5)
-        case "plain":
-            found = plain(ranks, folder)
-        case "hosts":
-            found = {name: epochs_of(name, ranks, folder) for name in HOSTS}
-        case unknown:
-            raise SystemExit(f"no {unknown}")
+    found = seen_by(what, rank, ranks, folder)
     torch.save(found, folder / f"{rank}-of-{world}.pt")
     if world > 1:
         distributed.barrier()

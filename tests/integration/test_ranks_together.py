@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tolaria_support
 import torch
+from tolaria_support import equal
 
 SCRIPT = Path(__file__).with_name("rank_script.py")
 LIMIT_S = 240
@@ -63,6 +64,35 @@ def test_a_rank_that_cannot_load_a_kernel_makes_all_refuse_it(run, what, words):
     first, second = (found["weights"] for found in ranks)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)  # both went on, as one
+
+
+def test_a_kernel_that_fails_on_one_rank_alone_leaves_no_rank_waiting_and_all_go_back_at_one_step(run):
+    first, second = run("failing")
+    for name, found in first.items():
+        other = second[name]
+        assert (found["fired"], other["fired"]) == (0, 1), name
+        assert found["rollbacks"] == other["rollbacks"], name
+        assert found["events"] == other["events"], name
+        assert equal(found["weights"], other["weights"]), name
+        assert "sabotage" in str(found["events"]), name  # rank 0 tells what went wrong on rank 1
+        is_live = name.startswith("live")
+        assert len(found["rollbacks"]) == is_live, name
+        if is_live:
+            assert "it raised RuntimeError: sabotage" in found["rollbacks"][0][2], name
+        else:  # the host had never met it
+            assert not any(name.startswith("_esper.") and name.endswith("weight") for name in found["weights"])
+            assert [stage for _, stage, _ in found["events"]][:3] == ["GERMINATED", "TRAINING", "CULLED"], name
+
+
+def test_a_race_has_one_winner_on_all_ranks_and_the_racers_are_bit_equal_at_every_epoch(run):
+    first, second = run("racing")
+    assert first["events"] == second["events"]
+    assert equal(first["weights"], second["weights"])
+    epochs, others = json.loads(first["digests"]), json.loads(second["digests"])
+    assert epochs == others
+    assert max(len({name.split(".")[2] for name in epoch if name.startswith("_esper.")}) for epoch in epochs) == 2
+    assert sum(stage == "GRAFTING" for _, _, stage, _ in first["events"]) == 1
+    assert any("lost the race" in reason for *_, reason in first["events"])
 
 
 def test_two_ranks_come_to_what_one_comes_to_with_the_same_batches(run):
