@@ -75,6 +75,7 @@ from esper.tolaria.workload import Data, Workload, evaluation_batches, example_o
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from torch.amp.grad_scaler import GradScaler
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
@@ -337,6 +338,7 @@ class Grown:
         val_data: Data,
         task: Task | str = "classification",
         scheduler: LRScheduler | None = None,
+        scaler: GradScaler | None = None,
         epochs: int | None = None,
         steps_per_epoch: int = 0,
         batch_size: int | None = None,
@@ -357,6 +359,7 @@ class Grown:
             val_data: what evidence is taken on.
             task: by name, or an `esper.Task`; its loss trains kernels in shadow.
             scheduler: yours to step; it follows the growth.
+            scaler: of your losses in float16, yours to step; rollbacks and the session's state hold it.
             epochs: how many there will be; policies plan with it.
             steps_per_epoch: if known; else it is taken from the first epoch.
             batch_size: of validation.
@@ -391,7 +394,7 @@ class Grown:
         try:
             with Session(
                 self.host,
-                Optimization(optimizer, scheduler),
+                Optimization(optimizer, scheduler, scaler),
                 chosen,
                 example=to_device(self._example, device),
                 config=config,

@@ -69,8 +69,9 @@ class Guard:
         self._vitals, judgement = governor.judge(self._vitals, loss, self._limits)
         if judgement.verdict is governor.Verdict.ROLLBACK:
             self._complaint = self._complaint or judgement.reason
-        norm = self._watching.gradient_norm()
-        self._complaint = self._complaint or governor.judge_gradient(norm) or self._out_of_line()
+        if course.optimization.scaler is None:  # else gradients that overflow are its business: it leaves the step out
+            self._complaint = self._complaint or governor.judge_gradient(self._watching.gradient_norm())
+        self._complaint = self._complaint or self._out_of_line()
         if course.step < adaptation.watch_until and self._complaint is None:
             self._complaint = governor.judge_norm(adaptation.norm, adaptation.weight_norm(), self._limits)
 

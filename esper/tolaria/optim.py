@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -50,16 +51,20 @@ class Optimization:
     Args:
         optimizer: holds the host's parameters.
         scheduler: stepped once an optimizer step; None is a constant rate.
+        scaler: of losses in float16; it leaves out the steps whose gradients overflow.
 
     Raises:
         ConfigError: for a scheduler that cannot grow.
     """
 
-    def __init__(self, optimizer: Optimizer, scheduler: LRScheduler | None = None) -> None:
+    def __init__(
+        self, optimizer: Optimizer, scheduler: LRScheduler | None = None, scaler: GradScaler | None = None
+    ) -> None:
         if scheduler is not None:
             require_supported(scheduler)
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.scaler = scaler
         self._names: dict[str, list[str]] = {}  # seed id -> names of its parameters, in joining order
 
     @property
@@ -73,8 +78,12 @@ class Optimization:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def step(self) -> None:
-        """One optimizer step and one scheduler step."""
-        self.optimizer.step()
+        """One optimizer step, through the scaler where there is one, and one scheduler step."""
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         if self.scheduler is not None:
             self.scheduler.step()
 
@@ -124,11 +133,12 @@ class Optimization:
                 self._remove_group(index)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of both, with the layout that `load_state_dict` needs. Tensors are not copies."""
+        """Returns the state of all, with the layout that `load_state_dict` needs. Tensors are not copies."""
         return {
             "layout": [[seed_id, list(names)] for seed_id, names in self._names.items()],
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, live: Named) -> None:
@@ -139,7 +149,8 @@ class Optimization:
             live: names and parameters of the live path after the topology was restored.
 
         Raises:
-            ConflictError: if the live path does not hold the parameters of `state`.
+            ConflictError: if the live path does not hold the parameters of `state`, or if only one of the two has a
+                scheduler, or a scaler.
         """
         for index in range(len(self.optimizer.param_groups) - 1, -1, -1):
             if SEED_KEY in self.optimizer.param_groups[index]:
@@ -154,8 +165,11 @@ class Optimization:
             self.join(seed_id, [by_name[name] for name in names], live=by_name.items())
         # torch keeps references to what it is given: a snapshot must stay as it was
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        if (self.scheduler is None) != (state["scheduler"] is None):
-            raise ConflictError("the saved run and this one differ in having a scheduler", field="scheduler")
+        for name, own in (("scheduler", self.scheduler), ("scaler", self.scaler)):
+            if (own is None) != (state.get(name) is None):  # the scaler's is younger than the first checkpoints
+                raise ConflictError(f"the saved run and this one differ in having a {name}", field=name)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(dict(state["scaler"]))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
             _mend(self.scheduler)

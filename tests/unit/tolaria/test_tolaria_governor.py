@@ -149,7 +149,9 @@ class Hiding(torch.nn.Module):
 class Loop:
     """One's own loop around a session, with real kernels."""
 
-    def __init__(self, *, host: torch.nn.Module | None = None, **settings) -> None:
+    def __init__(
+        self, *, host: torch.nn.Module | None = None, scaler: torch.amp.GradScaler | None = None, **settings
+    ) -> None:
         chosen = config(tolaria__epochs=20, **settings)
         x, y = data()
         torch.manual_seed(0)
@@ -162,7 +164,7 @@ class Loop:
         scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=0.01, total_steps=200)
         self.session = Session(
             self.host,
-            Optimization(self.optimizer, scheduler),
+            Optimization(self.optimizer, scheduler, scaler),
             TASKS["classification"],
             example=(x[:2],),
             config=chosen,
@@ -178,7 +180,8 @@ class Loop:
         x, y = self.x[40 * i : 40 * i + 40], self.y[40 * i : 40 * i + 40]
         self.optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(self.session.course.model(x), y)
-        loss.backward()
+        scaler = self.session.course.optimization.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
         self.session.course.optimization.step()
         if spoil is not None:
             spoil()
@@ -284,6 +287,24 @@ def test_a_gradient_that_is_not_finite_is_seen_in_its_own_step(loop):
     loop.step(poison=1.0, spoil=spoil)
     assert [back.reason for back in loop.session.recorder.rollbacks] == ["the gradient is not finite"]
     assert equal(loop.weights(), before)
+
+
+def test_a_step_that_overflows_is_the_scalers_to_leave_out_and_a_rollback_gives_its_scale_back():
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    loop = Loop(scaler=scaler)
+    loop.epoch()
+    first = next(loop.host.parameters())
+    before = first.detach().clone()
+    overflow = first.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+    loop.step()
+    overflow.remove()
+    assert torch.equal(first, before)
+    assert scaler.get_scale() == 32.0
+    assert loop.session.recorder.rollbacks == ()
+    loop.step(poison=math.nan)
+    assert len(loop.session.recorder.rollbacks) == 1
+    assert scaler.get_scale() == 64.0
+    loop.host.close()
 
 
 def test_weights_that_are_not_finite_are_seen_at_the_end_of_the_epoch(loop):

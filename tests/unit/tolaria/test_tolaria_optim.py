@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import get_args
 
 import pytest
@@ -267,6 +268,32 @@ def test_joining_twice_or_from_nowhere_is_refused():
         grower.optimization.join("s0", [], live=grower.live())
     with pytest.raises(ConflictError, match="not on the live path"):
         grower.optimization.join("s1", [nn.Parameter(torch.zeros(1))], live=grower.live())
+
+
+def test_a_scaler_leaves_out_what_overflows_and_its_state_is_kept():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = SGD([weight], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    optimization = Optimization(optimizer, scaler=scaler)
+
+    def step(factor: float) -> None:
+        optimizer.zero_grad()
+        scaler.scale((factor * weight).sum()).backward()
+        optimization.step()
+
+    step(1.0)
+    assert torch.equal(weight, torch.full((3,), 0.9))
+    tree, tensors = flatten(optimization.state_dict())
+    state = unflatten(json.loads(json.dumps(tree)), tensors)
+    step(math.inf)
+    assert torch.equal(weight, torch.full((3,), 0.9))
+    assert scaler.get_scale() == 4.0
+    optimization.load_state_dict(state, live=[("weight", weight)])
+    assert scaler.get_scale() == 8.0
+    step(1.0)
+    assert scaler.get_scale() == 16.0  # it had counted the first step, too
+    with pytest.raises(ConflictError, match="differ in having a scaler"):
+        Optimization(optimizer).load_state_dict(state, live=[("weight", weight)])
 
 
 def test_groups_are_clipped_apart():
