@@ -31,6 +31,7 @@ def test_a_driver_killed_in_the_middle_of_growth_resumes_to_the_same_weights(tra
     assert support.differences(support.final_weights(resumed.directory), undisturbed) == []
 
 
+@pytest.mark.soak
 def test_a_killed_train_worker_is_replaced_and_ends_with_the_same_weights(train, undisturbed, shared, tmp_path):
     faults = KillSelf("step", support.IN_GRAFTING, tmp_path / "fired")
     result = train(shared, "worker", faults, tolaria__num_workers=1)
@@ -86,10 +87,17 @@ def test_a_worker_killed_at_a_seam_of_the_boundary(train, undisturbed, shared, t
     assert support.differences(support.final_weights(result.directory), undisturbed) == []
 
 
-def test_two_workers_graft_at_the_same_step_and_stay_equal(train, quiet, shared, tmp_path):
-    result = train(shared, "two", WriteHashes(tmp_path, NoFaults()), tolaria__num_workers=2)
+@pytest.fixture(scope="module")
+def pair(train, shared, tmp_path_factory):
+    """A run of two workers that nobody disturbs, and the folder in which each wrote the hashes of its parameters."""
+    folder = tmp_path_factory.mktemp("pair")
+    return train(shared, "pair", WriteHashes(folder, NoFaults()), tolaria__num_workers=2), folder
+
+
+def test_two_workers_graft_at_the_same_step_and_stay_equal(pair, quiet):
+    result, folder = pair
     assert support.stages(result.summary) == support.STAGES
-    first, second = ((tmp_path / f"rank-{rank}").read_text().splitlines() for rank in (0, 1))
+    first, second = ((folder / f"rank-{rank}").read_text().splitlines() for rank in (0, 1))
     assert first == second
     assert len(first) == support.NUM_EPOCHS * support.STEPS_PER_EPOCH
     assert len({line.split()[1] for line in first}) == 2  # the kernel's parameters came, on both at once
@@ -97,11 +105,13 @@ def test_two_workers_graft_at_the_same_step_and_stay_equal(train, quiet, shared,
     assert result.summary.ledger.flops.host == quiet.summary.ledger.flops.host
 
 
-@pytest.mark.soak
-def test_one_of_two_workers_killed_ends_with_the_weights_of_two(train, shared, tmp_path):
-    quiet = train(shared, "pair", tolaria__num_workers=2)
+def test_one_of_two_workers_killed_is_replaced_by_ray_train_and_both_go_on_from_the_checkpoint(
+    train, pair, shared, tmp_path
+):
     faults = KillSelf("step", support.IN_FINE_TUNING, tmp_path / "fired", rank=1)
     killed = train(shared, "pair-killed", faults, tolaria__num_workers=2)
     assert faults.marker.exists()
-    weights = [support.final_weights(result.directory) for result in (quiet, killed)]
+    assert killed.summary.status is RunStatus.FINISHED
+    assert support.stages(killed.summary) == support.STAGES
+    weights = [support.final_weights(result.directory) for result in (pair[0], killed)]
     assert support.differences(*weights) == []
