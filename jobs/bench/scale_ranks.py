@@ -55,7 +55,7 @@ BLUEPRINT = "mlp_2x"
 STEPS_PER_EPOCH = 2
 WATCHED = 10
 """Steps after a graft on which the governor looks at the weights' norm."""
-PARTS = ("check", "attach", "group", "agree", "rebuild")
+PARTS = ("check", "attach", "group", "agree", "rebuild", "count")
 
 
 @dataclass(frozen=True)
@@ -342,9 +342,11 @@ def grafts_of(job: GraftJob, ranks: Ranks) -> Grafts:
             continue
         session.measure()
         seconds.clear()
+        counted = session.course.ledger.snapshot().seconds.telemetry
         began = time.perf_counter()
         session.control()
         milliseconds = 1e3 * (time.perf_counter() - began)
+        seconds["count"] = session.course.ledger.snapshot().seconds.telemetry - counted
         last = ranks.broadcast(controller.last)
         if last in (Action.ADVANCE, Action.CULL):
             since = 0

@@ -18,7 +18,7 @@ from esper.config import CnnHost, GptHost, Host, MlpHost, ResNetHost, VitHost
 from esper.hosts import build_host
 from esper.kasmina.layer import all_layers
 from esper.kasmina.sites import find_sites
-from esper.leyline import SeedStage
+from esper.leyline import NonFiniteError, SeedStage
 from esper.tolaria.numerics import digests
 from esper.tolaria.ranks import SoloRanks, TorchRanks
 from esper.tolaria.schedules import optimizer_factory
@@ -176,6 +176,29 @@ class Late:
         self.sabotage.at(place, step)
 
 
+class Astray:
+    """Moves a weight of one rank alone, again and again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def at(self, place: str, step: int) -> None:
+        if place == "step":
+            with torch.no_grad():
+                self.module[0].weight[0, 0] += 1e-3
+
+
+def straying(rank: int, ranks, folder: Path) -> dict:
+    """A run in which rank 1 computes other bits at every step."""
+    problem = workload(config())
+    given = {"faults": Astray(problem.model)} if rank == 1 else {}
+    try:
+        train(folder / "run", config(), problem=problem, ranks=ranks, **given)
+    except NonFiniteError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
 def racing(ranks, folder: Path) -> dict:
     """A race of two kernels, with the hashes of all tensors after each epoch."""
     from test_tolaria_race import race
@@ -253,6 +276,7 @@ def seen_by(what: str, rank: int, ranks, folder: Path) -> dict:
         "tampered": lambda: growing(rank, ranks, folder, fetch=tampered),
         "silent": lambda: silent(rank, ranks, folder),
         "failing": lambda: failing(rank, ranks, folder),
+        "straying": lambda: straying(rank, ranks, folder),
         "racing": lambda: racing(ranks, folder),
         "plain": lambda: plain(ranks, folder),
         "hosts": lambda: {name: epochs_of(name, ranks, folder) for name in HOSTS},

@@ -84,6 +84,13 @@ def test_a_kernel_that_fails_on_one_rank_alone_leaves_no_rank_waiting_and_all_go
             assert [stage for _, stage, _ in found["events"]][:3] == ["GERMINATED", "TRAINING", "CULLED"], name
 
 
+def test_ranks_that_diverge_whenever_they_were_equal_are_given_up_together_with_what_to_look_at(run):
+    first, second = run("straying")
+    assert first == second
+    assert "set back 3 times in a row, and again: the ranks have diverged: 0.weight differs" in first["error"]
+    assert "code that changes weights on one rank alone" in first["error"]
+
+
 def test_a_race_has_one_winner_on_all_ranks_and_the_racers_are_bit_equal_at_every_epoch(run):
     first, second = run("racing")
     assert first["events"] == second["events"]
