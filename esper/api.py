@@ -453,9 +453,7 @@ def train_local(
         breaker = Breaker("Urza", failures=config.kasmina.breaker_failures, rest_s=config.kasmina.breaker_s)
         hub = None if hub is None else guarded(hub, breaker)
         if hub is not None and public_key is not None:
-            # several ranks must hold a kernel at the same step: none may depend on its own loader's pace
-            wait = config.deterministic or ranks.world > 1
-            host.attach(hub, public_key, wait=wait, native=not config.deterministic)
+            host.attach(hub, public_key, wait=config.deterministic, native=not config.deterministic)
         ports = Ports(
             hub=hub,
             bus=bus,

@@ -238,8 +238,8 @@ class TolariaConfig(Section):
     """Epochs between checkpoints."""
     keep_checkpoints: PositiveInt = 2
     agree_s: PositiveFloat = 60.0
-    """A worker that cannot say for so long whether it holds a kernel makes all of them refuse it. Deterministic mode
-    waits for it instead."""
+    """A worker that has not got a kernel after so long, or does not answer to a command, makes all of them go on
+    without it. Deterministic mode waits for it instead."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often Ray Train restarts workers that died."""
 

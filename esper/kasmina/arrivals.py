@@ -5,7 +5,11 @@ It loads, now or in the background, and puts what came in its place; it knows no
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,7 +20,17 @@ from esper.kasmina.native import Natives, Notice
 from esper.kasmina.neighbour import copy_neighbours
 from esper.kasmina.seed import Seed
 from esper.kasmina.shadow import AllReduce
-from esper.leyline.errors import NotFoundError
+from esper.leyline.errors import EsperError, NotFoundError, UnavailableError
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """A kernel that is being loaded since a moment of `time.monotonic`."""
+
+    future: Future[LoadedKernel]
+    since: float
 
 
 class Arrivals:
@@ -25,15 +39,17 @@ class Arrivals:
     Attributes:
         loader: None while no asset hub is attached.
         wait: whether kernels are loaded within the command that asks for them.
-        mean: averages figures over ranks in place, under DDP.
+        mean: averages figures over ranks in place, under DDP: a kernel has come once every rank has it.
+        patience_s: after so long a rank whose kernel has not come makes all go on without it.
     """
 
     def __init__(self, module: nn.Module, layers: Layers) -> None:
         self.loader: KernelLoader | None = None
         self.wait = True
         self.mean: AllReduce | None = None
+        self.patience_s = math.inf
         self._module = module
-        self._loading: dict[str, Future[LoadedKernel]] = {}
+        self._loading: dict[str, _Load] = {}
         self._held: tuple[tuple[str, str], LoadedKernel] | None = None
         self._natives = Natives(layers)
         self._notices: list[Notice] = []
@@ -73,25 +89,37 @@ class Arrivals:
     def request(self, layer: Layer, seed: Seed) -> None:
         """Loads the kernel that a seed asked for in the background."""
         if self.loader is not None and seed.requested is not None:
-            self._loading[seed.seed_id] = self.loader.request(seed.requested, layer.signature, self.device())
+            future = self.loader.request(seed.requested, layer.signature, self.device())
+            self._loading[seed.seed_id] = _Load(future, time.monotonic())
 
     def is_awaited(self, seed: Seed) -> bool:
         """Whether a kernel is under way for the seed."""
         return seed.seed_id in self._loading
 
-    def has_come(self, seed: Seed) -> bool:
-        """Whether the load for the seed has ended, well or not."""
-        return self.is_awaited(seed) and self._loading[seed.seed_id].done()
-
-    def collect(self, layer: Layer, seed: Seed) -> LoadedKernel:
-        """Takes what has come for a seed.
-
-        Raises:
-            EsperError: what the loader raised.
+    def collect(self, layer: Layer, seed: Seed) -> LoadedKernel | EsperError | None:
+        """What has come for a seed, or why it will not come; None while that is not known. Collective under DDP: what
+        does not come to one rank comes to none.
         """
-        loaded = self._loading.pop(seed.seed_id).result()
-        copy_neighbours(self._module, layer.path, loaded.module, loaded.facts.ir)
-        return loaded
+        load = self._loading[seed.seed_id]
+        own = _result(load.future) if load.future.done() else None
+        if self.mean is None:
+            outcome = own
+        else:
+            is_late = own is None and time.monotonic() - load.since > self.patience_s
+            failed = isinstance(own, EsperError)
+            shares = torch.tensor([float(own is not None), float(failed), float(is_late)], device=self.device())
+            self.mean([shares])
+            come, refused, late = shares.tolist()
+            outcome = _together(own, all_came=come == 1.0, some_refused=refused > 0.0, some_late=late > 0.0)
+        if outcome is None:
+            return None
+        self._loading.pop(seed.seed_id).future.cancel()
+        if isinstance(outcome, LoadedKernel):
+            try:
+                copy_neighbours(self._module, layer.path, outcome.module, outcome.facts.ir)
+            except EsperError as error:
+                return error
+        return outcome
 
     def put(self, layer: Layer, seed: Seed, loaded: LoadedKernel) -> None:
         """Gives a seed its kernel, and the native code that came with it."""
@@ -141,13 +169,33 @@ class Arrivals:
         """Drops what is under way for a seed."""
         pending = self._loading.pop(seed.seed_id, None)
         if pending is not None:
-            pending.cancel()
+            pending.future.cancel()
         self._natives.forget(seed)
 
     def forget_all(self) -> None:
         """Drops all that is under way."""
-        for future in self._loading.values():
-            future.cancel()
+        for load in self._loading.values():
+            load.future.cancel()
         self._loading.clear()
         self._held = None
         self._natives.forget_all()
+
+
+def _result(future: Future[LoadedKernel]) -> LoadedKernel | EsperError:
+    try:
+        return future.result()
+    except EsperError as error:  # whatever the hub or the checks said; a bug is raised as it is
+        return error
+
+
+def _together(
+    own: LoadedKernel | EsperError | None, *, all_came: bool, some_refused: bool, some_late: bool
+) -> LoadedKernel | EsperError | None:
+    """What a rank takes for its outcome, so that all take a kernel or none does; None: not known yet."""
+    if isinstance(own, EsperError) and (some_refused or all_came):
+        _LOG.warning("kernel.refused", extra={"reason": str(own)})  # rank 0 tells the run, and may know less
+    if some_refused:
+        return own if isinstance(own, EsperError) else UnavailableError("another worker cannot take it in")
+    if some_late:
+        return UnavailableError("it did not come to every worker in time")
+    return own if all_came else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import isfinite
+from math import inf, isfinite
 from time import perf_counter
 from typing import Any
 
@@ -161,8 +161,8 @@ class Host:
             for name, parameter in layer.kernel(seed).named_parameters():
                 yield f"{PREFIX}.{layer.key}.{seed.seed_id}.{name}", parameter
 
-    def share(self, mean: AllReduce, *, world: int) -> None:
-        self._life.share(mean, world)
+    def share(self, mean: AllReduce, *, world: int, patience_s: float = inf) -> None:
+        self._life.share(mean, world, patience_s)
         for layer in all_layers(self._layers):
             layer.is_shared = True
 

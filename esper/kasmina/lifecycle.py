@@ -98,9 +98,10 @@ class Lifecycle:
         seed.put("entered", self.clock)
         return seed
 
-    def share(self, mean: AllReduce, world: int) -> None:
+    def share(self, mean: AllReduce, world: int, patience_s: float) -> None:
         """Says how figures are averaged over ranks; see `Growable.share`."""
         self.mean = self.arrivals.mean = self._ramps.mean = mean
+        self.arrivals.patience_s = patience_s
         self.world = world
 
     def find(self, seed_id: str) -> tuple[Layer, Seed]:
@@ -304,13 +305,6 @@ class Lifecycle:
         self.arrivals.put(layer, seed, outcome)
         return Change(rungs=self._take_rungs())
 
-    def _collect(self, layer: Layer, seed: Seed, moment: Moment) -> Change:
-        try:
-            outcome: LoadedKernel | EsperError = self.arrivals.collect(layer, seed)
-        except EsperError as error:  # whatever the hub or the checks said; a bug is raised as it is
-            outcome = error
-        return self._take_in(layer, seed, outcome, moment)
-
     def load(self, layer: Layer, seed: Seed, kernel_id: str) -> None:
         """Loads a kernel into a DORMANT seed, which becomes GERMINATED.
 
@@ -338,8 +332,9 @@ class Lifecycle:
         if not self._busy:
             return change
         for layer, seed in self._candidates():
-            if self.arrivals.has_come(seed):
-                change += self._collect(layer, seed, moment)
+            if self.arrivals.is_awaited(seed):
+                outcome = self.arrivals.collect(layer, seed)
+                change += Change() if outcome is None else self._take_in(layer, seed, outcome, moment)
             elif seed.retirement is not None or seed.stage is SeedStage.GRAFTING:
                 retired = self._ramps.step(layer, seed, steps_per_epoch)
                 if retired and seed.retirement is not None:

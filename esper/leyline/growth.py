@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING, Any, Protocol
 
 from esper.leyline.blueprints import BlueprintIR
@@ -139,9 +140,11 @@ class Growable(Protocol):
         """Look-ups in the kernel cache so far: those that found their kernel, and those that did not."""
         ...
 
-    def share(self, mean: Callable[[Sequence[torch.Tensor]], None], *, world: int) -> None:
+    def share(self, mean: Callable[[Sequence[torch.Tensor]], None], *, world: int, patience_s: float = inf) -> None:
         """Says how telemetry, and figures that steer the live path, are averaged over `world` ranks, in place, under
         DDP. Collective then: all ranks call `prepare` and `close_epoch` in the same order, and sample the same steps.
+        A kernel that is loaded in the background is taken in by all at one step, or by none: if one rank refuses it,
+        or has not got it after `patience_s`.
         """
         ...
 

@@ -129,7 +129,7 @@ class Session:
         self._costs = HostCosts(growable, task.loss_fn, precision=self.precision)
         self.host_size = HostSize(live_params(growable), self._costs.forward(example) // len(example[0]))
         if ports.ranks.world > 1:
-            growable.share(ports.ranks.mean_, world=ports.ranks.world)
+            growable.share(ports.ranks.mean_, world=ports.ranks.world, patience_s=config.tolaria.agree_s)
         self._val = val
         self._steps_per_epoch = steps_per_epoch
         self._boundary: Boundary | None = None

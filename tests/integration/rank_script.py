@@ -90,13 +90,15 @@ class Sabotage:
 
 
 class Tells:
-    """Leaves a file once the first decision was carried out."""
+    """Lets the patience with a kernel run out between two epochs, and leaves a file at the end of the next."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, patience_s: float) -> None:
+        self._path, self._patience_s = path, patience_s
 
     def at(self, place: str, step: int) -> None:
-        if (place, step) == ("control", 0):
+        if (place, step) == ("control", 1):
+            threading.Event().wait(1.5 * self._patience_s)
+        elif (place, step) == ("control", 2):
             self._path.touch()
 
 
@@ -260,13 +262,13 @@ def epochs_of(name: str, ranks, folder: Path) -> dict:
 
 
 def silent(rank: int, ranks, folder: Path) -> dict:
-    """Rank 1 fetches its kernel only once the others have decided without it."""
+    """Rank 1 fetches its kernel only once the others have gone on without it."""
 
     def late(hub, kernel_id: str) -> bytes:
         wait_for(folder / "decided")
         return hub.fetch(kernel_id)
 
-    tells = Tells(folder / "decided") if rank == 0 else None
+    tells = Tells(folder / "decided", 0.5) if rank == 0 else None
     return growing(rank, ranks, folder, fetch=late, faults=tells, tolaria__agree_s=0.5)
 
 
