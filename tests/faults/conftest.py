@@ -40,6 +40,7 @@ def train(cluster):
     def start(storage: Path, run_id: str, faults: FaultPlan | None = None, *, resume: bool = False, **settings: object):
         config = support.config(storage, **settings)
         storages.add(config.storage)
+        support.forget_watched()
         return run(support.WatchedWorkload(config), config, run_id=run_id, faults=faults, resume=resume)
 
     yield start

@@ -138,6 +138,11 @@ class WatchedWorkload:
 _WATCHED: dict[str, torch.nn.Module] = {}
 
 
+def forget_watched() -> None:
+    """Lets go of a run's model: this module travels to workers by value, and native code does not pickle."""
+    _WATCHED.clear()
+
+
 def spoil_watched() -> None:
     """Makes a weight of the watched model NaN."""
     next(_WATCHED["model"].parameters()).data.view(-1)[0] = float("nan")

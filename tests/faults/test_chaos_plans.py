@@ -39,6 +39,13 @@ pytestmark = [
 CONTROL_SEEDS = range(6)
 WAIT_S = 600.0
 SYSTEMS = {"Tamiyo", "Urza", "Oona", "Tezzeret"}
+ORDINARY = {
+    "tamiyo__deadline_s": 2.0,
+    "tezzeret__optimize": "never",  # but for what is to swap: native code would keep all compilers busy for minutes
+    # a host that learns within the run's eight epochs, so that harm would be seen in its loss
+    "host__channels": [8, 16],
+    "tolaria__optimizer__lr": 0.02,
+}
 SWAP = {
     # squeeze-and-excite: many small operations, which native code does in about half the time
     "tamiyo__schedule": [{"epoch": 0, "site": support.SITE, "blueprint": "se"}],
@@ -93,7 +100,7 @@ class Arena:
         path = self._folder / f"control-{kind}-{seed}.json"
         if not path.exists():
             if kind == "swap":
-                self._make_native()
+                self._wait_for_native()
             settings = self._settings(kind, deterministic=False, num_workers=0) | {"seed": seed}
             summary = self._undisturbed(f"control-{kind}-{seed}", kind, settings).summary
             assert summary.went_without == ()
@@ -110,11 +117,14 @@ class Arena:
         assert bool(found.summary.rollbacks) == (kind == "sick")
         return found
 
-    def _make_native(self) -> None:
-        """Has the native code compiled that the runs swap to: a run is over long before a compiler."""
+    def ask_for_native(self) -> None:
+        """Has the native code compiled that the runs swap to, if it is not there: a run is over long before that."""
+        if (self._folder / "control-swap-0.json").exists():
+            return
         settings = self._settings("swap", deterministic=False, num_workers=0)
-        run_id = f"asks-for-native-code-{time.time_ns()}"
-        self._train(self._store, run_id, Chaos("swap", self._folder), **settings)
+        self._train(self._store, f"asks-for-native-code-{time.time_ns()}", Chaos("swap", self._folder), **settings)
+
+    def _wait_for_native(self) -> None:
         hub = urza.connect(str(self._store))
         until = time.monotonic() + WAIT_S
         while not (found := hub.kernels(status=KernelStatus.VALIDATED, pipeline=Pipeline.OPTIMIZED)):
@@ -127,7 +137,8 @@ class Arena:
             "deterministic": deterministic,
             "tolaria__num_workers": num_workers,
             "tezzeret__key_file": self._folder / "key.pem",  # the storage may fail
-            **({} if deterministic else {"tamiyo__deadline_s": 2.0}),
+            "tezzeret__yields": "never",
+            **({} if deterministic else ORDINARY),
             **(SWAP if kind == "swap" else {}),
         }
 
@@ -170,8 +181,9 @@ class Arena:
         )  # fmt: skip
 
     def _storage(self, plan: Plan, marks: Path) -> Path:
-        """The storage that all share, or one of its own: where compilers are to be at work, or all of Ray dies."""
-        alone = (plan.victim == "driver" and plan.kind != "swap") or (plan.victim, plan.place) == ("compiler", "step")
+        """The storage that all share, or one of its own: where kernels are to be on their way, or all of Ray dies."""
+        alone = plan.victim == "driver" and plan.kind != "swap"
+        alone |= plan.victim in {"compiler", "storage"} and plan.place == "step"
         return marks / "store" if alone else self._store
 
     def _driven(self, plan: Plan, run_id: str, faults: Chaos, settings: dict[str, Any]) -> None:
@@ -208,8 +220,12 @@ class Arena:
 
 
 @pytest.fixture(scope="module")
-def arena(train):
-    return Arena(train, Path(os.environ.get("ESPER_SOAK_DIR", ".soak")).resolve() / "chaos-on-ray")
+def arena(train, request):
+    found = Arena(train, Path(os.environ.get("ESPER_SOAK_DIR", ".soak")).resolve() / "chaos-on-ray")
+    calls = [item.callspec for item in request.session.items if hasattr(item, "callspec") and item.path == request.path]
+    if any(Plan.drawn(call.params["number"]).kind == "swap" for call in calls):
+        found.ask_for_native()  # it takes minutes; other plans are carried out meanwhile
+    return found
 
 
 @pytest.mark.soak
