@@ -7,7 +7,6 @@ host and its port are settled for the whole cluster when Serve starts, so whoeve
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 import time
@@ -17,8 +16,7 @@ from actors import tamiyo, urza
 from esper.config import HttpConfig
 from esper.leyline import ConflictError, UnavailableError
 from esper.storage import Storage
-from esper.urza import token
-from esper.urza.guard import Limits
+from esper.urza.guard import Limits, bracketed, is_loopback, limits_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
 
 
 NUM_CPUS = 0.1
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-"""Values of the Host header that a gateway on loopback answers, beside its own."""
 HEALTH_S = 5.0
 """`/health` says that Urza does not answer after so long."""
 _PREFIX = "urza-http-"
@@ -162,34 +158,11 @@ def address(storage: Storage, *, answer_s: float = HEALTH_S) -> str:
     if app_name(storage) not in status.applications:
         return "Ray Serve has no such application"
     host, port = _listens_at()
-    where = f"http://{_bracketed(host)}:{port}"
+    where = f"http://{bracketed(host)}:{port}"
     limits = _limits_in_force(storage, answer_s)
     if limits is None:
         return f"{where} does not answer yet"
     return where if limits.token_digest is None else f"{where} (bearer token required)"
-
-
-def limits_of(http: HttpConfig) -> Limits:
-    """What a gateway with these settings lets in: on loopback this machine's users, else who has the token.
-
-    Raises:
-        ConfigError: if the token cannot be had.
-    """
-    is_local = is_loopback(http.host)
-    needs_token = http.always_token or not is_local
-    return Limits(
-        token_digest=token.digest(token.load_or_create(http.token_file)) if needs_token else None,
-        hosts=(*LOOPBACK, _bracketed(http.host)) if is_local else None,
-        max_body_bytes=http.max_body_kb * 1024,
-    )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what is bound to `host`; a name other than localhost is not believed."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _limits_in_force(storage: Storage, answer_s: float) -> Limits | None:
@@ -207,11 +180,6 @@ def _limits_in_force(storage: Storage, answer_s: float) -> Limits | None:
         _LOG.warning("gateway.replica.silent", extra={"app": app_name(storage)})
         return None
     return limits
-
-
-def _bracketed(host: str) -> str:
-    """A host as it stands in a URL."""
-    return f"[{host}]" if ":" in host else host
 
 
 def check_place(http: HttpConfig, listens_at: tuple[str, int] | None) -> None:

@@ -34,7 +34,7 @@ from esper.leyline import (
 )
 from esper.leyline.keys import load_or_create, public_hex
 from esper.leyline.summary import CONFIG_FILE, HISTORY_FILE, REPORT_FILE, SUMMARY_FILE, RunHistory
-from esper.nissa import Follower, view_for, write_report
+from esper.nissa import Follower, LiveView, view_for, write_report
 from esper.storage import Storage
 from esper.tolaria.patience import PatientStorage
 
@@ -145,13 +145,14 @@ def _train(
             try:
                 with Follower(systems.view.fetch(run_id), view_for(config.nissa.view, sys.stdout)):
                     summary = _in_thread(lambda: tolaria.fit(job, stop))
-                    missing = _catch_up(systems, run_id) if stop() is None else ()
+                    seen, missing = _catch_up(systems, run_id) if stop() is None else (None, ())
             except EsperError as error:
                 _note_failure(folder, error)
                 raise
             if stop() is None:
                 summary = _count(systems, folder, summary, missing)
-            _report(folder, summary)  # here: `ray job stop` kills 3 s after it has asked, and the rest takes seconds
+            # here: `ray job stop` kills 3 s after it has asked, and the rest takes seconds
+            _report(folder, summary, seen)
             return summary
 
 
@@ -208,14 +209,13 @@ def _lacks_dashboard(config: RunConfig, cluster: Cluster) -> bool:
     return config.nissa.dashboard and cluster.owned and cluster.dashboard is None
 
 
-def _catch_up(systems: Platform, run_id: str) -> tuple[str, ...]:
-    """Lets the view take in what is on the bus, so that its last picture is whole; returns what is missing."""
+def _catch_up(systems: Platform, run_id: str) -> tuple[LiveView | None, tuple[str, ...]]:
+    """Lets the view take in what is on the bus; returns its last picture, which is whole then, and what is missing."""
     try:
-        systems.view.drain(run_id)
+        return systems.view.drain(run_id), ()
     except TransientError as error:
         _LOG.warning("view.behind", extra={"reason": str(error)})
-        return (f"Nissa: its last picture may lack what came last: {error}",)
-    return ()
+        return None, (f"Nissa: its last picture may lack what came last: {error}",)
 
 
 def _count(systems: Platform, folder: Storage, summary: RunSummary, missing: tuple[str, ...]) -> RunSummary:
@@ -244,10 +244,10 @@ def _note_failure(folder: Storage, error: EsperError) -> None:
         folder.write(SUMMARY_FILE, failed.model_dump_json(indent=2).encode())
 
 
-def _report(folder: Storage, summary: RunSummary) -> None:
+def _report(folder: Storage, summary: RunSummary, seen: LiveView | None) -> None:
     history = RunHistory.model_validate_json(folder.read(HISTORY_FILE))
     with tempfile.TemporaryDirectory() as scratch:
-        path = write_report(summary, history, Path(scratch) / REPORT_FILE)
+        path = write_report(summary, history, Path(scratch) / REPORT_FILE, seen)
         folder.write(REPORT_FILE, path.read_bytes())
 
 

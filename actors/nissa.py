@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,16 +17,19 @@ from pydantic import ValidationError
 from actors.alerts import AlertSender
 from actors.logs import log_as
 from actors.metrics import Reporter
+from actors.page import Keeper, open_page
+from esper.config import PageConfig
 from esper.leyline.alerts import Alert
 from esper.leyline.bus import BusStats
 from esper.leyline.contract import new_id
-from esper.leyline.errors import UnavailableError
+from esper.leyline.errors import EsperError, UnavailableError
 from esper.leyline.messages import OonaMessage
 from esper.leyline.ports import AssetHub, Bus, Subscription
 from esper.nissa.anomalies import Watch
 from esper.nissa.anomalies.outgoing import Outgoing, message_of
 from esper.nissa.live import TOPICS, Live
-from esper.nissa.viewmodel import LiveView
+from esper.nissa.viewmodel import LiveView, Note
+from esper.storage import Storage
 
 log = logging.getLogger("esper.nissa")
 
@@ -45,6 +49,7 @@ class NissaActor:
     """
 
     _state = "starting"  # Ray asks for the name of an actor whose construction failed, too
+    _page_at = ""
 
     def __init__(self, bus_factory: Callable[[], Bus]) -> None:
         self._bus_factory = bus_factory
@@ -63,7 +68,13 @@ class NissaActor:
     def snapshot(self, run_id: str) -> LiveView | None:
         """The run as last heard of; None if nothing was."""
         with self._changed:
-            return self._live.view(run_id)
+            return self._shown(run_id)
+
+    def with_story(self, run_id: str) -> tuple[LiveView, Sequence[Note]] | None:
+        """The run with its whole story; None if nothing was heard of it."""
+        with self._changed:
+            view = self._live.view(run_id)
+            return None if view is None else (view, self._live.story(run_id))
 
     def drain(self, run_id: str, timeout_s: float = 5.0) -> LiveView | None:
         """Waits until all that the broker had acknowledged before this call is folded; then as `snapshot`.
@@ -76,7 +87,7 @@ class NissaActor:
             mine = self._num_requests
             if not self._changed.wait_for(lambda: self._num_answered >= mine, timeout_s):
                 raise UnavailableError(f"Nissa did not catch up within {timeout_s:g} s; it is {self._state}")
-            return self._live.view(run_id)
+            return self._shown(run_id)
 
     def runs(self) -> tuple[str, ...]:
         """The runs it remembers, the most recently heard of last."""
@@ -119,6 +130,11 @@ class NissaActor:
         """Leaves the bus and ends the consumer."""
         self._stopped.set()
         self._thread.join(timeout=5.0)
+
+    def _shown(self, run_id: str) -> LiveView | None:
+        """The run as views get it: with the address of its page."""
+        view = self._live.view(run_id)
+        return replace(view, page=f"{self._page_at}/runs/{run_id}") if view is not None and self._page_at else view
 
     def __repr__(self) -> str:
         return f"Nissa({self._state})"
@@ -195,6 +211,8 @@ class Nissa(NissaActor):
         bus_factory: see `NissaActor`.
         hub_factory: connects to Urza, whose compile queue is among the metrics; None leaves it out.
         metrics_every_s: from one export of the metrics to the next; None exports none.
+        storage: where runs lie: each gets its last picture there, and the page shows those that are over.
+        page: settings of the live page; None serves none.
     """
 
     def __init__(
@@ -202,6 +220,8 @@ class Nissa(NissaActor):
         bus_factory: Callable[[], Bus],
         hub_factory: Callable[[], AssetHub] | None = None,
         metrics_every_s: float | None = METRICS_EVERY_S,
+        storage: Storage | None = None,
+        page: PageConfig | None = None,
     ) -> None:
         log_as(NAME)
         super().__init__(bus_factory)
@@ -211,13 +231,36 @@ class Nissa(NissaActor):
             else None
         )
         self._sender = AlertSender(self, bus_factory)
+        self._keeper = Keeper(self.views, storage) if storage is not None else None
+        self._page = None
+        if storage is not None and page is not None and page.enabled:
+            self._serve(page, storage, bus_factory, hub_factory)
+
+    def _serve(
+        self,
+        page: PageConfig,
+        storage: Storage,
+        bus_factory: Callable[[], Bus],
+        hub_factory: Callable[[], AssetHub] | None,
+    ) -> None:
+        """Opens the page; a run goes on without it."""
+        try:
+            self._page = open_page(self.with_story, storage, page, bus_factory, hub_factory)
+        except EsperError as error:
+            log.warning("page.unavailable", extra={"reason": str(error)})
+        else:
+            self._page_at = self._page.address
 
     def stop(self) -> None:
-        """Leaves the bus, ends the consumer, the alerts and the metrics."""
+        """Leaves the bus, ends the consumer, the alerts, the metrics and the page."""
         super().stop()
         self._sender.stop()
         if self._reporter is not None:
             self._reporter.stop()
+        if self._keeper is not None:
+            self._keeper.stop()
+        if self._page is not None:
+            self._page.close()
 
 
 class NissaHandle:
@@ -280,12 +323,18 @@ def spawn(
     namespace: str = NAMESPACE,
     detached: bool = False,
     metrics_every_s: float | None = METRICS_EVERY_S,
+    storage: Storage | None = None,
+    page: PageConfig | None = None,
 ) -> NissaHandle:
     """Starts Nissa, or joins the one of this name. Returns at once; it may take seconds until it answers.
 
-    The first two and `metrics_every_s` are as for `Nissa`.
+    The first two, `metrics_every_s`, `storage` and `page` are as for `Nissa`. It is placed on this node where that is
+    possible: the page's link is printed here, and on loopback it leads nowhere else.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
 
     actor = (
         ray.remote(Nissa)
@@ -298,8 +347,9 @@ def spawn(
             max_restarts=-1,
             max_concurrency=8,
             enable_task_events=False,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=here, soft=True),
         )
-        .remote(bus_factory, hub_factory, metrics_every_s)
+        .remote(bus_factory, hub_factory, metrics_every_s, storage, page)
     )
     return NissaHandle(actor)
 

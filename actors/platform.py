@@ -101,7 +101,15 @@ def up(config: RunConfig, *, detached: bool, wait_for_serve: bool = False) -> Pl
         config=config.urza,
     )
     compilers = _pool(storage, config, make_bus, public_hex(key), detached=detached)
-    view = nissa.spawn(make_bus, name=f"nissa-{storage.key}", detached=detached)
+    view = nissa.spawn(
+        make_bus,
+        partial(urza.connect, config.storage, config.storage_options),
+        name=f"nissa-{storage.key}",
+        detached=detached,
+        metrics_every_s=config.nissa.metrics_every_s,
+        storage=storage,
+        page=config.nissa.page,
+    )
     if wait_for_serve:
         serving.deploy(storage, http, timeout_s=config.tamiyo.startup_s)
     return Platform(storage, bus, hub, compilers, view, public_hex(key))

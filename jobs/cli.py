@@ -20,6 +20,7 @@ from jobs.bus import bus_app
 from jobs.kernels import kernels_app
 from jobs.options import DEFAULT_STORAGE, Json, RunArg, Storage, complete_run, print_json
 from jobs.steering import approve, veto
+from jobs.ui import ui
 from jobs.urza import urza_app
 
 app = typer.Typer(
@@ -169,6 +170,9 @@ def bench(
         print_json(sorted(BENCHMARKS)) if as_json else typer.echo("\n".join(sorted(BENCHMARKS)))
         return
     raise typer.Exit(run_benchmark(name, context.args, as_json=as_json))
+
+
+app.command()(ui)
 
 
 @app.command()

@@ -15,6 +15,8 @@ SUMMARY_FILE = "summary.json"
 HISTORY_FILE = "history.json"
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.yaml"
+VIEW_FILE = "view.json"
+"""The last picture that Nissa had of the run: what no other file says is the health of its sites."""
 
 
 class RunStatus(StrEnum):

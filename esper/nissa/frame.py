@@ -125,6 +125,8 @@ class Frame:
         head = [_progress(self.view, self.now), _curves(self.view, inner.max_width, glyphs), _costs(self.view)]
         head += _alert_rows(self.view, glyphs)
         tail = [_decision(self.view)] if self.view.decision else []
+        if self.view.page and not self.view.is_done:
+            tail.append(Text.assemble("live page ", (self.view.page, "blue")))
         if self.notice:
             tail.append(Text(f"{glyphs.marks[2]} {self.notice}", "yellow"))
         room = self.height - 2 - 4 - _num_lines(console, inner, [*head, *tail])

@@ -5,8 +5,8 @@ Order holds only within (topic, key), so a fold never assumes that another topic
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -65,6 +65,8 @@ _Value = TypeVar("_Value")
 MAX_RUNS = 16
 MAX_IDS = 16_384
 MAX_KERNELS = 4_096
+MAX_STORY = 12_000
+"""Notes of one run that can be asked for; a `LiveView` carries the latest few."""
 
 
 class Live:
@@ -72,6 +74,7 @@ class Live:
 
     def __init__(self, *, max_runs: int = MAX_RUNS, max_ids: int = MAX_IDS, max_kernels: int = MAX_KERNELS) -> None:
         self._views: OrderedDict[str, LiveView] = OrderedDict()
+        self._stories: dict[str, deque[Note]] = {}
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._kernels: OrderedDict[tuple[str, str], bool] = OrderedDict()  # (blueprint, signature) -> is ready
         self._alerts: OrderedDict[str, Alert] = OrderedDict()  # of the platform as a whole
@@ -115,16 +118,29 @@ class Live:
         """The alerts of no run: those that last, and the last ones that ended."""
         return tuple(self._alerts.values())
 
+    def story(self, run_id: str) -> Sequence[Note]:
+        """The run's notes, the oldest that is kept first; the list is the caller's own."""
+        return list(self._stories.get(run_id, ()))
+
     def _fold(self, body: Any, at: float) -> None:
         view = self._views.get(body.run_id)
         if view is None:
             view = LiveView(run_id=body.run_id)
             for alert in self._alerts.values():
                 view = _on_alert(view, alert, at) if alert.is_open else view
-        view = _FOLDS[type(body)](view, body, at)
+        view = fold(view, body, at)
         if isinstance(body, RunStarted):
             view = self._count_kernels(view)
-        _remember(self._views, body.run_id, replace(view, updated_at=max(view.updated_at, at)), self._max_runs)
+        self._keep(view)
+        _remember(self._views, body.run_id, view, self._max_runs)
+        for gone in self._stories.keys() - self._views.keys():
+            del self._stories[gone]
+
+    def _keep(self, view: LiveView) -> None:
+        """Adds the notes that are new to the run's story."""
+        story = self._stories.setdefault(view.run_id, deque(maxlen=MAX_STORY))
+        last = story[-1].number if story else 0
+        story.extend(note for note in view.notes if note.number > last)
 
     def _platform_alert(self, alert: Alert) -> None:
         """Keeps it, and shows it with every run that it may trouble."""
@@ -134,6 +150,7 @@ class Live:
         for run_id, view in self._views.items():
             if not view.is_done or alert.alert_id in view.alerts:
                 self._views[run_id] = _on_alert(view, alert, alert.updated_at)
+                self._keep(self._views[run_id])
 
     def _kernel(self, blueprint_id: str, signature: SiteSignature, *, ready: bool) -> None:
         key = (blueprint_id, signature.key)
@@ -151,6 +168,16 @@ class Live:
         if view.last is not None:  # the trainer's own count is newer
             return view
         return replace(view, kernels_ready=sum(states), kernels_pending=len(states) - sum(states))
+
+
+def fold(view: LiveView, body: Contract, at: float) -> LiveView:
+    """The view after one more signal of its run, sent at `at`; adds two notes at most.
+
+    Raises:
+        KeyError: if signals of this kind are not folded into a view.
+    """
+    after = _FOLDS[type(body)](view, body, at)
+    return replace(after, updated_at=max(after.updated_at, at))
 
 
 def _remember(memory: OrderedDict[_Key, _Value], key: _Key, value: _Value, limit: int) -> None:
@@ -295,7 +322,8 @@ def _on_lifecycle(view: LiveView, body: LifecycleEvent, at: float) -> LiveView:
     text = f"{what}{word(body.from_stage)} → {word(body.to_stage)}"
     if body.refused:
         text = f"{text} refused"
-    return _note(replace(view, seeds=seeds), at, body.epoch, body.step, body.site, text, body.reason, tone=_tone(body))
+    view, stage = replace(view, seeds=seeds), None if body.refused else body.to_stage
+    return _note(view, at, body.epoch, body.step, body.site, text, body.reason, tone=_tone(body), stage=stage)
 
 
 def _on_rung(view: LiveView, body: RungChange, at: float) -> LiveView:
@@ -377,10 +405,19 @@ def _key(site: str, seed_id: str) -> str:
 
 
 def _note(
-    view: LiveView, at: float, epoch: int, step: int, subject: str, text: str, reason: str = "", *, tone: Tone
+    view: LiveView,
+    at: float,
+    epoch: int,
+    step: int,
+    subject: str,
+    text: str,
+    reason: str = "",
+    *,
+    tone: Tone,
+    stage: SeedStage | None = None,
 ) -> LiveView:
     number = view.num_notes + 1
-    note = Note(number, at, epoch, step, subject, text, reason, tone)
+    note = Note(number, at, epoch, step, subject, text, reason, tone, stage)
     return replace(view, notes=(*view.notes, note)[-NUM_NOTES:], num_notes=number)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
+
 from esper.nissa.palette import DARK, LIGHT
-from esper.nissa.stages import LOOKS
+from esper.nissa.stages import LOOKS, css_name
 
 
 def _variables(colors: dict[str, str]) -> str:
@@ -12,7 +14,8 @@ def _variables(colors: dict[str, str]) -> str:
 
 def _stage_rules(theme: str) -> str:
     return "".join(
-        f".stage-{stage.value.lower().replace('_', '-')}{{background:{getattr(look, theme)}}}"
+        f".stage-{css_name(stage)}{{background:{getattr(look, theme)}}}"
+        f".s-{css_name(stage)}{{--stage:{getattr(look, theme)}}}"
         for stage, look in LOOKS.items()
     )
 
@@ -115,6 +118,9 @@ footer{color:var(--muted);font-size:13px;padding-top:34px;padding-bottom:48px}
 }
 @media (prefers-reduced-motion:no-preference){html{scroll-behavior:smooth}}
 """.replace("LIGHT_VARIABLES", _variables(dict(LIGHT)))
+
+PICTURES = (files("esper.nissa") / "assets" / "pictures.css").read_text()
+"""The style of the pictures that the report has in common with the live page."""
 
 SCRIPT = """
 (() => {

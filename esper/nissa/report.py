@@ -13,25 +13,28 @@ from pathlib import Path
 
 from esper.leyline.errors import StorageError
 from esper.leyline.summary import RunHistory, RunStatus, RunSummary
-from esper.nissa import words
+from esper.nissa import growth, network, words
 from esper.nissa.adaptations import Adaptation, adaptations
 from esper.nissa.charts import charts
-from esper.nissa.page import MARK, SCRIPT, STYLE
+from esper.nissa.page import MARK, PICTURES, SCRIPT, STYLE
 from esper.nissa.palette import TO_DARK
+from esper.nissa.replay import Told, replay
 from esper.nissa.sections import adaptations_table, commands, decisions, epochs_table, facts, footer, section
+from esper.nissa.viewmodel import LiveView
 
 _LEARNING = ("metric", "loss")
 _SEEDS = ("timeline", "evidence")
 _COSTS = ("params", "flops_per_sample", "ledger", "steps")
 
 
-def write_report(summary: RunSummary, history: RunHistory, path: Path | str) -> Path:
+def write_report(summary: RunSummary, history: RunHistory, path: Path | str, seen: LiveView | None = None) -> Path:
     """Writes the report of a run, finished or not.
 
     Args:
         summary: what it came to.
         history: the series behind the pictures; may be empty.
         path: the file; its folder must exist. It is replaced in one step, so that nobody reads half of it.
+        seen: the last picture that Nissa had of the run: the health of its sites. None: not known, and not drawn.
 
     Returns:
         The path.
@@ -40,7 +43,7 @@ def write_report(summary: RunSummary, history: RunHistory, path: Path | str) -> 
         StorageError: if the file cannot be written.
     """
     path = Path(path).expanduser()
-    text = render(summary, history)
+    text = render(summary, history, seen)
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -51,7 +54,7 @@ def write_report(summary: RunSummary, history: RunHistory, path: Path | str) -> 
     return path
 
 
-def render(summary: RunSummary, history: RunHistory) -> str:
+def render(summary: RunSummary, history: RunHistory, seen: LiveView | None = None) -> str:
     """Returns the report as one HTML document."""
     from plotly.offline import get_plotlyjs
 
@@ -64,6 +67,7 @@ def render(summary: RunSummary, history: RunHistory) -> str:
             _header(summary, history, lives),
             '<main id="main">',
             _notices(summary),
+            _grown(replay(summary, history, seen)),
             section("How it learned", [drawn[name] for name in _LEARNING if name in drawn], epochs_table(history)),
             section("How it grew", [drawn[name] for name in _SEEDS if name in drawn], adaptations_table(lives)),
             decisions(history),
@@ -84,7 +88,7 @@ def render(summary: RunSummary, history: RunHistory) -> str:
 <meta name="color-scheme" content="light dark">
 <title>{title}</title>
 <link rel="icon" href="data:,">
-<style>{STYLE}</style>
+<style>{STYLE}{PICTURES}</style>
 </head>
 <body>
 <a class="skip" href="#main">Skip to the report</a>
@@ -96,6 +100,17 @@ def render(summary: RunSummary, history: RunHistory) -> str:
 </body>
 </html>
 """
+
+
+def _grown(told: Told) -> str:
+    """The pictures of the live page: the network as it stands, and how it came to that."""
+    view = told.view
+    if not view.points and not view.seeds:
+        return ""
+    return f"""<section aria-labelledby="network-title"><h2 id="network-title">The network</h2>
+<div class="card"><p class="muted" style="margin:0">{html.escape(network.told(view))}</p>{network.picture(view)}
+<details><summary>What the colours and shapes mean</summary>{network.legend()}</details>
+<h3 style="margin-top:26px">Growth</h3>{growth.panels(view, told.story)}</div></section>"""
 
 
 def _json(value: object) -> str:

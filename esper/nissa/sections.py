@@ -14,7 +14,7 @@ from esper.nissa import words
 from esper.nissa.adaptations import Adaptation
 from esper.nissa.charts import Chart
 from esper.nissa.outcome import figures
-from esper.nissa.stages import LOOKS
+from esper.nissa.stages import LOOKS, css_name
 
 _MAX_ROWS = 400
 
@@ -70,8 +70,7 @@ def _adaptation_row(number: int, life: Adaptation) -> str:
 
 
 def _pill(life: Adaptation) -> str:
-    name = life.stage.value.lower().replace("_", "-")
-    return f'<span class="pill"><i class="stage-{name}"></i>{html.escape(life.outcome)}</span>'
+    return f'<span class="pill"><i class="stage-{css_name(life.stage)}"></i>{html.escape(life.outcome)}</span>'
 
 
 def _evidence(life: Adaptation) -> str:

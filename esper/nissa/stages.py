@@ -72,3 +72,8 @@ TRACK: tuple[SeedStage, ...] = (
 def word(stage: SeedStage) -> str:
     """The stage as it stands in a sentence."""
     return LOOKS[stage].word
+
+
+def css_name(stage: SeedStage) -> str:
+    """The stage as part of a class's name: `fine-tuning`."""
+    return stage.value.lower().replace("_", "-")

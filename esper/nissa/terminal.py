@@ -88,6 +88,8 @@ class PlainView(_Closing):
             self._started = True
             sites = f", {len(view.sites)} sites" if view.sites else ""
             self._write(f"run {view.run_id}: {view.num_epochs} epochs, {view.params_start:,} parameters{sites}")
+            if view.page:
+                self._write(f"live page: {view.page}")
         notes = [note for note in view.notes if note.number > self._num_notes]
         self._num_notes = view.num_notes
         if any(note.subject == "run" for note in notes):  # resumed: epochs come again

@@ -48,6 +48,7 @@ class Note:
         number: counts a run's notes from 1, so that a view knows which ones are new to it.
         at: seconds since the epoch, at the sender.
         subject: the site, or the system where no site is meant.
+        stage: that a seed entered; None where no seed moved.
     """
 
     number: int
@@ -58,6 +59,7 @@ class Note:
     text: str
     reason: str = ""
     tone: Tone = Tone.INFO
+    stage: SeedStage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ class LiveView:
         num_notes: notes so far, also those no longer in `notes`.
         alerts: by id, in the order of their begin; those that last, and the last ones that ended.
         num_alerts: alerts so far by kind, also those no longer in `alerts`.
+        page: address of the live page that shows it; empty where nobody serves one.
     """
 
     run_id: str
@@ -139,6 +142,7 @@ class LiveView:
     num_notes: int = 0
     alerts: Mapping[str, Alert] = field(default_factory=dict)
     num_alerts: Mapping[AlertKind, int] = field(default_factory=dict)
+    page: str = ""
 
     @property
     def params(self) -> int:

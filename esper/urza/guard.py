@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from esper.config import HttpConfig, PageConfig
+from esper.urza import token
+
 if TYPE_CHECKING:  # this module is read wherever a gateway may be deployed from
     from starlette.responses import Response
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+"""Values of the Host header that a server on loopback answers, beside its own."""
 
 Scope = Any
 Receive = Any
@@ -27,6 +34,34 @@ class Limits(NamedTuple):
     token_digest: str | None = None
     hosts: tuple[str, ...] | None = None
     max_body_bytes: int = 1 << 20
+
+
+def limits_of(http: HttpConfig | PageConfig) -> Limits:
+    """What a server with these settings lets in: on loopback this machine's users, else who has the token.
+
+    Raises:
+        ConfigError: if the token cannot be had.
+    """
+    is_local = is_loopback(http.host)
+    needs_token = http.always_token or not is_local
+    return Limits(
+        token_digest=token.digest(token.load_or_create(http.token_file)) if needs_token else None,
+        hosts=(*LOOPBACK, bracketed(http.host)) if is_local else None,
+        max_body_bytes=http.max_body_kb * 1024 if isinstance(http, HttpConfig) else 0,
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what is bound to `host`; a name other than localhost is not believed."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def bracketed(host: str) -> str:
+    """A host as it stands in a URL."""
+    return f"[{host}]" if ":" in host else host
 
 
 class Guard:

@@ -17,6 +17,7 @@ from esper.leyline.summary import CompilerInTrainer, Metrics, Params, Rollback, 
 from esper.nissa import table, write_report
 from esper.nissa.adaptations import adaptations
 from esper.nissa.charts import Chart, charts
+from esper.nissa.live import Live
 from esper.nissa.palette import LIGHT, TO_DARK
 from esper.nissa.report import render
 from esper.nissa.stages import LOOKS
@@ -37,17 +38,15 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in _VOID and not self._is_svg():
+        if tag not in _VOID:
             self._open.append(tag)
 
     def handle_endtag(self, tag):
-        if self._open and self._open[-1] == tag:
-            self._open.pop()
-        else:
-            assert tag == "path", f"{tag} closes {self._open[-3:]}"
+        assert self._open[-1:] == [tag], f"{tag} closes {self._open[-3:]}"
+        self._open.pop()
 
-    def _is_svg(self):
-        return bool(self._open) and self._open[-1] == "svg"
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))  # of a drawing: it has nothing inside
 
     def handle_data(self, data):
         if self._open and self._open[-1] not in {"script", "style"}:
@@ -119,14 +118,25 @@ def test_opens_offline_and_is_accessible(whole, drawn):
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     pictures = [attrs for _, attrs in page.tags if attrs.get("role") == "img"]
-    assert len(pictures) == len(drawn) == 8
-    for picture in pictures:
-        assert picture["aria-label"]
-        assert picture["aria-describedby"] in ids
+    assert all(picture["aria-label"] for picture in pictures)
+    charted = [picture for picture in pictures if "aria-describedby" in picture]
+    assert len(charted) == len(drawn) == 8
+    assert len(pictures) == 8 + 3  # the growth of the live page
+    assert all(picture["aria-describedby"] in ids for picture in charted)
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
     assert dict(page.tags)["html"] == {"lang": "en"}
+
+
+def test_the_network_is_drawn_with_the_health_that_was_seen():
+    live = Live()
+    for message in story.messages():
+        live.apply(message)
+    known = Page(render(story.summary(), story.history(), live.view(story.RUN))).text
+    assert "3 sites, 3 with a measured health, the lowest 0.80" in known
+    unknown = Page(render(story.summary(), story.history())).text
+    assert "2 sites, none measured" in unknown
 
 
 def test_markup_in_names_and_reasons_stays_text():

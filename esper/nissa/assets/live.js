@@ -1,0 +1,89 @@
+// Keeps the page up to date. The server draws; this puts what it sends in its place, and says whether the line is up.
+
+const MAX_NOTES = 2000; // more than anyone scrolls through; what goes can be asked for again
+const link = document.getElementById('link');
+const notes = document.getElementById('notes');
+const earlier = document.getElementById('earlier');
+const filter = document.getElementById('filter');
+const news = document.getElementById('news');
+
+const say = (state, words) => {
+  if (link.dataset.state === state) return;
+  link.dataset.state = state;
+  link.textContent = words;
+};
+
+const element = html => {
+  const holder = document.createElement('template');
+  holder.innerHTML = html; // escaped by the server; rows of a table need a template to be parsed
+  return holder.content.firstElementChild;
+};
+
+const replace = (id, html) => {
+  const old = document.getElementById(id);
+  if (!old) return;
+  const fresh = element(html);
+  const [top, left] = [old.scrollTop, old.scrollLeft];
+  const hadFocus = old === document.activeElement;
+  old.replaceWith(fresh);
+  [fresh.scrollTop, fresh.scrollLeft] = [top, left];
+  if (hadFocus) fresh.focus({preventScroll: true});
+};
+
+const showEarlier = isThere => { if (earlier) earlier.hidden = !isThere; };
+
+const take = body => {
+  if (body.restart) notes.replaceChildren();
+  const before = notes.firstElementChild;
+  notes.insertAdjacentHTML('afterbegin', body.html);
+  if (!body.restart)
+    for (let item = notes.firstElementChild; item && item !== before; item = item.nextElementSibling)
+      item.classList.add('new');
+  if (body.restart) {
+    notes.dataset.first = body.first;
+    showEarlier(body.earlier > 0);
+  }
+  while (notes.childElementCount > MAX_NOTES) {
+    notes.lastElementChild.remove();
+    notes.dataset.first = notes.lastElementChild.id.slice('note-'.length);
+    showEarlier(true);
+  }
+  if (body.news.length) news.textContent = body.news.join('. ');
+};
+
+const follow = address => {
+  const source = new EventSource(address);
+  source.addEventListener('open', () => say('live', 'live'));
+  source.addEventListener('parts', event => {
+    for (const [id, html] of Object.entries(JSON.parse(event.data))) replace(id, html);
+    document.body.dataset.parts = Number(document.body.dataset.parts || 0) + 1;
+    say('live', 'live');
+  });
+  source.addEventListener('notes', event => take(JSON.parse(event.data)));
+  source.addEventListener('trouble', event => say('lost', JSON.parse(event.data).told));
+  source.addEventListener('error', () => {
+    say('lost', 'connection lost; trying again. Is the run over? esper ui shows it');
+    if (source.readyState !== EventSource.CLOSED) return; // the browser comes back by itself, with the last id
+    setTimeout(() => follow(address), 3000);
+  });
+};
+
+filter?.addEventListener('change', () => { notes.dataset.filter = filter.value; });
+
+earlier?.addEventListener('click', async () => {
+  earlier.disabled = true;
+  try {
+    const answer = await fetch(`${document.body.dataset.notes}?before=${notes.dataset.first}`);
+    if (!answer.ok) throw new Error(answer.statusText);
+    const body = await answer.json();
+    notes.insertAdjacentHTML('beforeend', body.html);
+    notes.dataset.first = body.first;
+    showEarlier(body.earlier > 0);
+  } catch (error) {
+    say('lost', `earlier events did not come: ${error.message}`);
+  } finally {
+    earlier.disabled = false;
+  }
+});
+
+if (document.body.dataset.stream) follow(document.body.dataset.stream);
