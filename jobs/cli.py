@@ -224,6 +224,66 @@ def runs_report(
     print_json({"report": path}) if as_json else typer.echo(path)
 
 
+@app.command("report")
+def report(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN...", help="One run, `latest` without; several with --compare.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Lay several runs side by side.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the page.")] = None,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> None:
+    """Write a run's report, or a comparison of several runs, and print where it lies."""
+    from esper.leyline.errors import ConfigError
+
+    names = runs or ["latest"]
+    if not compare:
+        if len(names) > 1:
+            raise ConfigError("several runs are named", field="RUN", remedy="esper report --compare RUN RUN...")
+        runs_report(names[0], out, storage, as_json)
+        return
+    from esper.nissa import compare as side_by_side
+    from jobs.runs import RunStore
+
+    compared = side_by_side.gather(RunStore(storage), names)
+    path = str(side_by_side.write(compared, out or Path("comparison.html")))
+    if as_json:
+        print_json({"runs": side_by_side.figures(compared), "report": path})
+    else:
+        typer.echo(f"{side_by_side.table(compared)}\n\n{path}")
+
+
+@runs_app.command("export")
+def runs_export(
+    run: RunArg = "latest",
+    to: Annotated[str, typer.Option("--to", help="tensorboard or mlflow.")] = "tensorboard",
+    out: Annotated[Path, typer.Option("--out", "-o", help="For tensorboard: the log directory.")] = Path("tensorboard"),
+    uri: Annotated[str | None, typer.Option("--uri", help="For mlflow: of its server or store.")] = None,
+    experiment: Annotated[str, typer.Option("--experiment", help="For mlflow: made where there is none.")] = "esper",
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> None:
+    """Hand a run's metrics to TensorBoard or MLflow, where that is installed."""
+    import yaml
+
+    from esper.leyline.errors import ConfigError
+    from esper.nissa import export as metrics
+    from jobs.runs import RunStore
+
+    store = RunStore(storage)
+    summary, history = store.summary(run), store.history(run)
+    config = metrics.flat(yaml.safe_load(store.config_text(run)))
+    if to == "tensorboard":
+        where, hint = str(metrics.to_tensorboard(summary, history, config, out)), f"tensorboard --logdir {out}"
+    elif to == "mlflow":
+        where = metrics.to_mlflow(summary, history, config, uri=uri, experiment=experiment)
+        hint = "mlflow ui" + (f" --backend-store-uri {uri}" if uri else "")
+    else:
+        raise ConfigError(f"{to!r} is neither tensorboard nor mlflow", field="--to")
+    print_json({"to": to, "where": where}) if as_json else typer.echo(f"{where}\nsee it: {hint}")
+
+
 runs_app.command("approve")(approve)
 runs_app.command("veto")(veto)
 
