@@ -110,8 +110,8 @@ def to_mlflow(
         ConfigError: if MLflow is not installed, refuses, or has this run already.
     """
     mlflow = _needed("mlflow", "mlflow")
-    client = mlflow.MlflowClient(tracking_uri=uri)
     try:
+        client = mlflow.MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
         home = found.experiment_id if found is not None else client.create_experiment(experiment)
         if client.search_runs([home], filter_string=f"tags.`{TAG}` = '{summary.run_id}'"):

@@ -103,9 +103,13 @@ def test_a_tool_that_is_not_installed_is_named_with_its_remedy(monkeypatch, tmp_
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's own
-def test_mlflow_has_the_run_once_with_all_its_figures(tmp_path):
+def test_mlflow_has_the_run_once_with_all_its_figures(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     uri = (tmp_path / "mlruns").as_uri()
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    with pytest.raises(ConfigError, match="MLflow refuses"):  # it wants a database or a server by now
+        export.to_mlflow(story.summary(), story.history(), {"seed": 7}, uri=uri, experiment="e")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     run = export.to_mlflow(story.summary(), story.history(), {"seed": 7}, uri=uri, experiment="e")
     client = mlflow.MlflowClient(tracking_uri=uri)
     found = client.get_run(run)
