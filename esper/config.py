@@ -107,6 +107,8 @@ class CnnHost(_Host):
     """Stages of 3x3 convolution, batch norm and ReLU; each but the first halves the resolution. A linear head."""
 
     type: Literal["cnn"] = "cnn"
+    patch: PositiveInt = 1
+    """Side in pixels of the squares that a convolution before the first stage reads, without overlap; 1 is none."""
     channels: tuple[PositiveInt, ...] = (4, 8)
     blocks_per_stage: PositiveInt = 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -115,6 +115,20 @@ class ConvBlock(nn.Module):
         return x_BCHW if self.drop is None else self.drop(x_BCHW)
 
 
+class Patches(nn.Module):
+    """A convolution of squares that do not overlap, batch norm and ReLU: fewer positions, from the first layer on."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, *, side: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(num_inputs, num_outputs, side, stride=side, bias=False)
+        self.norm = nn.BatchNorm2d(num_outputs)
+        self.act = nn.ReLU()
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, outputs, H / side, W / side)."""
+        return self.act(self.norm(self.conv(x_BCHW)))
+
+
 class Cnn(nn.Module):
     """Stages of `ConvBlock`; each but the first begins with stride 2. Global average pool and a linear head.
 
@@ -124,12 +138,23 @@ class Cnn(nn.Module):
         blocks_per_stage: blocks in each stage.
         num_outputs: width of the head.
         dropout: share of channels dropped after each block.
+        patch: side of the `Patches` before the first stage; 1 is none.
     """
 
     def __init__(
-        self, num_inputs: int, channels: Sequence[int], blocks_per_stage: int, num_outputs: int, *, dropout: float = 0.0
+        self,
+        num_inputs: int,
+        channels: Sequence[int],
+        blocks_per_stage: int,
+        num_outputs: int,
+        *,
+        dropout: float = 0.0,
+        patch: int = 1,
     ) -> None:
         super().__init__()
+        self.stem = Patches(num_inputs, channels[0], side=patch) if patch > 1 else None
+        if self.stem is not None:
+            num_inputs = channels[0]
         self.stages = nn.Sequential()
         for index, width in enumerate(channels):
             stage = nn.Sequential()
@@ -142,6 +167,8 @@ class Cnn(nn.Module):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, outputs)."""
+        if self.stem is not None:
+            x_BCHW = self.stem(x_BCHW)
         return self.readout(self.stages(x_BCHW))
 
     def readout(self, h_BCHW: torch.Tensor) -> torch.Tensor:
@@ -364,8 +391,16 @@ def _from_block(host: Any, h: torch.Tensor, *_inputs: torch.Tensor, chain: str, 
 
 def _build_cnn(config: CnnHost, input_shape: Sequence[int], num_outputs: int) -> nn.Module:
     _check_images(config.type, input_shape)
-    _check_stages(config.channels, input_shape)
-    return Cnn(input_shape[0], config.channels, config.blocks_per_stage, num_outputs, dropout=config.dropout)
+    _check_patches(config.patch, input_shape)
+    _check_stages(config.channels, [input_shape[0], *(side // config.patch for side in input_shape[1:])])
+    return Cnn(
+        input_shape[0],
+        config.channels,
+        config.blocks_per_stage,
+        num_outputs,
+        dropout=config.dropout,
+        patch=config.patch,
+    )
 
 
 def _build_resnet(config: ResNetHost, input_shape: Sequence[int], num_outputs: int) -> nn.Module:
@@ -377,12 +412,7 @@ def _build_resnet(config: ResNetHost, input_shape: Sequence[int], num_outputs: i
 def _build_vit(config: VitHost, input_shape: Sequence[int], num_outputs: int) -> nn.Module:
     _check_images(config.type, input_shape)
     _check_heads(config.width, config.heads)
-    if any(side % config.patch for side in input_shape[1:]):
-        raise ConfigError(
-            f"patches of {config.patch}x{config.patch} do not tile {input_shape[1]}x{input_shape[2]} pixels",
-            field="host.patch",
-            remedy="give a divisor of both sides",
-        )
+    _check_patches(config.patch, input_shape)
     return Vit(
         input_shape[0],
         input_shape[1:],
@@ -393,6 +423,15 @@ def _build_vit(config: VitHost, input_shape: Sequence[int], num_outputs: int) ->
         num_outputs=num_outputs,
         dropout=config.dropout,
     )
+
+
+def _check_patches(patch: int, input_shape: Sequence[int]) -> None:
+    if any(side % patch for side in input_shape[1:]):
+        raise ConfigError(
+            f"patches of {patch}x{patch} do not tile {input_shape[1]}x{input_shape[2]} pixels",
+            field="host.patch",
+            remedy="give a divisor of both sides",
+        )
 
 
 def _check_images(kind: str, input_shape: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from esper.config import CnnHost, GivenHost, GptHost, ImportedHost, MlpHost, ResNetHost, VitHost
 from esper.hosts import Gpt, TransformerBlock, build_host
+from esper.kasmina.sites import find_sites
 from esper.leyline import ConfigError
 
 
@@ -33,6 +34,14 @@ def test_cnn_halves_every_stage_but_the_first():
     assert shapes == [(2, 4, 8, 8), (2, 8, 4, 4), (2, 16, 2, 2)]
     assert host(torch.randn(2, 1, 8, 8)).shape == (2, 10)
     assert [len(stage) for stage in host.stages] == [2, 2, 2]
+
+
+def test_cnn_reads_patches_first_only_where_asked_for():
+    host, x = build(CnnHost(patch=4, channels=(4, 8)), shape=(1, 16, 16)), torch.randn(2, 1, 16, 16)
+    assert host.stages(host.stem(x)).shape == (2, 8, 2, 2)
+    assert host(x).shape == (2, 10)
+    assert list(find_sites(host, (x,))) == ["stem", "stages.0.0", "stages.1.0"]
+    assert not [name for name in build(CnnHost()).state_dict() if name.startswith("stem")]
 
 
 def test_cnn_dropout_is_a_module_only_where_asked_for():
@@ -137,6 +146,8 @@ def test_imported_host_is_called_with_its_args_and_seeded():
     [
         (CnnHost(), (64,), r"host.type: a cnn takes images .*data.layout=image"),
         (CnnHost(channels=(4, 4, 4, 4, 4)), (1, 8, 8), r"host.channels: 5 stages halve 8x8"),
+        (CnnHost(patch=3), (1, 8, 8), "host.patch: patches of 3x3 do not tile 8x8"),
+        (CnnHost(patch=4, channels=(4, 4, 4)), (1, 8, 8), r"host.channels: 3 stages halve 2x2"),
         (ResNetHost(), (64,), r"host.type: a resnet takes images"),
         (ResNetHost(channels=(4, 4, 4, 4, 4)), (1, 8, 8), r"host.channels: 5 stages halve 8x8"),
         (VitHost(), (64,), r"host.type: a vit takes images"),
