@@ -90,8 +90,8 @@ class FromSite(nn.Module):
 
 
 def _told(model: nn.Module, site: str) -> Tail | None:
-    tail_of: Any = getattr(model, "tail_of", None)
-    return tail_of(site) if callable(tail_of) else None
+    tail_of: Callable[[str], Tail | None] | None = getattr(model, "tail_of", None)
+    return None if tail_of is None else tail_of(site)
 
 
 def _rest(model: nn.Module, h: torch.Tensor, *_inputs: Any, path: str) -> Any:
