@@ -23,7 +23,7 @@ Benchmark = Callable[[Sequence[str], Say], "BenchResult"]
 """Runs with its own command-line options; exits by `SystemExit` for `--help` and wrong options, as argparse does."""
 
 SUPPORT = frozenset(
-    {"harness", "arms", "first_step", "mlflow_registry", "rest", "http_client", "streams", "scale_ranks"}
+    {"harness", "arms", "picture", "first_step", "mlflow_registry", "rest", "http_client", "streams", "scale_ranks"}
 )
 """Modules here that are no benchmarks."""
 

@@ -10,6 +10,7 @@ All arms of a seed start from the same host weights and see the same samples in 
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -34,10 +35,11 @@ from esper.leyline.lower import initialise
 from esper.storage import Storage
 from esper.tamiyo.controller import LocalController
 from esper.tolaria.checkpoint import Checkpoints
+from esper.tolaria.costs import HostCosts
 from esper.tolaria.schedules import optimizer_factory, scheduler_factory
 from esper.tolaria.task import resolve_task
 from esper.tolaria.weights import Trained
-from esper.tolaria.workload import Workload, example_of
+from esper.tolaria.workload import Workload, evaluation_batches, example_of, model_args, training_batches
 
 ARMS = ("none", "grow", "static", "stopped")
 
@@ -90,7 +92,7 @@ def small(
 ) -> Outcome:
     """Trains the host of the configuration under a policy, from new weights or from trained ones."""
     config = _with(config, policy=policy)
-    workload = replace(_workload(config, data, _host(config, data)), trained=trained)
+    workload = replace(_workload(config, data, host_of(config, data)), trained=trained)
     return _train(workload, config, say, grows=policy != "none")
 
 
@@ -106,7 +108,7 @@ def static(
         epochs: how long.
         say: takes progress.
     """
-    model = with_parts(_host(config, data), growth, config, data)
+    model = with_parts(host_of(config, data), growth, config, data)
     # what watches sites for growth is of no use here and must not be charged
     quiet = _with(config, policy="none", epochs=epochs, telemetry_every=1 << 30)
     return _train(_workload(quiet, data, model), quiet, say, grows=False)
@@ -121,6 +123,23 @@ def with_parts(host: nn.Module, growth: dict[str, Any], config: RunConfig, data:
     for number, (layer, seed, facts) in enumerate(_blended(wrapped.module)):
         initialise(layer.kernel(seed), facts.ir, seed=config.seed * 1009 + number)
     return kasmina.export(wrapped)
+
+
+def epoch_flops(config: RunConfig, data: DataSets, model: nn.Module) -> int:
+    """FLOPs of an epoch of a model that does not grow and whose health nobody takes: training and validation."""
+    workload = _workload(config, data, copy.deepcopy(model))
+    growable = kasmina.wrap(workload.model, example=workload.example, sites=config.kasmina.sites)
+    costs = HostCosts(growable, workload.task.loss_fn)
+    size = config.tolaria.batch_size
+    inputs, targets = next(training_batches(data.train, batch_size=size, seed=0).epoch(0, rank=0, world=1))
+    steps = training_batches(data.train, batch_size=size, seed=0).num_batches(world=1)
+    passes = evaluation_batches(data.val, batch_size=size).epoch(0, rank=0, world=1)
+    return steps * costs.training_step(inputs, targets) + sum(costs.forward(model_args(part)) for part, _ in passes)
+
+
+def host_of(config: RunConfig, data: DataSets) -> nn.Module:
+    """The host of the configuration, newly initialised."""
+    return build_host(config.host, input_shape=data.input_shape, num_outputs=data.num_outputs, seed=config.seed)
 
 
 def stopped_epochs(static_cell: Cell, flops: int) -> int:
@@ -147,10 +166,6 @@ def cell(outcome: Outcome, *, host: str, arm: str, seed: int, settings: str, par
         parts=parts,
         fossils=sum(event.to_stage is SeedStage.FOSSILIZED and not event.refused for event in summary.events),
     )
-
-
-def _host(config: RunConfig, data: DataSets) -> nn.Module:
-    return build_host(config.host, input_shape=data.input_shape, num_outputs=data.num_outputs, seed=config.seed)
 
 
 def _workload(config: RunConfig, data: DataSets, model: nn.Module) -> Workload:

@@ -1,27 +1,33 @@
-"""Does it pay to upgrade a trained model? Fashion-MNIST, paired over seeds, accuracy over the FLOPs that come on top.
+"""Does it pay to upgrade a trained model? All of Fashion-MNIST, paired over seeds: accuracy over the FLOPs on top.
 
-Somebody has a small trained host. For each seed, in this order:
+Somebody has a small host, trained to its end under a rate that decays to nothing. For each seed, and for each length
+of the upgrade, in epochs:
 
-    small      trains that host; what it cost is spent already, and on no arm's account
+    small      that host; what it cost is spent already, and on no arm's account
     upgrade    goes on from its weights and grows
-    more       goes on from its weights and does not grow, to the FLOPs of `upgrade`
+    more       goes on from its weights and does not grow, under the same rates, to the FLOPs of `upgrade`
     scratch    the network that `upgrade` ended with, newly initialised, to the FLOPs of `upgrade`
-    long       the same for the epochs of `small` and `upgrade` together, whatever that costs
+    whole      that of the longest upgrade, newly initialised, to the FLOPs of `small` and `upgrade` together
 
-FLOPs count everything: validation, telemetry, shadows and rejected kernels. Accuracies at shares of those FLOPs are of
-the validation part, at the last epoch that they pay for; test data are looked at once an arm, after its last epoch.
-Finished cells are kept below `--out` and not computed again; give another folder after changing code.
+Each is a run of its own, whose rate has decayed at its end: a point of one curve is not a longer run cut short. FLOPs
+count everything: validation, telemetry, shadows and rejected kernels; arms come as close to each other as whole epochs
+allow. Test data are looked at once a run, after its last epoch. What was tuned was tuned on seeds from 100 and on
+validation data; reported are the seeds from 0. Finished runs are kept below `--out` and not done again, so that the
+whole may be stopped at any moment; give another folder after changing code.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from esper.config import RunConfig, dump_config, load_config
@@ -29,182 +35,272 @@ from esper.data import DataSets, load_data
 from esper.leyline.errors import ConfigError
 from esper.tolaria.weights import Trained
 from jobs.bench import Say
-from jobs.bench.arms import Outcome, small, static
-from jobs.bench.harness import BenchResult, goal_above, machine, mean_interval
+from jobs.bench.arms import Outcome, epoch_flops, host_of, small, static, with_parts
+from jobs.bench.harness import BenchResult, Goal, goal_above, machine, mean_interval
+from jobs.bench.picture import Curve, Mark, draw
 from jobs.environment import REPOSITORY, data_root
 
-ARMS = ("small", "upgrade", "more", "scratch", "long")
-SHARES = (0.25, 0.5, 1.0)
-"""Of the FLOPs of `upgrade`, at which accuracies are compared."""
-SETTINGS = ("deterministic=true", "host.channels=[4,8]", "tamiyo.warmup_epochs=1", "tolaria.num_threads=1")
-
-
-class Point(BaseModel):
-    """An epoch's end: FLOPs so far, and validation accuracy."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    flops: int
-    accuracy: float
+AT_EQUAL_FLOPS = ("more", "scratch")
+PICTURE = "upgrade.svg"
+SETTINGS = (
+    "deterministic=true",
+    "data.train_limit=null",
+    "host={type: cnn, patch: 7, channels: [8]}",
+    "budget={params: 8.0, flops: 8.0}",
+    "tolaria.batch_size=512",
+    "tolaria.num_threads=1",
+    "tolaria.optimizer.lr=0.015",
+    "tolaria.scheduler={type: wsd, warmup_fraction: 0.05, decay_fraction: 0.5}",
+)
+"""Of every run."""
+GOING_ON = (
+    "tamiyo.policy=schedule",
+    "tamiyo.schedule=[{epoch: 0, site: stages.0.0, blueprint: conv_heavy, strategy: direct}]",
+)
+"""Of those that go on from trained weights, beside `SETTINGS`: `upgrade` and `more`."""
 
 
 class Cell(BaseModel):
-    """What one arm came to for one seed.
+    """What one run came to.
 
     Attributes:
+        arm: which of those above.
+        length: epochs of the upgrade that it is or belongs to; 0 of `small`.
         settings: digest of what it ran with; a cell of other settings is not taken over.
-        curve: from the start (only of `upgrade`, which validates before its first step) to the last epoch.
+        flops: of everything.
+        validation: accuracy after each epoch; of `upgrade` and `more` that before the first step stands first.
+        parts: `site:blueprint` of each kernel that it ended with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     arm: str
+    length: int
     seed: int
     settings: str
     test_accuracy: float
+    flops: int
     epochs: int
     params: int
     parts: tuple[str, ...]
-    curve: tuple[Point, ...]
+    validation: tuple[float, ...]
 
-    @property
-    def flops(self) -> int:
-        return self.curve[-1].flops
 
-    def accuracy_for(self, flops: float) -> float | None:
-        """Validation accuracy at the last epoch that these FLOPs pay for; None if they pay for none."""
-        paid = [point.accuracy for point in self.curve if point.flops <= flops * 1.001]
-        return paid[-1] if paid else None
+Cells = dict[tuple[str, int], Cell]
+"""The cells of one seed, by arm and length."""
 
 
 def main(arguments: Sequence[str], say: Say) -> BenchResult:
     """Trains what is not trained yet, and compares; see the module.
 
     Raises:
-        ConfigError: for fewer than two seeds, or a setting that is wrong.
+        ConfigError: for fewer than two seeds, no length, or a setting that is wrong.
         DataError: if the data are not found (`ESPER_DATA`).
     """
     options = _options(arguments)
     if options.seeds < 2:
         raise ConfigError("an interval needs two seeds", field="--seeds")
-    sizes = (f"data.train_limit={options.rows}", f"tolaria.epochs={options.epochs}")
-    config = load_config(REPOSITORY / "configs" / "fashion_mnist.yaml", [*SETTINGS, *sizes, *options.set])
     folder = Path(options.out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    study = Study(config, options.small_epochs, folder, say)
-    return result_of([study.cells(seed) for seed in range(options.seeds)])
+    study = Study(options.set, _lengths(options.epochs), options.small_epochs, folder, say)
+    cells = [study.cells(seed) for seed in range(options.first, options.first + options.seeds)]
+    picture = folder / PICTURE
+    picture.write_text(picture_of(cells))
+    say(f"accuracy over extra FLOPs: {picture}")
+    return result_of(cells)
 
 
-def result_of(cells: Sequence[dict[str, Cell]]) -> BenchResult:
-    """The table of medians and spreads, the goal, and the comparison in words.
+# ---------------------------------------------------------------- what was found
+
+
+def result_of(seeds: Sequence[Cells]) -> BenchResult:
+    """The table, the goals and the comparison in words.
 
     Args:
-        cells: for each seed, the cell of each arm.
+        seeds: the cells of each seed.
     """
-    gains = [seed["upgrade"].test_accuracy - seed["scratch"].test_accuracy for seed in cells]
-    goal = goal_above("upgrade minus scratch at the same extra FLOPs, test accuracy", mean_interval(gains), 0.0)
-    medians = {arm: statistics.median(seed[arm].test_accuracy for seed in cells) for arm in ARMS}
-    cost = statistics.median(seed["long"].flops / seed["upgrade"].flops for seed in cells)
-    against = {arm: mean_interval([s["upgrade"].test_accuracy - s[arm].test_accuracy for s in cells]) for arm in ARMS}
-    words = "; ".join(
-        f"minus {arm}: {100 * e.value:+.1f} points, 95% interval {100 * e.low:+.1f} to {100 * e.high:+.1f}"
-        for arm, e in against.items()
-        if arm != "upgrade"
-    )
+    arms = list(seeds[0])
+    lengths = [length for arm, length in arms if arm == "upgrade"]
+    goals = tuple(_goal(seeds, arm, length) for length in lengths for arm in AT_EQUAL_FLOPS)
+    means = {key: statistics.mean(cells[key].test_accuracy for cells in seeds) for key in arms}
+    longest = ("upgrade", lengths[-1])
+    against = {arm: _difference(seeds, longest, arm) for arm in (("small", 0), ("whole", lengths[-1]))}
+    said = [
+        f"upgrade of {length} epochs {means['upgrade', length]:.1%}, trained on without growth "
+        f"{means['more', length]:.1%}, its network from scratch {means['scratch', length]:.1%}"
+        for length in lengths
+    ]
     verdict = (
-        f"{len(cells)} seeds, median test accuracy: small {medians['small']:.1%}, upgraded {medians['upgrade']:.1%}, "
-        f"trained on without growth {medians['more']:.1%}, the final network from scratch {medians['scratch']:.1%} at "
-        f"the same extra FLOPs and {medians['long']:.1%} at {cost:.2f} of them. Upgrade {words}."
+        f"{len(seeds)} seeds, mean test accuracy: small {means['small', 0]:.1%}; at equal extra FLOPs: "
+        f"{'; '.join(said)}. The longest upgrade's network from scratch, at the FLOPs of the small host on top: "
+        f"{means['whole', lengths[-1]]:.1%}. The longest upgrade minus the small host: {against['small', 0]} "
+        f"points, minus that network: {against['whole', lengths[-1]]}."
     )
-    rows = tuple(_row(arm, [seed[arm] for seed in cells], [seed["upgrade"].flops for seed in cells]) for arm in ARMS)
-    return BenchResult(name="upgrade", machine=machine(), rows=rows, goals=(goal,), verdict=verdict)
+    rows = tuple(_row(seeds, key) for key in arms)
+    return BenchResult(name="upgrade", machine=machine(), rows=rows, goals=goals, verdict=verdict)
+
+
+def picture_of(seeds: Sequence[Cells]) -> str:
+    """Mean test accuracy over extra FLOPs as SVG; `small` is the level that was there before."""
+    names = {"upgrade": "upgraded", "more": "trained on, not grown", "scratch": "its network from scratch"}
+    curves = []
+    for arm, name in names.items():
+        keys = [key for key in seeds[0] if key[0] == arm or (arm, key[0]) == ("scratch", "whole")]
+        curves.append(Curve(name, tuple(_mark(seeds, key) for key in keys)))
+    level = statistics.mean(cells["small", 0].test_accuracy for cells in seeds)
+    return draw(
+        f"Fashion-MNIST, mean test accuracy of {len(seeds)} seeds with 95% intervals",
+        curves,
+        x="GFLOPs on top of the small host's",
+        level=("small host", 100 * level),
+        y="%",
+    )
+
+
+def _goal(seeds: Sequence[Cells], arm: str, length: int) -> Goal:
+    gains = [cells["upgrade", length].test_accuracy - cells[arm, length].test_accuracy for cells in seeds]
+    return goal_above(f"upgrade of {length} epochs minus {arm}, equal extra FLOPs, test", mean_interval(gains), 0.0)
+
+
+def _difference(seeds: Sequence[Cells], one: tuple[str, int], other: tuple[str, int]) -> str:
+    found = mean_interval([100 * (cells[one].test_accuracy - cells[other].test_accuracy) for cells in seeds])
+    return f"{found.value:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+
+
+def _mark(seeds: Sequence[Cells], key: tuple[str, int]) -> Mark:
+    found = mean_interval([100 * cells[key].test_accuracy for cells in seeds])
+    return Mark(statistics.mean(cells[key].flops for cells in seeds) / 1e9, found.value, found.low, found.high)
+
+
+def _row(seeds: Sequence[Cells], key: tuple[str, int]) -> dict[str, object]:
+    arm, length = key
+    cells = [of_seed[key] for of_seed in seeds]
+    tests = [cell.test_accuracy for cell in cells]
+    compared = arm not in {"small", "upgrade"}
+    return {
+        "upgrade of": f"{length} epochs" if length else "",
+        "arm": arm,
+        "test": f"{statistics.mean(tests):.1%} ({min(tests):.1%} to {max(tests):.1%})",
+        "upgrade minus it": _difference(seeds, ("upgrade", length), key) if compared else None,
+        "val": f"{statistics.mean(cell.validation[-1] for cell in cells):.1%}",
+        "GFLOPs": round(statistics.mean(cell.flops for cell in cells) / 1e9, 1),
+        "epochs": round(statistics.mean(cell.epochs for cell in cells), 1),
+        "params": round(statistics.mean(cell.params for cell in cells)),
+        "parts": " | ".join(" ".join(cell.parts) or "none" for cell in cells) if arm == "upgrade" else None,
+    }
+
+
+# ---------------------------------------------------------------- the runs
 
 
 class Study:
-    """All arms; reads and writes the cells."""
+    """All runs; reads and writes the cells.
 
-    def __init__(self, config: RunConfig, small_epochs: int, folder: Path, say: Say) -> None:
-        self._config, self._small_epochs, self._folder, self._say = config, small_epochs, folder, say
-        told = f"{dump_config(config)}{small_epochs}"
-        self._settings = hashlib.sha256(told.encode()).hexdigest()[:16]
+    Args:
+        settings: of every run, beside `SETTINGS`; of runs that go on they win over `GOING_ON` too.
+        lengths: epochs of the upgrades, shortest first.
+        small_epochs: of the small host.
+        folder: of the cells.
+        say: takes progress.
+    """
 
-    def cells(self, seed: int) -> dict[str, Cell]:
-        """The cell of each arm for one seed, trained where it is not there yet."""
-        found = {arm: self._read(seed, arm) for arm in ARMS}
-        if all(found.values()):
-            return {arm: cell for arm, cell in found.items() if cell is not None}
-        config = self._config.model_copy(update={"seed": seed})
-        data = load_data(config.data, task=config.task, seed=seed, data_root=data_root())
-        # the upgrade's topology is needed by two others, so a seed is trained whole
-        return self._train(config, data)
+    def __init__(
+        self, settings: Sequence[str], lengths: Sequence[int], small_epochs: int, folder: Path, say: Say
+    ) -> None:
+        path = REPOSITORY / "configs" / "fashion_mnist.yaml"
+        self._new = load_config(path, [*SETTINGS, *settings])
+        self._on = load_config(path, [*SETTINGS, *GOING_ON, *settings])
+        self._lengths, self._small_epochs, self._folder, self._say = lengths, small_epochs, folder, say
+        begun = f"{dump_config(self._new)}{small_epochs}"
+        self._settings = {"small": _digest(begun)}
+        self._settings |= dict.fromkeys(("upgrade", "more", "scratch", "whole"), _digest(begun + dump_config(self._on)))
 
-    def _train(self, config: RunConfig, data: DataSets) -> dict[str, Cell]:
-        seed, epochs = config.seed, config.tolaria.epochs
-        begun = small(_lasting(config, self._small_epochs), data, policy="none", say=self._line(seed, "small"))
-        weights = self._folder / f"{seed}-small.safetensors"
-        safetensors.torch.save_file(begun.weights, weights)
-        cells = {"small": self._keep(begun, "small", config)}
-        grown = small(
-            config, data, policy=config.tamiyo.policy, say=self._line(seed, "upgrade"), trained=Trained(str(weights))
-        )
-        cells["upgrade"] = self._keep(grown, "upgrade", config)
-        paid = cells["upgrade"].flops
-        more = small(
-            _lasting(config, whole_epochs(paid, _per_epoch(begun))),
-            data,
-            policy="none",
-            say=self._line(seed, "more"),
-            trained=Trained(str(weights)),
-        )
-        cells["more"] = self._keep(more, "more", config)
-        long = static(config, data, grown.growth, epochs=self._small_epochs + epochs, say=self._line(seed, "long"))
-        cells["long"] = self._keep(long, "long", config)
-        scratch = static(
-            config, data, grown.growth, epochs=whole_epochs(paid, _per_epoch(long)), say=self._line(seed, "scratch")
-        )
-        cells["scratch"] = self._keep(scratch, "scratch", config)
-        return cells
+    def cells(self, seed: int) -> Cells:
+        """The cells of one seed, trained where they are not there yet."""
+        return {(cell.arm, cell.length): cell for cell in self._cells(seed)}
 
-    def _line(self, seed: int, arm: str) -> Callable[[str], None]:
-        return lambda line: self._say(f"seed {seed}, {arm}: {line}")
+    def _cells(self, seed: int) -> Iterator[Cell]:
+        begun = self._cell(seed, "small", 0, self._small)
+        yield begun
+        upgrade = begun
+        for length in self._lengths:
+            upgrade = self._cell(seed, "upgrade", length, self._upgrade)
+            yield upgrade
+            yield self._cell(seed, "more", length, functools.partial(self._more, flops=upgrade.flops))
+            yield self._cell(seed, "scratch", length, functools.partial(self._scratch, flops=upgrade.flops))
+        both = begun.flops + upgrade.flops
+        yield self._cell(seed, "whole", self._lengths[-1], functools.partial(self._scratch, flops=both))
 
-    def _keep(self, outcome: Outcome, arm: str, config: RunConfig) -> Cell:
-        cell = cell_of(outcome, arm=arm, seed=config.seed, settings=self._settings)
-        draft = self._folder / f"{config.seed}-{arm}.draft"
-        draft.write_text(cell.model_dump_json(indent=1))
-        draft.replace(self._path(config.seed, arm))
-        self._say(
-            f"seed {config.seed}, {arm}: {cell.test_accuracy:.1%} on the test part, {cell.flops / 1e9:.1f} GFLOPs"
-        )
+    def _cell(self, seed: int, arm: str, length: int, train: Callable[[int, int, Say], Outcome]) -> Cell:
+        name = f"{seed}-{arm}-{length}"
+        path = self._folder / f"{name}.json"
+        if path.is_file():
+            done = Cell.model_validate_json(path.read_text())
+            if done.settings == self._settings[arm]:
+                return done
+        outcome = train(seed, length, lambda line: self._say(f"{name}: {line}"))
+        cell = cell_of(outcome, arm=arm, length=length, seed=seed, settings=self._settings[arm])
+        _replace(path, lambda draft: draft.write_text(cell.model_dump_json(indent=1)))
+        self._say(f"{name}: {cell.test_accuracy:.1%} on the test part, {cell.flops / 1e9:.1f} GFLOPs")
         return cell
 
-    def _read(self, seed: int, arm: str) -> Cell | None:
-        path = self._path(seed, arm)
-        if not path.is_file():
-            return None
-        cell = Cell.model_validate_json(path.read_text())
-        return cell if cell.settings == self._settings else None
+    def _small(self, seed: int, length: int, say: Say) -> Outcome:
+        del length
+        outcome = small(_lasting(self._new, seed, self._small_epochs), self._data, policy="none", say=say)
+        _replace(self._weights(seed), lambda draft: safetensors.torch.save_file(outcome.weights, draft))
+        return outcome
 
-    def _path(self, seed: int, arm: str) -> Path:
-        return self._folder / f"{seed}-{arm}.json"
+    def _upgrade(self, seed: int, length: int, say: Say) -> Outcome:
+        config = _lasting(self._on, seed, length)
+        outcome = small(config, self._data, policy=config.tamiyo.policy, say=say, trained=self._trained(seed))
+        _replace(self._growth(seed, length), lambda draft: torch.save(outcome.growth, draft))
+        return outcome
+
+    def _more(self, seed: int, length: int, say: Say, *, flops: int) -> Outcome:
+        config = _lasting(self._on, seed, length)
+        epochs = whole_epochs(flops, epoch_flops(config, self._data, host_of(config, self._data)))
+        return small(_lasting(config, seed, epochs), self._data, policy="none", say=say, trained=self._trained(seed))
+
+    def _scratch(self, seed: int, length: int, say: Say, *, flops: int) -> Outcome:
+        config = _lasting(self._new, seed, length)
+        growth: dict[str, Any] = torch.load(self._growth(seed, length), weights_only=True)
+        model = with_parts(host_of(config, self._data), growth, config, self._data)
+        epochs = whole_epochs(flops, epoch_flops(config, self._data, model))
+        return static(config, self._data, growth, epochs=epochs, say=say)
+
+    @functools.cached_property
+    def _data(self) -> DataSets:
+        # the split is the same for every seed
+        return load_data(self._new.data, task=self._new.task, seed=0, data_root=data_root())
+
+    def _trained(self, seed: int) -> Trained:
+        return Trained(str(self._weights(seed)))
+
+    def _weights(self, seed: int) -> Path:
+        return self._folder / f"{seed}-small.safetensors"
+
+    def _growth(self, seed: int, length: int) -> Path:
+        return self._folder / f"{seed}-upgrade-{length}.pt"
 
 
-def cell_of(outcome: Outcome, *, arm: str, seed: int, settings: str) -> Cell:
-    """The figures of a trained arm."""
+def cell_of(outcome: Outcome, *, arm: str, length: int, seed: int, settings: str) -> Cell:
+    """The figures of a run that ended."""
     summary = outcome.summary
     assert summary.metrics.test_accuracy is not None
-    curve = [Point(flops=row.total_flops, accuracy=row.val_metric or 0.0) for row in outcome.epochs]
+    validation = [row.val_metric or 0.0 for row in outcome.epochs]
     if summary.start is not None:
-        curve.insert(0, Point(flops=0, accuracy=summary.start.val_metric or 0.0))
+        validation.insert(0, summary.start.val_metric or 0.0)
     return Cell(
         arm=arm,
+        length=length,
         seed=seed,
         settings=settings,
         test_accuracy=summary.metrics.test_accuracy,
+        flops=outcome.epochs[-1].total_flops,
         epochs=len(outcome.epochs),
         params=summary.params.final,
         parts=outcome.parts,
-        curve=tuple(curve),
+        validation=tuple(validation),
     )
 
 
@@ -213,42 +309,39 @@ def whole_epochs(flops: int, per_epoch: float) -> int:
     return max(1, round(flops / per_epoch))
 
 
-def _per_epoch(outcome: Outcome) -> float:
-    return outcome.epochs[-1].total_flops / len(outcome.epochs)
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _lasting(config: RunConfig, epochs: int) -> RunConfig:
-    return config.model_copy(update={"tolaria": config.tolaria.model_copy(update={"epochs": epochs})})
+def _lasting(config: RunConfig, seed: int, epochs: int) -> RunConfig:
+    return config.model_copy(update={"seed": seed, "tolaria": config.tolaria.model_copy(update={"epochs": epochs})})
 
 
-def _row(arm: str, cells: Sequence[Cell], paid: Sequence[int]) -> dict[str, object]:
-    row: dict[str, object] = {
-        "arm": arm,
-        "test": _spread([cell.test_accuracy for cell in cells]),
-        "GFLOPs": round(statistics.median(cell.flops for cell in cells) / 1e9, 1),
-        "params": round(statistics.median(cell.params for cell in cells)),
-    }
-    for share in SHARES:
-        reached = [cell.accuracy_for(share * flops) for cell, flops in zip(cells, paid, strict=True)]
-        known = [accuracy for accuracy in reached if accuracy is not None]
-        row[f"val at {share:.0%}"] = _spread(known) if len(known) == len(cells) and arm != "small" else None
-    row["parts"] = " | ".join(" ".join(cell.parts) or "none" for cell in cells) if arm == "upgrade" else None
-    return row
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes whole or not at all."""
+    draft = path.with_name(f"{path.name}.draft")
+    write(draft)
+    draft.replace(path)
 
 
-def _spread(accuracies: Sequence[float]) -> str:
-    low, middle, high = min(accuracies), statistics.median(accuracies), max(accuracies)
-    return f"{middle:.1%} ({low:.1%} to {high:.1%})"
+def _lengths(text: str) -> list[int]:
+    try:
+        lengths = sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise ConfigError(f"{text!r} are no epochs", field="--epochs", remedy="such as 4,8") from error
+    if lengths[0] < 1:
+        raise ConfigError("an upgrade takes an epoch at least", field="--epochs")
+    return lengths
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="esper bench upgrade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=5, help="paired seeds, from 0 (default 5)")
-    parser.add_argument("--rows", type=int, default=6000, help="training rows, before validation (default 6000)")
-    parser.add_argument("--small-epochs", type=int, default=8, help="of the small host (default 8)")
-    parser.add_argument("--epochs", type=int, default=14, help="of the upgrade (default 14)")
-    parser.add_argument("--out", default="~/.esper/bench/upgrade", help="folder of the finished cells")
+    parser.add_argument("--seeds", type=int, default=5, help="paired seeds (default 5)")
+    parser.add_argument("--first", type=int, default=0, help="the first of them (default 0)")
+    parser.add_argument("--small-epochs", type=int, default=12, help="of the small host (default 12)")
+    parser.add_argument("--epochs", default="4,8", help="of the upgrades, with commas (default 4,8)")
+    parser.add_argument("--out", default="~/.esper/bench/upgrade", help="folder of the finished runs")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, may be repeated")
     return parser.parse_args(arguments)
