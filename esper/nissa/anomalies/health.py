@@ -11,7 +11,7 @@ from esper.nissa.anomalies.findings import Z_SCORE, Found, Over, Said
 from esper.nissa.anomalies.robust import Window, log_of
 
 WINDOW, LEARN = 12, 4
-SCORE = 6.0
+SCORE = 3.0
 TWICE = 2
 """Reports in a row: a single one may be chance."""
 NUM_FEATURES = 5
