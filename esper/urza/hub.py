@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from esper.delta import Tidied
 from esper.leyline import (
     Blueprint,
     BlueprintIR,
@@ -53,7 +54,7 @@ from esper.storage import Storage
 from esper.urza import projections, rules
 from esper.urza.blobs import AsideBlob, Blobs, StoredBlobs, sha256
 from esper.urza.catalog import Catalog, Target, TargetState
-from esper.urza.events import DeltaLog, EventLog, Tidied
+from esper.urza.events import DeltaLog, EventLog
 from esper.urza.records import SCHEMA_VERSION, Event, Fact
 
 

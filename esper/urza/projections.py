@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, write_deltalake
+from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError
 
+from esper import delta
+from esper.delta import UNREPEATED, Tidied
 from esper.leyline import Blueprint, CompiledKernelArtifact, Contract, Outcome
 from esper.leyline.catalogue import KernelEntry
 from esper.storage import Storage
-from esper.urza import events
-from esper.urza.events import Tidied
 
 BLUEPRINTS = pa.schema(
     {
@@ -97,7 +97,7 @@ def write_kernels(storage: Storage, kernels: Sequence[KernelEntry], confirm: Con
 def tidy(storage: Storage, kept_hours: float) -> list[Tidied]:
     """Removes what replaced versions of both tables left, `kept_hours` after it was replaced, and what crashes left.
 
-    Whoever writes the tables meanwhile loses nothing: see `events.tidy`.
+    Whoever writes the tables meanwhile loses nothing: see `delta.tidy`.
 
     Raises:
         StorageError: if a table cannot be opened.
@@ -108,7 +108,7 @@ def tidy(storage: Storage, kept_hours: float) -> list[Tidied]:
             table = DeltaTable(storage.child(name), storage_options=storage.delta_options)
         except (DeltaError, OSError) as error:
             raise storage.failure(f"open the table {name} of", error) from error
-        tidied.append(events.tidy(storage, name, table, kept_hours, full=True))
+        tidied.append(delta.tidy(storage, name, table, kept_hours, full=True))
     return tidied
 
 
@@ -125,7 +125,7 @@ def _replace(storage: Storage, name: str, schema: pa.Schema, rows: Iterable[dict
                 data,
                 mode="overwrite",
                 schema_mode="overwrite",
-                commit_properties=CommitProperties(max_commit_retries=0),
+                commit_properties=UNREPEATED,
             )
         except (DeltaError, OSError) as error:
             if attempt == _ATTEMPTS:

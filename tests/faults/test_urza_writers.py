@@ -20,7 +20,7 @@ from esper.urza import events
 from esper.urza.hub import Hub
 
 PLACES = ("tidying", "compacted", "checkpointed", "listed", "sealed", "vacuumed")
-"""Of a round of maintenance: `esper.urza.events.tidy`."""
+"""Of a round of maintenance: `esper.delta.tidy`."""
 
 
 class Stalls:
