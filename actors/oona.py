@@ -10,15 +10,15 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.logs import log_as
@@ -27,12 +27,17 @@ from esper.leyline.bus import BusStats
 from esper.leyline.errors import ConflictError, EsperError, NotFoundError, StorageError, UnavailableError
 from esper.leyline.summary import BusCounts
 from esper.oona import Admission, Broker, BusClient, Journal, Received, Shelf, Start, decode_batch, merged
+from esper.oona.archivist import archive_group
 
 NAMESPACE = "esper"
 DEADLINE_S = 10.0
 """How long a call may take beyond the time it asks the shard to wait."""
 START_S = 60.0
 """How long a shard may take to start and read its log."""
+WATCH_S = 0.2
+"""From one answer of a member's actor to the next question."""
+ATTEND_S = 2.0
+"""From one request of a member to be watched to the next."""
 APPEND_WAIT_S = 5.0
 """How long a shard holds a batch before it says that there is no room."""
 
@@ -68,12 +73,20 @@ class OonaShard:
         self._num_shards = num_shards
         self._config = config
         number = int(name.rpartition("-")[2])
+        lasting = (archive_group(config.archive),) if config.archive else ()
         self._journal = Journal.open(
-            Path(directory), Broker.of(config), now=time.monotonic(), wait_s=DEADLINE_S, shard=number
+            Path(directory),
+            Broker.of(config),
+            now=time.monotonic(),
+            wait_s=DEADLINE_S,
+            shard=number,
+            lasting=lasting,
         )
-        self._changed = asyncio.Event()
-        self._is_unsynced = False
+        self._room = asyncio.Event()  # set when a batch that waits may be admitted
+        self._news: dict[str, asyncio.Event] = {}  # by group: set when a poll of it may find something
+        self._num_written = self._num_synced = 0
         self._syncing: asyncio.Task[None] | None = None
+        self._homes: dict[str, Home] = {}  # processes whose members end with them
         self._fault: EsperError | None = None
 
     def __repr__(self) -> str:
@@ -91,19 +104,23 @@ class OonaShard:
             self._check()
             admission = self._journal.append(batch, body, at=time.time())
             if admission is Admission.ACCEPT:
-                self._note_change()
+                self._note_write()
+                self._make_room()  # the producer's next batch may be here already
+                self._tell(self._journal.takers(batch))
             if admission in (Admission.ACCEPT, Admission.DUPLICATE):
+                await self._durable()
                 return True
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return False
-            await self._wait(remaining)
+            await _happens(self._room, remaining)
 
     async def subscribe(self, group: str, topics: Sequence[str], key: str | None, start: Start) -> None:
         """See `Journal.join`."""
         self._check()
         self._journal.join(group, topics, key=key, start=start, now=time.monotonic())
-        self._note_change()
+        self._note_write()
+        await self._durable()
 
     async def poll(
         self, group: str, member: str, number: int, max_records: int, wait_s: float
@@ -112,30 +129,38 @@ class OonaShard:
         deadline = time.monotonic() + wait_s
         while not self._journal.has_left(member):
             self._check()
-            now = time.monotonic()
-            self._journal.expire(now)
-            if self._journal.bury_exhausted(group, at=time.time()):
-                self._note_change()
+            now, at = time.monotonic(), time.time()
+            if self._journal.expire(now, at):
+                self._tell_all()  # the lane that is free may be another group's
+            if self._journal.bury_exhausted(group, at=at):
+                self._note_write()
+                self._tell_all()
             leased = self._journal.poll(group, member, number, max_records, now)
             if leased:
                 self._note_write()
             remaining = deadline - now
             if leased or remaining <= 0:
                 return [(record.offset, record.attempt, record.data) for record in leased]
-            await self._wait(min(remaining, max(0.0, self._journal.next_expiry - now)))
+            news = self._news.setdefault(group, asyncio.Event())
+            await _happens(news, min(remaining, max(0.0, self._journal.next_expiry - now)))
         return []
 
     async def ack(self, group: str, offsets: Sequence[int]) -> None:
         """See `Journal.ack`."""
         self._check()
         if self._journal.ack(group, offsets, time.monotonic()):
-            self._note_change()
+            self._note_write()
+            self._make_room()
+            self._tell((group,))  # a lane may be free for another member
+        await self._durable()
 
     async def reject(self, group: str, offsets: Sequence[int], reason: str) -> None:
         """See `Journal.bury`."""
         self._check()
         if self._journal.bury(group, offsets, reason, at=time.time()):
-            self._note_change()
+            self._note_write()
+            self._tell_all()
+        await self._durable()
 
     async def read(self, start: Start, topics: Sequence[str], key: str | None, max_records: int) -> Shelf:
         """See `Journal.read`."""
@@ -148,8 +173,22 @@ class OonaShard:
     async def leave(self, group: str, member: str) -> None:
         """Takes back what the member holds and ends its polls."""
         self._check()
-        self._journal.leave(group, member)
-        self._note_change()
+        self._leave(group, member)
+
+    async def attend(self, group: str, member: str, home: Any, process: str) -> None:
+        """Watches a member's actor: if it dies, what the member holds goes to others at once, not after the lease.
+
+        Args:
+            group: of the member.
+            member: as it polls.
+            home: a weak handle of the actor that the member lives in.
+            process: which of that actor's lives.
+        """
+        known = self._homes.get(process)
+        if known is None:
+            known = self._homes[process] = Home(process)
+            known.task = asyncio.create_task(self._watch(home, known))
+        known.members.add((group, member))
 
     async def counts(self, key: str) -> BusCounts:
         """See `Broker.counts`."""
@@ -160,8 +199,11 @@ class OonaShard:
         self._fault = UnavailableError(f"{self._name} is closed")
         if self._syncing is not None:
             self._syncing.cancel()
+        for home in self._homes.values():
+            if home.task is not None:
+                home.task.cancel()
         self._journal.close()
-        self._changed.set()
+        self._tell_all()
 
     # ---- within
 
@@ -169,37 +211,102 @@ class OonaShard:
         if self._fault is not None:
             raise self._fault
 
-    async def _wait(self, timeout_s: float) -> None:
-        """Returns at the next change, or after `timeout_s`."""
-        changed = self._changed
-        try:
-            async with asyncio.timeout(timeout_s):
-                await changed.wait()
-        except TimeoutError:
-            return
-
-    def _note_change(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+    def _leave(self, group: str, member: str) -> None:
+        for home in self._homes.values():
+            home.members.discard((group, member))
+        self._journal.leave(group, member)
         self._note_write()
+        self._tell((group,))
+
+    async def _watch(self, actor: Any, home: Home) -> None:
+        """Asks the actor who it is, again and again. A busy actor does not answer, and need not: a dead one fails."""
+        while self._fault is None and home.members:
+            try:
+                is_alive = await actor.__ray_call__.remote(_process_of) == home.process
+            except RayActorError as error:
+                is_alive = isinstance(error, ActorUnavailableError)  # of that one is not known what became of it
+            if not is_alive:
+                break
+            await asyncio.sleep(WATCH_S)
+        del self._homes[home.process]
+        if self._fault is None:
+            for group, member in sorted(home.members):
+                logger.warning("oona.member.died", extra={"group": group, "member": member, "shard": self._name})
+                self._leave(group, member)
+
+    def _tell(self, groups: Iterable[str]) -> None:
+        """Wakes the polls of these groups; of thousands that wait, the others sleep on."""
+        for group in groups:
+            news = self._news.pop(group, None)
+            if news is not None:
+                news.set()
+
+    def _tell_all(self) -> None:
+        self._tell(list(self._news))
+        self._make_room()
+
+    def _make_room(self) -> None:
+        room, self._room = self._room, asyncio.Event()
+        room.set()
 
     def _note_write(self) -> None:
-        self._is_unsynced = True
-        if self._syncing is None or self._syncing.done():
-            self._syncing = asyncio.create_task(self._sync())
+        self._num_written += 1
+        if self._config.fsync == "interval" and (self._syncing is None or self._syncing.done()):
+            self._syncing = asyncio.create_task(self._sync_later())
+
+    async def _durable(self) -> None:
+        """With `fsync: always`: returns once all that is written is on the disk. Whoever comes while a sync is under
+        way waits for the next, which they share.
+        """
+        if self._config.fsync != "always":
+            return
+        target = self._num_written
+        while self._num_synced < target:
+            if self._syncing is None or self._syncing.done():
+                self._syncing = asyncio.create_task(self._sync())
+            await asyncio.shield(self._syncing)
+            self._check()
+
+    async def _sync_later(self) -> None:
+        """Syncs at the configured interval while there is something to sync."""
+        while self._num_synced < self._num_written and self._fault is None:
+            await asyncio.sleep(self._config.fsync_ms / 1e3)
+            await self._sync()
 
     async def _sync(self) -> None:
-        """Syncs at the configured interval while there is something to sync."""
-        while self._is_unsynced and self._fault is None:
-            await asyncio.sleep(self._config.fsync_ms / 1e3)
-            self._is_unsynced = False
-            try:
-                await asyncio.to_thread(self._journal.sync)
-            except StorageError as error:
-                # what the kernel could not write is lost to it: nothing may be promised any more
-                logger.exception("oona.sync.failed", extra={"shard": self._name})
-                self._fault = error
-                self._changed.set()
+        target = self._num_written
+        try:
+            await asyncio.to_thread(self._journal.sync)
+        except StorageError as error:
+            # what the kernel could not write is lost to it: nothing may be promised any more
+            logger.exception("oona.sync.failed", extra={"shard": self._name})
+            self._fault = error
+            self._tell_all()
+        else:
+            self._num_synced = target
+
+
+@dataclass
+class Home:
+    """A process that members live in."""
+
+    process: str
+    members: set[tuple[str, str]] = field(default_factory=set)
+    task: asyncio.Task[None] | None = None
+
+
+def _process_of(_actor: object) -> str:
+    """Runs in a member's actor."""
+    return ray.get_runtime_context().get_worker_id()
+
+
+async def _happens(event: asyncio.Event, timeout_s: float) -> None:
+    """Returns when it is set, or after `timeout_s`."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return
 
 
 # ---------------------------------------------------------------- the way to the shards
@@ -212,7 +319,9 @@ def _cause(error: BaseException, what: str) -> EsperError | None:
     if isinstance(error, GetTimeoutError):
         return UnavailableError(f"{what} did not answer in time")
     if isinstance(error, RayActorError):
-        return UnavailableError(f"{what} is gone: {str(error).splitlines()[0]}")
+        said = [line for line in str(error).splitlines() if line.strip()]
+        # of one that could not begin, the last line of the traceback says why
+        return UnavailableError(f"{what} is gone: {said[-1 if error.actor_init_failed else 0].strip()}")
     return None
 
 
@@ -234,6 +343,8 @@ class RayTransport:
         self._name = name
         # a member's poll at a shard: its number, and the answer on its way
         self._polls: dict[tuple[str, int], tuple[int, Any]] = {}
+        self._home = _home()
+        self._attend_at: dict[str, float] = {}  # by member
 
     @property
     def num_shards(self) -> int:
@@ -266,6 +377,7 @@ class RayTransport:
         """Waits for whichever shard answers first. The others' answers are taken by the next poll."""
         each = max(1, max_records // len(self._shards))
         asked: dict[Any, tuple[int, int]] = {}
+        self._ask_to_attend(group, member)
         for index, shard in enumerate(self._connected()):
             number, ref = self._polls.get((member, index), (0, None))
             if ref is None:
@@ -286,6 +398,14 @@ class RayTransport:
             received.extend(Received(index, *record) for record in records)
         return received
 
+    def _ask_to_attend(self, group: str, member: str) -> None:
+        """Where this is an actor: the shards watch it. They are asked again, as one that restarts forgets it."""
+        now = time.monotonic()
+        if self._home is not None and now >= self._attend_at.get(member, 0.0):
+            self._attend_at[member] = now + ATTEND_S
+            for shard in self._shards:
+                shard.attend.remote(group, member, *self._home)
+
     def ack(self, group: str, offsets: Mapping[int, Sequence[int]]) -> None:
         """See `Transport.ack`."""
         shards = self._connected()
@@ -298,6 +418,7 @@ class RayTransport:
 
     def leave(self, group: str, member: str) -> None:
         """See `Transport.leave`."""
+        self._attend_at.pop(member, None)
         for index in range(len(self._shards)):
             self._polls.pop((member, index), None)
         _get([shard.leave.remote(group, member) for shard in self._connected()], self._name)
@@ -329,6 +450,16 @@ class RayTransport:
         if not ray.is_initialized():  # or the thread of a bus that was left open would start a Ray of its own
             raise UnavailableError(f"{self._name} is gone: this process has left Ray")
         return self._shards
+
+
+def _home() -> tuple[Any, str] | None:
+    """A handle of the actor that this process is, and which of its lives this is; None elsewhere."""
+    context = ray.get_runtime_context()
+    if not ray.is_initialized() or context.get_actor_id() is None:
+        return None
+    actor = context.current_actor
+    actor._ray_weak_ref = True  # noqa: SLF001 - there is no other way to say it; the bus keeps nobody alive
+    return actor, context.get_worker_id()
 
 
 class RayBus(BusClient):

@@ -99,6 +99,7 @@ def up(config: RunConfig, *, detached: bool, wait_for_serve: bool = False) -> Pl
         make_bus=make_bus,
         detached=detached,
         config=config.urza,
+        archive=config.oona.archive,
     )
     compilers = _pool(storage, config, make_bus, public_hex(key), detached=detached)
     view = nissa.spawn(

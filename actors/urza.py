@@ -57,6 +57,8 @@ from esper.leyline.catalogue import (
     MaintenanceReport,
     Outlook,
 )
+from esper.oona.archive import Archive
+from esper.oona.archivist import Archivist
 from esper.storage import Storage
 from esper.urza import upkeep
 from esper.urza.catalog import Target, TargetState
@@ -83,6 +85,7 @@ class UrzaActor:
         storage: the address. It is opened on the first call, so that what is wrong with it reaches the caller as it is.
         make_bus: gives the bus on which compilers are told of new work; None tells nobody.
         config: how much it keeps at hand, and how often it tidies what.
+        archive: topics of the bus that are copied to the storage; none copies nothing.
         faults: a script of faults, for tests; the places are those of `Hub`.
     """
 
@@ -92,6 +95,7 @@ class UrzaActor:
         make_bus: Callable[[], Bus] | None = None,
         *,
         config: UrzaConfig | None = None,
+        archive: Sequence[Topic] = (),
         faults: FaultPlan | None = None,
     ) -> None:
         log_as(actor_name(storage))
@@ -105,6 +109,8 @@ class UrzaActor:
         self._faults = faults
         self._maintaining = threading.Lock()
         self._keeper: threading.Thread | None = None
+        self._archived = tuple(archive)
+        self._archivist: Archivist | None = None
         self._unmaintained = ""
         self._closing = threading.Event()
 
@@ -165,11 +171,16 @@ class UrzaActor:
         return [ref]
 
     def close(self) -> None:
-        """Writes the tables for other readers, the fetches among them, lets the bus go, and ends maintenance: a round
-        under way is waited for, as a thread inside Delta would take the process down with it at the interpreter's end.
+        """Archives what the bus has, writes the tables for other readers, the fetches among them, lets the bus go, and
+        ends maintenance: a round under way is waited for, as a thread inside Delta would take the process down with it
+        at the interpreter's end.
         """
         self._closing.set()
         hub = self._open_hub()
+        with self._lock:
+            archivist, self._archivist, self._archived = self._archivist, None, ()
+        if archivist is not None and not archivist.stop():
+            _LOG.warning("urza.archive.unfinished", extra={"reason": archivist.state})
         hub.write_uses()
         hub.project(self._storage)
         with self._lock:
@@ -223,6 +234,7 @@ class UrzaActor:
         with self._lock:
             if self._hub is None:
                 self._hub = Hub.open(self._storage, faults=self._faults)
+                self._archive()
                 gc.freeze()  # what was read stays: no later collection, and no query during one, waits for it
                 if self._config.maintain_every_s is not None:
                     every_s = (self._config.maintain_every_s,)
@@ -234,6 +246,11 @@ class UrzaActor:
                 _LOG.warning("urza.reopened", extra={"reason": str(self._hub.broken)})
                 self._hub = Hub.open(self._storage, after_epoch=self._hub.epoch, faults=self._faults)
             return self._hub
+
+    def _archive(self) -> None:
+        """Copies topics of the bus to the storage in a thread: here is Delta, and here is the one writer."""
+        if self._archived and self._make_bus is not None:
+            self._archivist = Archivist(self._archived, self._make_bus, lambda: Archive(self._storage))
 
     def _tell(self, blueprint: Blueprint) -> None:
         if self._make_bus is None:
@@ -539,6 +556,7 @@ def spawn(
     num_cpus: float = 0.1,
     deadline_s: float = 30.0,
     config: UrzaConfig | None = None,
+    archive: Sequence[Topic] = (),
     faults: FaultPlan | None = None,
 ) -> UrzaHandle:
     """Starts the Urza of a storage address, or joins the one that runs.
@@ -551,6 +569,7 @@ def spawn(
         num_cpus: CPUs that Ray counts for it.
         deadline_s: deadline of the handle's calls.
         config: see `UrzaActor`; where one runs already, its own holds.
+        archive: see `UrzaActor`; where one runs already, its own holds.
         faults: see `UrzaActor`; must pickle.
 
     Raises:
@@ -571,7 +590,7 @@ def spawn(
             max_task_retries=-1,
             max_concurrency=8,
         )
-        .remote(storage, make_bus, config=config, faults=faults)
+        .remote(storage, make_bus, config=config, archive=tuple(archive), faults=faults)
     )
     handle = UrzaHandle(actor, deadline_s=deadline_s)
     handle.ready()

@@ -438,6 +438,23 @@ class OonaConfig(Section):
     max_deliveries: PositiveInt | None = 16
     """Deliveries to a group after which a message goes to the dead letters; null: it comes again for ever."""
     lease_s: PositiveFloat = 30.0
+    archive: tuple[Topic, ...] = (
+        Topic.KASMINA_COMMANDS,
+        Topic.RUN_STARTED,
+        Topic.EPOCH,
+        Topic.LIFECYCLE,
+        Topic.RUNGS,
+        Topic.FIELD_REPORTS,
+        Topic.DEAD_LETTERS,
+    )
+    """Topics that are copied to the Delta table `archive` of the storage: the audit trail; none leaves it unwritten."""
+    retain_mb: PositiveFloat = 256.0
+    """Of each shard: messages that every group has acknowledged go beyond it, the oldest first; they are in memory."""
+    retain_hours: PositiveFloat | None = 168.0
+    """Messages that every group has acknowledged go after so long; null: only by size."""
+    fsync: Literal["interval", "always", "never"] = "interval"
+    """`always`: what is acknowledged is on the disk. `interval`: within `fsync_ms`. `never`: when the system likes; the
+    death of the broker loses nothing with any of them, the death of its machine what was not on the disk."""
     fsync_ms: Annotated[float, Field(ge=0)] = 200.0
 
 

@@ -403,7 +403,11 @@ class StepBatch(Contract):
 
 
 class RunStarted(Contract):
-    """A run begins, or begins again after a crash."""
+    """A run begins, or begins again after a crash.
+
+    Attributes:
+        num_events: lifecycle events that a run which begins again has behind it; what came after those is run anew.
+    """
 
     run_id: str
     task: Name
@@ -412,5 +416,6 @@ class RunStarted(Contract):
     params: Annotated[int, Field(ge=0)]
     directory: str
     resumed_from_epoch: int | None = None
+    num_events: Annotated[int, Field(ge=0)] = 0
     started_at: Finite = Field(default_factory=now)
     extra: dict[str, Any] = Field(default_factory=dict)

@@ -13,27 +13,23 @@ repeat the acts without deciding again.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from enum import Enum, auto
 from typing import Any
 
 from esper.config import OonaConfig
-from esper.leyline.bus import BusStats, GroupStats, TopicStats
+from esper.leyline.bus import BusStats
 from esper.leyline.errors import ConflictError, NotFoundError
 from esper.leyline.messages import Topic
 from esper.leyline.summary import BusCounts
 from esper.oona.groups import Group, Lane
+from esper.oona.kept import Kept
+from esper.oona.producers import Producers
+from esper.oona.tallies import Tallies
 from esper.oona.wire import Batch, Leased, Record, runs_of
 
-MAX_PRODUCERS = 10_000
-"""Producers whose batch numbers are remembered; the longest silent is forgotten first."""
-
 _LETTERS = Topic.DEAD_LETTERS.value
-
-READ_AHEAD = 20_000
-"""Records that one `read` looks at."""
 
 MAX_LEFT = 10_000
 """Members that left whose late polls are still recognised."""
@@ -54,7 +50,7 @@ class Broker:
     Args:
         lease_s: seconds a member has to acknowledge.
         backlog: records of a topic that a group may have before it until `admit` says FULL.
-        retain: acknowledged records kept for groups that start from the start, at least; at most about twice as many.
+        kept: fresh; how long records stay that every group has acknowledged is its matter.
         max_deliveries: of one record to one group; None is no limit.
         drop_oldest: topics that are never FULL.
     """
@@ -64,25 +60,22 @@ class Broker:
         *,
         lease_s: float = 30.0,
         backlog: int = 100_000,
-        retain: int = 200_000,
+        kept: Kept | None = None,
         max_deliveries: int | None = None,
         drop_oldest: Iterable[str] = (),
     ) -> None:
         self.lease_s = lease_s
         self.backlog = backlog
-        self.retain = retain
+        self.kept = Kept() if kept is None else kept
         self.max_deliveries = max_deliveries
         self.drop_oldest = frozenset(drop_oldest)
-        self.next_offset = 0
-        self._records: dict[int, Record] = {}
         self._groups: dict[str, Group] = {}
-        self._producers: dict[str, int] = {}  # next batch number, longest silent first
+        self._takers: dict[tuple[str, str | None], list[Group]] = {}  # by topic and by what they are limited to
+        self._producers = Producers()
         self._left: dict[str, None] = {}  # members, the newest last
-        self._counts: dict[str, list[int]] = {}  # key -> published, delivered, redelivered, dropped, dead
+        self._tallies = Tallies()
         self._published: Counter[str] = Counter()  # by topic
-        self._stamps: list[tuple[float, int]] = []  # when a batch came, and its first offset; both ascend
         self._expiry = math.inf  # no lease runs out before
-        self._trim_at = 2 * retain
 
     @classmethod
     def of(cls, config: OonaConfig) -> Broker:
@@ -92,28 +85,29 @@ class Broker:
             backlog=config.backlog,
             max_deliveries=config.max_deliveries,
             drop_oldest=config.drop_oldest,
+            kept=Kept(
+                retain_bytes=int(config.retain_mb * 2**20),
+                retain_s=None if config.retain_hours is None else config.retain_hours * 3600,
+            ),
         )
 
     # ---- producers
 
     def admit(self, batch: Batch) -> Admission:
         """Says whether `append` may take this batch now."""
-        expected = max(self._producers.get(batch.producer, batch.base), batch.base)
-        if batch.seq < expected:
-            return Admission.DUPLICATE
-        if batch.seq > expected:
-            return Admission.EARLY
+        lead = self._producers.lead(batch)
+        if lead:
+            return Admission.DUPLICATE if lead < 0 else Admission.EARLY
         added: Counter[tuple[str, str]] = Counter()
         for topic, key, count in runs_of(batch.records):
             if topic in self.drop_oldest:
                 continue
-            for group in self._groups.values():
-                if group.wants(topic, key):
-                    added[group.name, topic] += count
-                    held = group.pending[topic]
-                    # a batch larger than the backlog passes alone
-                    if held and held + added[group.name, topic] > self.backlog:
-                        return Admission.FULL
+            for group in self._takers_of(topic, key):
+                added[group.name, topic] += count
+                held = group.pending[topic]
+                # a batch larger than the backlog passes alone
+                if held and held + added[group.name, topic] > self.backlog:
+                    return Admission.FULL
         return Admission.ACCEPT
 
     def surplus(self, batch: Batch) -> dict[str, list[int]]:
@@ -123,13 +117,13 @@ class Broker:
         added: Counter[tuple[str, str]] = Counter()
         for topic, key, count in runs_of(batch.records):
             if topic in self.drop_oldest:
-                for group in self._groups.values():
-                    added[group.name, topic] += count * group.wants(topic, key)
+                for group in self._takers_of(topic, key):
+                    added[group.name, topic] += count
         surplus: dict[str, list[int]] = {}
         for (name, topic), count in added.items():
             group = self._groups[name]
             excess = group.pending[topic] + count - self.backlog
-            if count and excess > 0 and (oldest := group.oldest_ready(topic, excess)):
+            if excess > 0 and (oldest := group.oldest_ready(topic, excess)):
                 surplus.setdefault(name, []).extend(oldest)
         return surplus
 
@@ -141,7 +135,7 @@ class Broker:
             if lane is not None:
                 group.remove(lane, offset)
                 group.num_dropped += 1
-                self._count(lane.key)[3] += 1
+                self._tallies.dropped(lane.key)
 
     def append(self, batch: Batch, at: float = 0.0) -> None:
         """Takes an admitted batch; the records get the next offsets, in order.
@@ -150,27 +144,25 @@ class Broker:
             batch: what `admit` accepted.
             at: the time, seconds since the epoch; 0 if it is not known. A clock that was set back stands still here.
         """
-        self._producers.pop(batch.producer, None)
-        self._producers[batch.producer] = batch.seq + 1
-        if len(self._producers) > MAX_PRODUCERS:
-            del self._producers[next(iter(self._producers))]
+        self._producers.note(batch)
         self._append(batch.records, at)
 
+    def takers(self, records: Sequence[Record]) -> set[str]:
+        """The groups that want any of these."""
+        runs = {(topic, key) for topic, key, _ in runs_of(records)}
+        return {group.name for topic, key in runs for group in self._takers_of(topic, key)}
+
     def _append(self, records: Sequence[Record], at: float) -> None:
-        start = offset = self.next_offset
-        self.next_offset += len(records)
-        self._records.update(zip(range(start, self.next_offset), records, strict=True))
-        self._stamps.append((max(at, self._stamps[-1][0] if self._stamps else 0.0), start))
+        offset = self.kept.append(records, at)
         for topic, key, count in runs_of(records):
             self._published[topic] += count
             if topic != _LETTERS:  # told by `dead`; they were published once already
-                self._count(key)[0] += count
-            for group in self._groups.values():
-                if group.wants(topic, key):
-                    group.offer(topic, key, range(offset, offset + count))
+                self._tallies.published(key, count)
+            for group in self._takers_of(topic, key):
+                group.offer(topic, key, range(offset, offset + count))
             offset += count
-        if len(self._records) > self._trim_at:
-            self.trim()
+        if self.kept.is_due(at):
+            self.trim(at)
 
     # ---- groups
 
@@ -192,15 +184,25 @@ class Broker:
                 )
             group.seen_at = now
             return False
-        group = self._groups[name] = Group(name, frozenset(topics), key, now, self.max_deliveries)
-        for offset in range(max(start, self.first_offset), self.next_offset):
-            record = self._records[offset]
+        group = self._enter(name, topics, key, now)
+        for offset, record in self.kept.from_offset(start):
             if group.wants(record.topic, record.key):
                 group.offer(record.topic, record.key, (offset,))
         return True
 
     def poll(self, name: str, member: str, number: int, max_records: int, now: float) -> list[Leased]:
-        """Leases the next records to a member, lanes in turn.
+        """Leases the next records to a member, lanes in turn; see `next_for`.
+
+        Raises:
+            NotFoundError: if there is no such group.
+        """
+        chosen, is_new = self.next_for(name, member, number, max_records, now)
+        if chosen and is_new:
+            self.lease(name, member, number, chosen, now + self.lease_s)
+        return self.leased(name, chosen)
+
+    def next_for(self, name: str, member: str, number: int, max_records: int, now: float) -> tuple[list[int], bool]:
+        """What a member would get, and whether it is to be leased to it for that.
 
         A repeated `number` means that the last answer was lost: the same records are given again, as the same
         attempt.
@@ -211,19 +213,21 @@ class Broker:
         group = self._group(name)
         group.seen_at = now
         if member in self._left:
-            return []
+            return [], False
         last, offsets = group.polls.get(member, (-1, []))
         if last == number:
             again = [offset for offset in offsets if self._is_leased(group, offset, member)]
             if again:
-                return self._leased(group, again)
-        chosen = self._choose(group, member, max_records)
-        if chosen:
-            self.lease(name, member, number, chosen, now + self.lease_s)
-        return self._leased(group, chosen)
+                return again, False
+        return self._choose(group, member, max_records), True
+
+    def leased(self, name: str, offsets: Sequence[int]) -> list[Leased]:
+        """Records that are out, as their member gets them."""
+        group = self._group(name)
+        return [Leased(offset, group.attempts[offset], self.kept[offset].data) for offset in offsets]
 
     def lease(self, name: str, member: str, number: int, offsets: Sequence[int], deadline: float) -> None:
-        """Marks records as out with a member. `poll` decides which; a replayed log calls this directly."""
+        """Marks records as out with a member. `next_for` says which; a replayed log calls this directly."""
         group = self._group(name)
         touched: dict[tuple[str, str], Lane] = {}
         num_delivered, num_redelivered = 0, 0
@@ -241,9 +245,7 @@ class Broker:
             attempt = group.attempts[offset] = group.attempts.get(offset, 0) + 1
             num_redelivered += attempt > 1
             if lane.topic != _LETTERS:
-                count = self._count(lane.key)
-                count[1] += 1
-                count[2] += attempt > 1
+                self._tallies.delivered(lane.key, again=attempt > 1)
             touched[lane.topic, lane.key] = lane
         group.num_delivered += num_delivered
         group.num_redelivered += num_redelivered
@@ -287,7 +289,7 @@ class Broker:
             NotFoundError: if there is no such group.
         """
         group = self._group(name)
-        known = ((offset, group.attempts.get(offset), self._records.get(offset)) for offset in offsets)
+        known = ((offset, group.attempts.get(offset), self.kept.get(offset)) for offset in offsets)
         return [(offset, attempts, record) for offset, attempts, record in known if attempts and record is not None]
 
     def bury(self, name: str, offsets: Sequence[int], letters: Sequence[Record], at: float = 0.0) -> None:
@@ -303,7 +305,7 @@ class Broker:
                 group.remove(lane, offset)
                 group.num_dead += 1
                 if lane.topic != _LETTERS:
-                    self._count(lane.key)[4] += 1
+                    self._tallies.dead(lane.key)
         if letters:
             self._append(letters, at)
 
@@ -355,14 +357,25 @@ class Broker:
 
     def forget(self, name: str) -> None:
         """Drops a group and its position."""
-        self._groups.pop(name, None)
+        group = self._groups.pop(name, None)
+        if group is not None:
+            for topic in group.topics:
+                takers = self._takers[topic, group.key]
+                takers.remove(group)
+                if not takers:
+                    del self._takers[topic, group.key]
 
     # ---- what is kept
 
     @property
     def first_offset(self) -> int:
         """The lowest offset kept."""
-        return next(iter(self._records), self.next_offset)
+        return self.kept.first_offset
+
+    @property
+    def next_offset(self) -> int:
+        """The offset of the next record."""
+        return self.kept.next_offset
 
     @property
     def next_expiry(self) -> float:
@@ -374,9 +387,8 @@ class Broker:
         return list(self._groups)
 
     def counts(self, key: str) -> BusCounts:
-        """Messages with this key. `delivered` counts every delivery to every group, `redelivered` the repeated ones."""
-        published, delivered, redelivered, dropped, dead = self._counts.get(key, (0, 0, 0, 0, 0))
-        return BusCounts(published=published, delivered=delivered, redelivered=redelivered, dropped=dropped, dead=dead)
+        """Messages with this key; see `Tallies`."""
+        return self._tallies.of(key)
 
     def stats(self, now: float) -> BusStats:
         """Figures of this shard; reads every kept record once.
@@ -384,73 +396,24 @@ class Broker:
         Args:
             now: on the clock of the other calls.
         """
-        kept: dict[str, list[int]] = {}  # number, bytes, first and last offset
-        for offset, record in self._records.items():
-            row = kept.setdefault(record.topic, [0, 0, offset, offset])
-            row[0] += 1
-            row[1] += len(record.data)
-            row[3] = offset
-        topics = []
-        for topic in sorted(self._published | kept):
-            number, size, first, last = kept.get(topic, (0, 0, -1, -1))
-            topics.append(
-                TopicStats(
-                    topic=topic,
-                    published=self._published[topic],
-                    kept=number,
-                    kept_bytes=size,
-                    oldest_at=self._time_of(first),
-                    newest_at=self._time_of(last),
-                )
-            )
-        groups = [self._group_stats(group, now) for _, group in sorted(self._groups.items())]
-        return BusStats(num_shards=1, topics=tuple(topics), groups=tuple(groups))
+        groups = [group.stats(now) for _, group in sorted(self._groups.items())]
+        return BusStats(num_shards=1, topics=tuple(self.kept.topic_stats(self._published)), groups=tuple(groups))
 
-    # ---- reading without a group
-
-    def offset_at(self, at: float) -> int:
-        """The first offset that came at or after this time, in seconds since the epoch."""
-        index = bisect_left(self._stamps, (at, -1))
-        return self._stamps[index][1] if index < len(self._stamps) else self.next_offset
-
-    def read(
-        self, start: int, topics: Sequence[str], key: str | None, max_records: int
-    ) -> tuple[list[tuple[int, bytes]], int]:
-        """Kept records from an offset on, and where to go on; looks at `READ_AHEAD` records at most.
+    def trim(self, at: float = 0.0) -> None:
+        """Lets records go that every group has acknowledged, where there are too many or they are too old.
 
         Args:
-            start: an offset; what is no longer kept is passed over.
-            topics: none means all.
-            key: None means all.
-            max_records: at most so many.
+            at: seconds since the epoch; 0 if it is not known, then none is too old.
         """
-        found: list[tuple[int, bytes]] = []
-        offset = max(start, self.first_offset)
-        end = min(self.next_offset, offset + READ_AHEAD)
-        while offset < end and len(found) < max_records:
-            record = self._records[offset]
-            if (not topics or record.topic in topics) and key in (None, record.key):
-                found.append((offset, record.data))
-            offset += 1
-        return found, offset
-
-    def trim(self) -> None:
-        """Drops the oldest records that every group has acknowledged, but keeps `retain`."""
-        oldest = min((group.oldest(self.next_offset) for group in self._groups.values()), default=self.next_offset)
-        keep = min(oldest, self.next_offset - self.retain)
-        for offset in range(self.first_offset, keep):
-            del self._records[offset]
-        self._trim_at = len(self._records) + self.retain
-        first = self.first_offset
-        passed = next((at for at, (_, start) in enumerate(self._stamps) if start > first), len(self._stamps))
-        del self._stamps[: max(0, passed - 1)]  # the last of these may hold the first record
+        firsts = (group.oldest(self.next_offset) for group in self._groups.values())
+        self.kept.trim(min(firsts, default=self.next_offset), at)
 
     def snapshot(self) -> dict[str, Any]:
         """All that the kept records do not tell, as JSON values."""
         return {
             "next_offset": self.next_offset,
-            "producers": self._producers,
-            "counts": self._counts,
+            "producers": self._producers.numbers(),
+            "counts": self._tallies.counters(),
             "groups": [
                 (group.name, sorted(group.topics), group.key, group.counters()) for group in self._groups.values()
             ],
@@ -463,13 +426,13 @@ class Broker:
         What groups had before them of earlier records is not in it: it must have been acknowledged, as it is when
         `first_offset` has passed the snapshot.
         """
-        self.next_offset = snapshot["next_offset"]
-        self._producers = dict(snapshot["producers"])
-        self._counts = {key: _padded(values) for key, values in snapshot["counts"].items()}
+        self.kept.next_offset = snapshot["next_offset"]
+        self._producers = Producers(snapshot["producers"])
+        self._tallies = Tallies(snapshot["counts"])
         self._published = Counter(snapshot.get("published", {}))  # logs of the first form have none
-        self._groups = {}
+        self._groups, self._takers = {}, {}
         for name, topics, key, *counters in snapshot["groups"]:
-            group = self._groups[name] = Group(name, frozenset(topics), key, now, self.max_deliveries)
+            group = self._enter(name, topics, key, now)
             if counters:
                 group.num_delivered, group.num_redelivered, group.num_dropped, group.num_dead = counters[0]
 
@@ -481,32 +444,19 @@ class Broker:
             raise NotFoundError(f"no group {name}; it never joined, or was idle for too long and forgotten")
         return group
 
-    def _count(self, key: str) -> list[int]:
-        return self._counts.setdefault(key, _padded(()))
+    def _enter(self, name: str, topics: Sequence[str], key: str | None, now: float) -> Group:
+        group = self._groups[name] = Group(name, frozenset(topics), key, now, self.max_deliveries)
+        for topic in group.topics:
+            self._takers.setdefault((topic, key), []).append(group)
+        return group
 
-    def _time_of(self, offset: int) -> float | None:
-        """When a record came; None if that is not known."""
-        index = bisect_left(self._stamps, offset + 1, key=lambda stamp: stamp[1]) - 1
-        return self._stamps[index][0] or None if offset >= 0 and index >= 0 else None
-
-    def _group_stats(self, group: Group, now: float) -> GroupStats:
-        owners = {lane.owner for lane in group.lanes.values()} - {None}
-        return GroupStats(
-            group=group.name,
-            topics=tuple(sorted(group.topics)),
-            key=group.key,
-            members=len(owners),
-            pending=group.pending.total(),
-            leased=sum(len(lane.leased) for lane in group.lanes.values()),
-            delivered=group.num_delivered,
-            redelivered=group.num_redelivered,
-            dropped=group.num_dropped,
-            dead=group.num_dead,
-            idle_s=max(0.0, now - group.seen_at),
-        )
+    def _takers_of(self, topic: str, key: str) -> list[Group]:
+        """The groups that want this, found without a look at all the others."""
+        anyway, this = self._takers.get((topic, None)), self._takers.get((topic, key))
+        return (anyway or []) + (this or []) if this else anyway or []
 
     def _lane(self, group: Group, offset: int) -> Lane | None:
-        record = self._records.get(offset)
+        record = self.kept.get(offset)
         return None if record is None else group.lanes.get((record.topic, record.key))
 
     def _is_leased(self, group: Group, offset: int, member: str) -> bool:
@@ -528,11 +478,3 @@ class Broker:
             if len(chosen) >= max_records:
                 break
         return chosen
-
-    def _leased(self, group: Group, offsets: Sequence[int]) -> list[Leased]:
-        return [Leased(offset, group.attempts[offset], self._records[offset].data) for offset in offsets]
-
-
-def _padded(values: Sequence[int]) -> list[int]:
-    """The five figures of a key; logs of the first form have three."""
-    return [*values, *[0] * (5 - len(values))]

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
+from esper.leyline.bus import GroupStats
+
 
 @dataclass(slots=True)
 class Lane:
@@ -52,6 +54,22 @@ class Group:
         lane.ready.extend(offsets)
         self.pending[topic] += len(lane.ready) - before
         self.runnable.setdefault(at)
+
+    def stats(self, now: float) -> GroupStats:
+        """Its figures."""
+        return GroupStats(
+            group=self.name,
+            topics=tuple(sorted(self.topics)),
+            key=self.key,
+            members=len({lane.owner for lane in self.lanes.values()} - {None}),
+            pending=self.pending.total(),
+            leased=sum(len(lane.leased) for lane in self.lanes.values()),
+            delivered=self.num_delivered,
+            redelivered=self.num_redelivered,
+            dropped=self.num_dropped,
+            dead=self.num_dead,
+            idle_s=max(0.0, now - self.seen_at),
+        )
 
     def counters(self) -> tuple[int, int, int, int]:
         """What a snapshot keeps of it."""

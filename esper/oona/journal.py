@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 from esper.leyline.bus import BusStats
-from esper.leyline.errors import TamperedError
+from esper.leyline.errors import EsperError, TamperedError
 from esper.leyline.summary import BusCounts
 from esper.oona.broker import Admission, Broker
 from esper.oona.deadletters import letters_of, spent_reason
@@ -29,6 +30,9 @@ FORGET_AFTER_S = 86_400.0
 """A group that nobody used for so long loses its position, or the log would grow for it for ever."""
 ABANDON_AFTER_S = 600.0
 """So long may a group that nobody uses keep publishers waiting; if it fills half the backlog it is forgotten then."""
+
+LOOK_S = 0.5
+"""From one look for such groups to the next: there may be thousands."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,26 +63,41 @@ class Journal:
         broker: fresh; the log is read into it.
         now: the present, on the caller's monotonic clock.
         shard: its number, for what is told of records.
+        lasting: groups that are never forgotten, such as the archive's: what they have not acknowledged is kept.
 
     Raises:
         StorageError: if the log is damaged.
         TamperedError: if a frame cannot be understood.
     """
 
-    def __init__(self, log: SegmentLog, broker: Broker, *, now: float, shard: int = 0) -> None:
+    def __init__(
+        self, log: SegmentLog, broker: Broker, *, now: float, shard: int = 0, lasting: Collection[str] = ()
+    ) -> None:
         self._log = log
         self._shard = shard
         self._told = DropTold(shard)
         self._broker = broker
+        self._lasting = frozenset(lasting)
+        self._look_at = now
+        self._roll_at = math.inf
         self._replay(now)
-        self._roll()
+        self._roll(0.0)
 
     @classmethod
-    def open(cls, directory: Path, broker: Broker, *, now: float, wait_s: float = 0.0, shard: int = 0) -> Journal:
+    def open(
+        cls,
+        directory: Path,
+        broker: Broker,
+        *,
+        now: float,
+        wait_s: float = 0.0,
+        shard: int = 0,
+        lasting: Collection[str] = (),
+    ) -> Journal:
         """Opens the log in `directory`; see `SegmentLog` for what it raises."""
         log = SegmentLog(directory, wait_s=wait_s)
         try:
-            return cls(log, broker, now=now, shard=shard)
+            return cls(log, broker, now=now, shard=shard, lasting=lasting)
         except BaseException:
             log.close()
             raise
@@ -96,8 +115,8 @@ class Journal:
             body: what is written.
             at: the time, seconds since the epoch; 0 if it is not known.
         """
-        if self._log.is_full:  # here, where the log and the broker tell the same
-            self._roll()
+        if self._log.is_full or at >= self._roll_at:  # here, where the log and the broker tell the same
+            self._roll(at)
         admission = self._broker.admit(batch)
         if admission is Admission.ACCEPT:
             for name, offsets in self._broker.surplus(batch).items():
@@ -112,21 +131,27 @@ class Journal:
         """Makes a group known; see `Broker.join`."""
         offset = start.offset(self._broker, self._shard)
         if self._broker.join(name, topics, key=key, start=offset, now=now):
-            self._write_json(Kind.JOIN, (name, list(topics), key, offset))
+            try:
+                self._write_json(Kind.JOIN, (name, list(topics), key, offset))
+            except EsperError:
+                self._broker.forget(name)  # or it would be known here and not to the log
+                raise
 
     def poll(self, name: str, member: str, number: int, max_records: int, now: float) -> list[Leased]:
         """See `Broker.poll`. Call `bury_exhausted` before."""
-        leased = self._broker.poll(name, member, number, max_records, now)
-        if leased:
-            self._write_json(Kind.LEASE, (name, member, number, [record.offset for record in leased]))
-        return leased
+        chosen, is_new = self._broker.next_for(name, member, number, max_records, now)
+        if chosen and is_new:
+            self._write_json(Kind.LEASE, (name, member, number, chosen))
+            self._broker.lease(name, member, number, chosen, now + self._broker.lease_s)
+        return self._broker.leased(name, chosen)
 
     def ack(self, name: str, offsets: Sequence[int], now: float) -> int:
         """See `Broker.ack`; returns how many were new."""
-        done = self._broker.ack(name, offsets, now)
-        if done:
-            self._write_json(Kind.ACK, (name, done))
-        return len(done)
+        held = [offset for offset, _, _ in self._broker.held(name, offsets)]
+        if held:
+            self._write_json(Kind.ACK, (name, held))
+        self._broker.ack(name, held, now)
+        return len(held)
 
     def bury_exhausted(self, name: str, *, at: float = 0.0) -> int:
         """Gives up what came back from its last delivery; returns how many. See `bury`."""
@@ -155,9 +180,9 @@ class Journal:
         return len(held)
 
     def read(self, start: Start, topics: Sequence[str], key: str | None, max_records: int) -> Shelf:
-        """See `Broker.read`."""
+        """See `Kept.read`."""
         first = start.offset(self._broker, self._shard)
-        records, position = self._broker.read(first, topics, key, max_records)
+        records, position = self._broker.kept.read(first, topics, key, max_records)
         return Shelf(records, position, self._broker.next_offset)
 
     def stats(self, now: float) -> BusStats:
@@ -173,12 +198,23 @@ class Journal:
         """See `Broker.has_left`."""
         return self._broker.has_left(member)
 
-    def expire(self, now: float) -> int:
-        """Takes back leases that ran out, and forgets groups that nobody uses any more."""
-        abandoned = self._broker.idle_groups(now, ABANDON_AFTER_S, pending=self._broker.backlog // 2)
-        self._forget(abandoned, "nobody reads it, and it holds half of the backlog", ABANDON_AFTER_S)
-        self._forget(self._broker.idle_groups(now, FORGET_AFTER_S), "nobody reads it", FORGET_AFTER_S)
+    def expire(self, now: float, at: float = 0.0) -> int:
+        """Takes back leases that ran out, lets old records go, and forgets groups that nobody uses any more.
+
+        Args:
+            now: on the clock of the other calls.
+            at: seconds since the epoch; 0 if it is not known.
+        """
+        if self._broker.kept.is_due(at):
+            self._broker.trim(at)
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            self._forget_idle(now)
         return self._broker.expire(now)
+
+    def takers(self, batch: Batch) -> set[str]:
+        """See `Broker.takers`."""
+        return self._broker.takers(batch.records)
 
     def counts(self, key: str) -> BusCounts:
         """See `Broker.counts`."""
@@ -194,8 +230,15 @@ class Journal:
 
     # ---- within
 
+    def _forget_idle(self, now: float) -> None:
+        abandoned = self._broker.idle_groups(now, ABANDON_AFTER_S, pending=self._broker.backlog // 2)
+        self._forget(abandoned, "nobody reads it, and it holds half of the backlog", ABANDON_AFTER_S)
+        self._forget(self._broker.idle_groups(now, FORGET_AFTER_S), "nobody reads it", FORGET_AFTER_S)
+
     def _forget(self, names: Sequence[str], reason: str, idle_s: float) -> None:
         for name in names:
+            if name in self._lasting:
+                continue
             logger.warning("oona.group.forgotten", extra={"group": name, "reason": reason, "idle_s": idle_s})
             self._broker.forget(name)
             self._write_json(Kind.FORGET, (name,))
@@ -203,7 +246,9 @@ class Journal:
     def _write_json(self, kind: Kind, values: object) -> None:
         self._log.write(kind, json.dumps(values, separators=(",", ":")).encode())
 
-    def _roll(self) -> None:
+    def _roll(self, at: float) -> None:
+        retain_s = self._broker.kept.retain_s
+        self._roll_at = math.inf if retain_s is None else max(at, self._broker.kept.newest_at) + retain_s / 8
         snapshot = json.dumps(self._broker.snapshot(), separators=(",", ":")).encode()
         self._log.roll(self._broker.next_offset, Kind.SNAPSHOT, snapshot)
         self._log.drop_below(self._broker.first_offset)

@@ -7,6 +7,8 @@ the whole state, so that older segments can be dropped.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import itertools
 import logging
@@ -19,10 +21,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from esper.leyline.errors import FencedError, StorageError
+from esper.leyline.errors import FencedError, StorageError, UnavailableError
 
 _HEADER = struct.Struct("<IIB")  # crc of the rest, length of the body, kind
 _SUFFIX = ".log"
+NUM_KINDS = 32
+"""Kinds of frames, at most."""
+MAX_TORN_BYTES = 16 << 20
+"""So much of a torn tail is searched for whole frames, and such frames are found."""
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +92,7 @@ class SegmentLog:
                 end += _HEADER.size + len(frame.body)
                 yield frame
             if end != len(data):
-                raise StorageError(f"{path} is damaged at byte {end}", remedy="restore the file from a copy")
+                raise _damaged(path, end)
 
     # ---- writing
 
@@ -99,15 +105,17 @@ class SegmentLog:
         """Appends one frame; it has left this process when this returns.
 
         Raises:
-            StorageError: if it could not be written whole; the log is as it was before.
+            UnavailableError: if the disk is full; the log is as it was before, and goes on when there is room.
+            StorageError: if it could not be written whole for another reason; the log is as it was before.
         """
         assert self._fd >= 0, "roll first"
+        assert kind < NUM_KINDS
         frame = _frame(kind, body)
         try:
             _write_all(self._fd, frame)
         except OSError as error:
             os.ftruncate(self._fd, self._size)
-            raise StorageError(f"cannot write to {self.directory}: {error.strerror}", field="storage") from error
+            raise self._failure("write to", error) from error
         self._size += len(frame)
         self._is_dirty = True
 
@@ -115,7 +123,8 @@ class SegmentLog:
         """Starts a segment with a frame of the whole state; `offset` is the first it may hold.
 
         Raises:
-            StorageError: if it cannot be made; the segment before stays in use.
+            UnavailableError: if the disk is full; the segment before stays in use.
+            StorageError: if it cannot be made for another reason; likewise.
         """
         paths = self.segments
         index = int(paths[-1].name.split("-")[0]) + 1 if paths else 0
@@ -133,7 +142,9 @@ class SegmentLog:
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
-            raise StorageError(f"cannot write to {self.directory}: {error.strerror}", field="storage") from error
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            raise self._failure("write to", error) from error
         with self._guard:
             if self._fd >= 0:
                 os.close(self._fd)
@@ -152,6 +163,7 @@ class SegmentLog:
             try:
                 os.fsync(self._fd)
             except OSError as error:
+                self._is_dirty = True
                 raise StorageError(f"cannot sync {self.directory}: {error.strerror}", field="storage") from error
 
     def drop_below(self, offset: int) -> None:
@@ -173,17 +185,44 @@ class SegmentLog:
                 os.close(self._lock_fd)
                 self._lock_fd = -1
 
+    def _failure(self, doing: str, error: OSError) -> StorageError | UnavailableError:
+        what = f"cannot {doing} {self.directory}: {error.strerror}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return UnavailableError(what, field="storage", remedy="make room: it goes on by itself, nothing is lost")
+        return StorageError(what, field="storage")
+
     def _cut_torn_tail(self) -> int:
-        """Cuts the last segment after its last whole frame; returns the number of bytes cut."""
+        """Cuts the last segment after its last whole frame; returns the number of bytes cut.
+
+        Raises:
+            StorageError: if a whole frame follows: then it is damaged, not torn, and what follows was acknowledged.
+        """
         paths = self.segments
         if not paths:
             return 0
         data = paths[-1].read_bytes()
         end = sum(_HEADER.size + len(frame.body) for frame in _frames(data))
         if end < len(data):
+            if _has_frame(data, end + 1):
+                raise _damaged(paths[-1], end)
             os.truncate(paths[-1], end)
             logger.warning("oona.log.cut", extra={"path": str(paths[-1]), "at": end, "num_bytes": len(data) - end})
         return len(data) - end
+
+
+def _damaged(path: Path, at: int) -> StorageError:
+    return StorageError(f"{path} is damaged at byte {at}", field="storage", remedy="restore the file from a copy")
+
+
+def _has_frame(data: bytes, start: int) -> bool:
+    """Whether a whole frame begins anywhere from `start` on. What a crash tore is small; so much is looked at."""
+    view = memoryview(data)
+    for at in range(start, min(len(data) - _HEADER.size, start + MAX_TORN_BYTES)):
+        crc, length, kind = _HEADER.unpack_from(data, at)
+        end = at + _HEADER.size + length
+        if kind < NUM_KINDS and end <= len(data) and length <= MAX_TORN_BYTES and zlib.crc32(view[at + 4 : end]) == crc:
+            return True
+    return False
 
 
 def _lock(fd: int, directory: Path, wait_s: float) -> None:

@@ -108,9 +108,9 @@ class MemoryTransport:
             return self._broker.counts(key)
 
     def read(self, start: Start, topics: Sequence[str], *, key: str | None, max_records: int) -> list[Shelf]:
-        """See `Broker.read`."""
+        """See `Kept.read`."""
         with self._changed:
-            records, position = self._broker.read(start.offset(self._broker, 0), topics, key, max_records)
+            records, position = self._broker.kept.read(start.offset(self._broker, 0), topics, key, max_records)
             return [Shelf(records, position, self._broker.next_offset)]
 
     def stats(self) -> BusStats:

@@ -59,6 +59,7 @@ class _Outbox:
     next_seq: int = 0
     window: dict[int, _Call] = field(default_factory=dict)  # by number, oldest first
     flush_to: int = 0
+    problem: str = ""  # why the broker did not take a batch, if it said so
 
     @property
     def base(self) -> int:
@@ -141,7 +142,9 @@ class Publisher:
             self._raise_failure()
             if not is_safe:
                 missing = sum(max(0, target - outbox.num_safe) for outbox, target in targets)
-                raise UnavailableError(f"{missing} messages were not acknowledged within {timeout_s:g} s")
+                raise UnavailableError(
+                    f"{missing} messages were not acknowledged within {timeout_s:g} s{self._problem()}"
+                )
 
     def close(self, *, timeout_s: float = 10.0) -> None:
         """Flushes, then ends the thread. What could not be flushed is named in the error that `flush` raises."""
@@ -173,6 +176,10 @@ class Publisher:
         if self._failure is not None:
             raise self._failure
 
+    def _problem(self) -> str:
+        problems = dict.fromkeys(outbox.problem for outbox in self._outboxes if outbox.problem)
+        return "".join(f"; {problem}" for problem in problems)
+
     def _wait_for_room(self, outbox: _Outbox) -> None:
         self._start()
         self._changed.notify_all()
@@ -183,7 +190,9 @@ class Publisher:
         since = time.monotonic() if oldest is None else oldest.waiting_since
         remaining = since + self._deadline_s - time.monotonic()
         if remaining <= 0:
-            raise UnavailableError(f"the broker did not answer within {self._deadline_s:g} s and the buffer is full")
+            raise UnavailableError(
+                f"the broker took nothing within {self._deadline_s:g} s and the buffer is full{self._problem()}"
+            )
         self._changed.wait(remaining)
 
     # ---- the thread's side
@@ -239,6 +248,7 @@ class Publisher:
         error = future.exception()
         with self._changed:
             now = time.monotonic()
+            self._outboxes[shard].problem = "" if error is None else str(error)
             if error is None and future.result():
                 del self._outboxes[shard].window[call.seq]
             elif error is None:

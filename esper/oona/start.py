@@ -37,7 +37,7 @@ class Start:
         if self.from_start:
             return broker.first_offset
         if self.time is not None:
-            return broker.offset_at(self.time)
+            return broker.kept.offset_at(self.time)
         asked = None if self.offsets is None else self.offsets.get(shard)
         if asked is None:
             return broker.next_offset

@@ -318,6 +318,7 @@ class Trainer:
             params=session.host_size.params,
             directory=self._directory,
             resumed_from_epoch=self._resumed_from,
+            num_events=len(session.recorder.events),
         )
         session.outbox.publish(Topic.RUN_STARTED, started)
         self._write(RunStatus.RUNNING)

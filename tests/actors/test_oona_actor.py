@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -251,3 +252,74 @@ def test_the_command_line_finds_the_bus_of_a_storage_and_says_where_there_is_non
     with opened(str(tmp_path)) as found:
         assert [(row["topic"], row["published"]) for row in topic_rows(found)] == [(Topic.STEPS, 1)]
     bus.close()
+
+
+# ---- disks that fill up, settings of the disk
+
+
+@pytest.mark.parametrize("fsync", ["always", "never"])
+def test_the_disk_may_be_waited_for_always_or_never(start, fsync):
+    handle = start(OonaConfig(fsync=fsync, batch=8))
+    bus = handle.bus()
+    subscription = bus.subscribe([Topic.STEPS], group="g")
+    bus.publish([step(number) for number in range(100)])
+    bus.flush(timeout_s=WAIT_S)
+    synced = ray.get(
+        handle.shards[0].__ray_call__.remote(lambda shard: (shard._num_synced, shard._num_written)), timeout=WAIT_S
+    )
+    assert synced[0] == (synced[1] if fsync == "always" else 0)
+    kill_process(handle)
+    assert numbers(take(subscription, 100)) == list(range(100))
+    bus.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of two megabytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_is_told_and_waited_for_and_nothing_is_lost(start, small_disk):
+    handle = start(OonaConfig(batch=32, lease_s=3600.0), directory=small_disk / "oona")
+    bus = handle.bus()
+    subscription = bus.subscribe([Topic.STEPS], group="g")
+    bus.publish([step(number) for number in range(100)])
+    bus.flush(timeout_s=WAIT_S)
+    ballast = small_disk / "ballast"
+    filled = subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=4096"], capture_output=True, check=False)
+    assert b"No space left" in filled.stderr
+    bus.publish([step(number) for number in range(100, 300)])
+    with pytest.raises(UnavailableError, match=r"not acknowledged within 2 s; .*No space left on device \(make room"):
+        bus.flush(timeout_s=2)
+    ballast.unlink()
+    bus.flush(timeout_s=WAIT_S)
+    kill_process(handle)
+    assert numbers(take(subscription, 300)) == list(range(300))
+    assert bus.counts("run") == BusCounts(published=300, delivered=300)
+    bus.close()
+
+
+def test_a_damaged_log_is_named_and_goes_on_once_it_is_restored(start, tmp_path):
+    handle = start()
+    bus = handle.bus()
+    bus.subscribe([Topic.STEPS], group="g")
+    bus.publish([step(number) for number in range(10)])
+    bus.close()
+    handle.stop()
+    (path,) = tmp_path.glob("oona/*/*.log")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+    with pytest.raises(UnavailableError, match=r"log is damaged at byte \d+ \(restore the file from a copy\)"):
+        start(prefix="damaged")
+    path.write_bytes(whole)
+    again = start(prefix="restored").bus()
+    assert numbers(take(again.subscribe([Topic.STEPS], group="g"), 10)) == list(range(10))
+    again.close()

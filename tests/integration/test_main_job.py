@@ -23,6 +23,9 @@ from esper.config import parse_config
 from esper.leyline import RunHistory, RunStatus, RunSummary, SeedStage, container, now
 from esper.leyline.keys import load, public_hex
 from esper.leyline.lower import lower
+from esper.oona.archive import read_archive
+from esper.oona.story import story_of
+from esper.storage import Storage
 from esper.tolaria.workload import Workload
 from jobs import cli
 from jobs.workload import ConfiguredWorkload
@@ -120,6 +123,21 @@ def test_no_compiler_ran_in_the_trainer(job):
 def test_the_bus_carried_the_signals_to_who_reads_them(job):
     bus = job.summary.bus
     assert 0 < bus.published <= bus.delivered
+
+
+def test_the_archive_alone_tells_the_story_of_the_run(job):
+    """Read without Esper's files of the run and without a bus: only the Delta table of the audit trail."""
+    archived = read_archive(Storage.at(job.storage), key=job.folder.name)
+    story = story_of(job.folder.name, (row.message for row in archived))
+    summary = job.summary
+    assert story.events == summary.events
+    assert story.rungs == summary.rungs
+    assert story.reports == summary.field_reports
+    assert [record.epoch for record in story.epochs] == list(range(summary.num_epochs))
+    assert story.epochs[-1].val_metric == summary.metrics.val_accuracy
+    commanded = {command.seed_id for decision in story.decisions for command in decision.commands}
+    assert {event.seed for event in summary.events} <= commanded
+    assert len({(row.shard, row.offset) for row in archived}) == len(archived)
 
 
 def test_a_seed_goes_from_dormant_to_fossilized_with_evidence_and_reasons(job):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from esper.leyline.errors import ConflictError, NotFoundError
 from esper.leyline.summary import BusCounts
 from esper.oona import Admission, Batch, Broker, Record
+from esper.oona.kept import Kept
 
 
 def batch(seq, *keys, producer="p", base=0, topic="t"):
@@ -182,7 +183,7 @@ def test_a_full_backlog_refuses_until_acknowledged():
 
 
 def test_only_what_all_groups_acknowledged_is_dropped():
-    broker = Broker(retain=2)
+    broker = Broker(kept=Kept(retain=2))
     broker.join("g", ["t"], key=None, start=0, now=0.0)
     for seq in range(6):
         broker.append(batch(seq, "a"))
@@ -198,7 +199,7 @@ def test_only_what_all_groups_acknowledged_is_dropped():
 
 
 def test_memory_is_bounded_without_being_asked():
-    broker = Broker(retain=10)
+    broker = Broker(kept=Kept(retain=10))
     for seq in range(1000):
         broker.append(batch(seq, "a", "b"))
     assert broker.next_offset - broker.first_offset <= 22
@@ -310,14 +311,14 @@ def test_who_acknowledges_late_saves_a_record():
 
 
 def test_stamps_are_trimmed_and_never_go_back():
-    broker = Broker(retain=9)
+    broker = Broker(kept=Kept(retain=9))
     for seq, at in enumerate([10.0, 20.0, 15.0, 30.0, 40.0]):
         broker.append(batch(seq, "a", "a"), at)
-    assert [broker.offset_at(at) for at in (0.0, 10.0, 10.5, 20.0, 25.0, 40.0, 41.0)] == [0, 0, 2, 2, 6, 8, 10]
-    broker.retain = 3
+    assert [broker.kept.offset_at(at) for at in (0.0, 10.0, 10.5, 20.0, 25.0, 40.0, 41.0)] == [0, 0, 2, 2, 6, 8, 10]
+    broker.kept.retain = 3
     broker.trim()
     assert broker.first_offset == 7
-    assert [broker.offset_at(at) for at in (0.0, 30.0, 40.0)] == [6, 6, 8]
+    assert [broker.kept.offset_at(at) for at in (0.0, 30.0, 40.0)] == [6, 6, 8]
     (topic,) = broker.stats(0.0).topics
     assert (topic.kept, topic.published, topic.oldest_at, topic.newest_at) == (3, 10, 30.0, 40.0)
 

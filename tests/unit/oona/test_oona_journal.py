@@ -24,6 +24,7 @@ from esper.oona import (
     shard_of,
 )
 from esper.oona.journal import ABANDON_AFTER_S, Kind
+from esper.oona.kept import Kept
 
 
 def batch(seq, *keys, size=4):
@@ -107,14 +108,14 @@ def test_leases_that_ran_out_or_were_given_back_are_replayed(reopen):
 
 
 def test_old_segments_go_when_all_in_them_is_acknowledged(reopen, tmp_path):
-    journal = reopen(segment_bytes=2000, retain=0)
+    journal = reopen(segment_bytes=2000, kept=Kept(retain=0))
     journal.join("g", ["t"], key=None, start=Start(), now=0.0)
     for seq in range(40):
         append(journal, batch(seq, "a", size=300))
         if seq >= 5:
             journal.ack("g", offsets(journal.poll("g", "m", seq, 1, 0.0)), 0.0)
     assert len(list(tmp_path.glob("*.log"))) < 6
-    journal = reopen(segment_bytes=2000, retain=0)
+    journal = reopen(segment_bytes=2000, kept=Kept(retain=0))
     assert journal.counts("a").published == 40
     assert offsets(journal.poll("g", "m", 99, 99, 0.0)) == [35, 36, 37, 38, 39]
     assert append(journal, batch(40, "a")) is Admission.ACCEPT

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from esper.leyline.errors import FencedError, StorageError
+from esper.leyline.errors import FencedError, StorageError, UnavailableError
 from esper.oona import log as log_module
 from esper.oona.log import Frame, SegmentLog
 
@@ -66,6 +66,18 @@ def test_damage_before_the_last_segment_is_refused(filled):
         read(filled)
 
 
+@pytest.mark.parametrize("at", [0, 4, 8, 12])  # in the CRC, the length, the kind, the body
+def test_a_damaged_frame_in_the_last_segment_is_no_torn_tail(filled, at):
+    """What follows it was acknowledged: it must not be cut off without a word."""
+    path = max(filled.glob("*.log"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(StorageError, match=r"is damaged at byte 0 \(restore"):
+        read(filled)
+    path.write_bytes(whole)
+    assert read(filled) == (FRAMES, 0)
+
+
 def test_a_segment_that_was_never_finished_is_not_read(filled):
     (filled / "00000001-00000000000000000003.new").write_bytes(b"half a fra")
     assert read(filled) == (FRAMES, 0)
@@ -107,7 +119,7 @@ def test_a_full_disk_leaves_the_log_as_it_was(filled, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(log_module.os, "write", short)
-        with pytest.raises(StorageError, match="No space left"):
+        with pytest.raises(UnavailableError, match="No space left"):
             log.write(1, b"y" * 80)
     log.write(1, b"fits")
     log.close()

@@ -107,7 +107,7 @@ class TestMemoryBus(BusConformance):
 
     def test_a_replay_from_what_is_gone_says_so(self, make_bus, caplog):
         bus, _ = make_bus(OonaConfig(batch=1))
-        bus._transport._broker.retain = 2
+        bus._transport._broker.kept.retain = 2
         bus.publish([step(number) for number in range(9)])
         bus.flush(timeout_s=WAIT_S)
         bus._transport._broker.trim()

@@ -114,7 +114,7 @@ def test_a_batch_that_is_refused_for_good_is_reported_to_who_publishes(make):
 
 def test_publish_gives_up_when_nobody_answers(make):
     publisher = make(Scripted(), batch=1, linger_s=0.0, deadline_s=0.05)
-    with pytest.raises(UnavailableError, match="did not answer within"):
+    with pytest.raises(UnavailableError, match="took nothing within"):
         publisher.publish([step(number) for number in range(3 * WINDOW)])
 
 
