@@ -454,8 +454,10 @@ class RayTransport:
 
 def _home() -> tuple[Any, str] | None:
     """A handle of the actor that this process is, and which of its lives this is; None elsewhere."""
+    if not ray.is_initialized():
+        return None
     context = ray.get_runtime_context()
-    if not ray.is_initialized() or context.get_actor_id() is None:
+    if context.get_actor_id() is None:
         return None
     actor = context.current_actor
     actor._ray_weak_ref = True  # noqa: SLF001 - there is no other way to say it; the bus keeps nobody alive

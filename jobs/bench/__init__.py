@@ -23,7 +23,19 @@ Benchmark = Callable[[Sequence[str], Say], "BenchResult"]
 """Runs with its own command-line options; exits by `SystemExit` for `--help` and wrong options, as argparse does."""
 
 SUPPORT = frozenset(
-    {"harness", "arms", "picture", "first_step", "mlflow_registry", "rest", "http_client", "streams", "scale_ranks"}
+    {
+        "harness",
+        "arms",
+        "picture",
+        "first_step",
+        "mlflow_registry",
+        "native_kernels",
+        "rest",
+        "http_client",
+        "streams",
+        "stream_ends",
+        "scale_ranks",
+    }
 )
 """Modules here that are no benchmarks."""
 
