@@ -190,6 +190,14 @@ class OonaShard:
             known.task = asyncio.create_task(self._watch(home, known))
         known.members.add((group, member))
 
+    async def forget(self, group: str) -> None:
+        """See `Journal.forget`."""
+        self._check()
+        self._journal.forget(group)
+        self._note_write()
+        self._tell((group,))
+        self._make_room()  # it may have been what kept publishers waiting
+
     async def counts(self, key: str) -> BusCounts:
         """See `Broker.counts`."""
         return self._journal.counts(key)
@@ -422,6 +430,10 @@ class RayTransport:
         for index in range(len(self._shards)):
             self._polls.pop((member, index), None)
         _get([shard.leave.remote(group, member) for shard in self._connected()], self._name)
+
+    def forget(self, group: str) -> None:
+        """See `Transport.forget`."""
+        _get([shard.forget.remote(group) for shard in self._connected()], self._name)
 
     def counts(self, key: str) -> BusCounts:
         """Sums over the shards."""

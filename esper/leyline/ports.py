@@ -100,6 +100,12 @@ class Bus(Protocol):
         """
         ...
 
+    def listen(self, topics: Sequence[Topic], *, key: str | None = None, from_start: bool = False) -> Subscription:
+        """Gets all of it, whoever else does: a broadcast. The group is this listener's alone and ends with its `close`;
+        one that dies without a word is forgotten after ten minutes.
+        """
+        ...
+
     def read(
         self,
         topics: Sequence[Topic] = (),

@@ -10,6 +10,7 @@ from esper.oona.duplicates import Duplicates
 from esper.oona.journal import Journal
 from esper.oona.log import SegmentLog
 from esper.oona.memory import MemoryBus
+from esper.oona.requests import Requester, Responder
 from esper.oona.start import Start
 from esper.oona.stats import merged
 from esper.oona.transport import Received, Shelf, Transport
@@ -26,6 +27,8 @@ __all__ = [
     "MemoryBus",
     "Received",
     "Record",
+    "Requester",
+    "Responder",
     "SegmentLog",
     "Shelf",
     "Start",

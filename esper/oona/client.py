@@ -7,10 +7,12 @@ from contextlib import ExitStack
 
 from esper.config import OonaConfig
 from esper.leyline.bus import BusStats
+from esper.leyline.contract import new_id
 from esper.leyline.messages import OonaMessage, Topic
 from esper.leyline.ports import ReadPage, Subscription
 from esper.leyline.summary import BusCounts
 from esper.oona.consumer import Consumer, decode_apart
+from esper.oona.groups import LISTENER
 from esper.oona.publisher import Publisher
 from esper.oona.start import Start
 from esper.oona.transport import Received, Transport
@@ -59,6 +61,14 @@ class BusClient:
         start = Start(from_start, from_offsets, from_time)
         self._transport.subscribe(group, _names(topics), key=key, start=start)
         consumer = Consumer(self._transport, group)
+        self._consumers.append(consumer)
+        return consumer
+
+    def listen(self, topics: Sequence[Topic], *, key: str | None = None, from_start: bool = False) -> Subscription:
+        """See `Bus.listen`."""
+        group = f"{LISTENER}{new_id()}"
+        self._transport.subscribe(group, _names(topics), key=key, start=Start(from_start=from_start))
+        consumer = Consumer(self._transport, group, is_alone=True)
         self._consumers.append(consumer)
         return consumer
 

@@ -8,17 +8,19 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from esper.leyline.contract import new_id
 from esper.leyline.errors import EsperError, UnavailableError
-from esper.leyline.messages import OonaMessage, decode
+from esper.leyline.messages import OonaMessage
 from esper.leyline.ports import Delivery
 from esper.oona.duplicates import Duplicates
 from esper.oona.transport import Received, Transport
 
 RETRY_S = 0.2
 """Pause before acknowledgements are sent again to a shard that is not there."""
+
+_DELIVERIES = TypeAdapter(list[Delivery])
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +30,17 @@ class Consumer:
 
     What was handed out and not acknowledged within the lease comes again with a higher `attempt`; what was
     acknowledged here does not, even if the broker lost that. What cannot be decoded goes to the dead letters at once.
+
+    Args:
+        transport: the way to the broker.
+        group: to be a member of.
+        is_alone: whether the group ends with this member.
     """
 
-    def __init__(self, transport: Transport, group: str) -> None:
+    def __init__(self, transport: Transport, group: str, *, is_alone: bool = False) -> None:
         self._transport = transport
         self._group = group
+        self._is_alone = is_alone
         self._member = new_id()
         self._held: deque[Delivery] = deque()
         self._acked = Duplicates()
@@ -98,6 +106,8 @@ class Consumer:
         if self._thread is not None:
             self._thread.join(timeout_s)
         self._transport.leave(self._group, self._member)
+        if self._is_alone:
+            self._transport.forget(self._group)
         if self._failure is not None:
             raise self._failure
         if not is_sent:
@@ -171,17 +181,22 @@ def decode_apart(received: Sequence[Received]) -> tuple[list[Delivery], list[Rec
         return [], []
     refused: list[Received] = []
     try:
-        messages = decode(b"[" + b",".join(record.data for record in received) + b"]")
+        deliveries = _decoded(received)
     except ValidationError:
-        messages = []
-    if len(messages) != len(received):  # the bytes of one may also be none, or several
+        deliveries = []
+    if len(deliveries) != len(received):  # the bytes of one may also be none, or several
         refused = [record for record in received if not _is_message(record.data)]
-        received = [record for record in received if _is_message(record.data)]
-        messages = decode(b"[" + b",".join(record.data for record in received) + b"]")
-    return [
-        Delivery.model_construct(shard=record.shard, offset=record.offset, attempt=record.attempt, message=message)
-        for record, message in zip(received, messages, strict=True)
-    ], refused
+        deliveries = _decoded([record for record in received if _is_message(record.data)])
+    return deliveries, refused
+
+
+def _decoded(received: Sequence[Received]) -> list[Delivery]:
+    """The deliveries around the messages are JSON too: building them in Python would cost more than all the rest."""
+    rows = [
+        b'{"message":%b,"shard":%d,"offset":%d,"attempt":%d}' % (data, shard, offset, attempt)
+        for shard, offset, attempt, data in received
+    ]
+    return _DELIVERIES.validate_json(b"[" + b",".join(rows) + b"]")
 
 
 def _is_message(data: bytes) -> bool:

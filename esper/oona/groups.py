@@ -10,6 +10,9 @@ from itertools import islice
 
 from esper.leyline.bus import GroupStats
 
+LISTENER = "listener-"
+"""How the names of groups begin that are one listener's alone."""
+
 
 @dataclass(slots=True)
 class Lane:

@@ -21,6 +21,7 @@ from esper.leyline.summary import BusCounts
 from esper.oona.broker import Admission, Broker
 from esper.oona.deadletters import letters_of, spent_reason
 from esper.oona.drops import DropTold
+from esper.oona.groups import LISTENER
 from esper.oona.log import Frame, SegmentLog
 from esper.oona.start import Start
 from esper.oona.transport import Shelf
@@ -194,6 +195,12 @@ class Journal:
         self._broker.leave(name, member)
         self._write_json(Kind.LEAVE, (name, member))
 
+    def forget(self, name: str) -> None:
+        """Ends a group; one that is not there is no error."""
+        if name in self._broker.groups:
+            self._broker.forget(name)
+            self._write_json(Kind.FORGET, (name,))
+
     def has_left(self, member: str) -> bool:
         """See `Broker.has_left`."""
         return self._broker.has_left(member)
@@ -232,6 +239,8 @@ class Journal:
 
     def _forget_idle(self, now: float) -> None:
         abandoned = self._broker.idle_groups(now, ABANDON_AFTER_S, pending=self._broker.backlog // 2)
+        listeners = [name for name in self._broker.idle_groups(now, ABANDON_AFTER_S) if name.startswith(LISTENER)]
+        self._forget(listeners, "its listener is gone", ABANDON_AFTER_S)
         self._forget(abandoned, "nobody reads it, and it holds half of the backlog", ABANDON_AFTER_S)
         self._forget(self._broker.idle_groups(now, FORGET_AFTER_S), "nobody reads it", FORGET_AFTER_S)
 

@@ -102,6 +102,13 @@ class MemoryTransport:
             self._broker.leave(group, member)
             self._changed.notify_all()
 
+    def forget(self, group: str) -> None:
+        """See `Broker.forget`."""
+        with self._changed:
+            self._broker.forget(group)
+            accepted = self._admit()  # it may have been what kept others waiting
+        _resolve(accepted)
+
     def counts(self, key: str) -> BusCounts:
         """See `Broker.counts`."""
         with self._changed:

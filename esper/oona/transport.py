@@ -58,6 +58,10 @@ class Transport(Protocol):
         """Gives back what the member holds."""
         ...
 
+    def forget(self, group: str) -> None:
+        """Ends a group; one that is not there is no error."""
+        ...
+
     def counts(self, key: str) -> BusCounts:
         """Sums over the shards."""
         ...

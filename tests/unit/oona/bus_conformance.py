@@ -11,8 +11,8 @@ import pytest
 
 from esper.config import OonaConfig
 from esper.leyline import BusCounts, ConflictError, OonaMessage, StepBatch, Topic, UnavailableError
-from esper.leyline.signals import RunStarted
-from esper.oona import Batch, Duplicates, Record, encode_batch, shard_of
+from esper.leyline.signals import EpochRecord, RunStarted
+from esper.oona import Batch, Duplicates, Record, Requester, Responder, encode_batch, shard_of
 
 WAIT_S = 60.0
 
@@ -29,6 +29,10 @@ def started(key="run"):
 
 def numbers(deliveries):
     return [delivery.message.body().first_step for delivery in deliveries]
+
+
+def answer_to(request):
+    return EpochRecord(run_id="run", epoch=0, num_epochs=1, step=request.body().first_step, train_loss=0.0)
 
 
 def append_raw(bus, *records, producer="raw"):
@@ -335,6 +339,44 @@ class BusConformance:
         assert_missing(bus, 2)
         take(both, 6)
         bus.flush(timeout_s=WAIT_S)
+
+    # ---- asking and telling all
+
+    def test_a_request_gets_its_answer_and_no_other(self, make_bus):
+        bus, other = make_bus(OonaConfig())
+        responder = Responder(other, [Topic.STEPS], Topic.EPOCH, answer_to, group="answers")
+        one, two = (Requester(bus, Topic.EPOCH, sender_id=name) for name in ("one", "two"))
+        serving = threading.Thread(target=lambda: [responder.serve(timeout_s=WAIT_S) for _ in range(3)])
+        serving.start()
+        asked = [who.ask(Topic.STEPS, step(number).body(), key="run", timeout_s=WAIT_S)
+                 for who, number in ((one, 7), (two, 8), (one, 9))]  # fmt: skip
+        serving.join(WAIT_S)
+        assert [answer.body().step for answer in asked] == [7, 8, 9]
+        assert [answer.key for answer in asked] == [one.sender_id, two.sender_id, one.sender_id]
+        for end in (one, two, responder):
+            end.close()
+        assert [group.group for group in bus.stats().groups] == ["answers"]
+
+    def test_a_request_that_nobody_answers_says_so(self, make_bus):
+        bus, _ = make_bus(OonaConfig())
+        requester = Requester(bus, Topic.EPOCH, sender_id="one")
+        with pytest.raises(UnavailableError, match="no answer to telemetry"):
+            requester.ask(Topic.STEPS, step(1).body(), key="run", timeout_s=0.05)
+        requester.close()
+
+    def test_a_broadcast_reaches_every_listener_and_late_ones_from_the_start(self, make_bus):
+        bus, other = make_bus(OonaConfig())
+        listeners = [bus.listen([Topic.STEPS]), other.listen([Topic.STEPS]), other.listen([Topic.STEPS], key="b")]
+        bus.publish([step(0, "a"), step(1, "b")])
+        bus.flush(timeout_s=WAIT_S)
+        late = [other.listen([Topic.STEPS], from_start=True), other.listen([Topic.STEPS])]
+        assert sorted(numbers(take(listeners[0], 2))) == sorted(numbers(take(listeners[1], 2))) == [0, 1]
+        assert numbers(take(listeners[2], 1)) == [1]
+        assert sorted(numbers(take(late[0], 2))) == [0, 1]
+        assert late[1].poll(timeout_s=0.0) == []
+        for listener in (*listeners, *late):
+            listener.close()
+        assert bus.stats().groups == ()
 
     # ---- replay
 

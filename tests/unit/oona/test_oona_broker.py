@@ -406,3 +406,19 @@ def test_every_message_is_acknowledged_dropped_dead_or_pending_and_only_one_of_t
     counts = [fates.broker.counts(key) for key in "abc"]
     for name in ("dropped", "dead", "delivered", "redelivered"):
         assert sum(getattr(each, name) for each in counts) == getattr(group, name)
+
+
+def test_thousands_of_groups_each_get_their_own_and_late_ones_all_that_is_kept():
+    broker = Broker()
+    for number in range(3000):
+        broker.join(f"g{number}", ["t"], key=f"k{number}", start=0, now=0.0)
+    broker.append(batch(0, *(f"k{number}" for number in range(0, 3000, 3))))
+    broker.join("late", ["t"], key=None, start=broker.first_offset, now=0.0)
+    got = [len(broker.poll(f"g{number}", "m", 0, 9, 0.0)) for number in range(3000)]
+    assert got == [1, 0, 0] * 1000
+    assert len(broker.poll("late", "m", 0, 2000, 0.0)) == 1000
+    looked_at = broker.takers(batch(1, "k6").records)
+    assert looked_at == {"g6", "late"}  # and at no other
+    for number in range(3000):
+        broker.forget(f"g{number}")
+    assert broker.takers(batch(1, "k6").records) == {"late"}

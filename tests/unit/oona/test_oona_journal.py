@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.leyline.errors import NotFoundError, TamperedError
+from esper.leyline.errors import NotFoundError, StorageError, TamperedError
 from esper.leyline.messages import OonaMessage, Topic
 from esper.leyline.summary import BusCounts
 from esper.oona import (
@@ -23,6 +23,7 @@ from esper.oona import (
     encode_batch,
     shard_of,
 )
+from esper.oona.groups import LISTENER
 from esper.oona.journal import ABANDON_AFTER_S, Kind
 from esper.oona.kept import Kept
 
@@ -235,3 +236,61 @@ def test_a_key_has_the_same_shard_everywhere():
     assert [shard_of("t", key, 4) for key in "abcdefgh"] == [shard_of("t", key, 4) for key in "abcdefgh"]
     assert shard_of("telemetry.seed.health", "run-1", 7) == 2
     assert {shard_of("t", str(key), 4) for key in range(100)} == {0, 1, 2, 3}
+
+
+def test_a_lasting_group_is_kept_and_a_listener_is_not(reopen):
+    journal = reopen()
+    journal._lasting = frozenset(["archive"])
+    for name in ("archive", f"{LISTENER}1"):
+        journal.join(name, ["t"], key=None, start=Start(), now=0.0)
+    journal.expire(ABANDON_AFTER_S + 1)
+    assert [group.group for group in journal.stats(0.0).groups] == ["archive"]
+    journal.expire(1e7)
+    assert [group.group for group in reopen(now=1e7).stats(1e7).groups] == ["archive"]
+
+
+def test_records_go_by_size_and_by_age_but_never_what_a_group_needs(reopen, tmp_path):
+    kept = {"retain": 1000, "retain_bytes": 1000, "retain_s": 100.0}
+    journal = reopen(segment_bytes=2000, kept=Kept(**kept))
+    journal.join("g", ["t"], key=None, start=Start(), now=0.0)
+    for seq in range(20):
+        journal.append(one := batch(seq, "a", size=100), encode_batch(one), at=float(seq))
+    assert journal.stats(0.0).topics[0].kept == 20
+    journal.ack("g", offsets(journal.poll("g", "m", 0, 99, 0.0)), 0.0)
+    journal.append(one := batch(20, "a", size=100), encode_batch(one), at=20.0)
+    assert journal.stats(0.0).topics[0].kept_bytes <= 1250
+    journal.ack("g", offsets(journal.poll("g", "m", 1, 99, 0.0)), 0.0)
+    journal.expire(0.0, at=200.0)
+    assert journal.stats(0.0).topics[0].kept == 0
+    journal.append(one := batch(21, "a", size=100), encode_batch(one), at=201.0)  # old segments go with the next
+    assert len(list(tmp_path.glob("*.log"))) == 1
+    journal = reopen(segment_bytes=2000, kept=Kept(**kept))
+    assert offsets(journal.poll("g", "m", 2, 99, 0.0)) == [21]
+    assert journal.counts("a").published == 22
+
+
+def test_what_the_log_could_not_take_did_not_happen(reopen, monkeypatch):
+    """A full disk: each call says so, and works once there is room."""
+    journal = reopen()
+    full = StorageError("full")
+
+    def refuse(self, kind, body):
+        raise full
+
+    def refused(call):
+        with monkeypatch.context() as patch:
+            patch.setattr(SegmentLog, "write", refuse)
+            with pytest.raises(StorageError, match="full"):
+                call()
+        return call()
+
+    refused(lambda: journal.join("g", ["t"], key=None, start=Start(), now=0.0))
+    assert refused(lambda: append(journal, batch(0, "a", "a"))) is Admission.ACCEPT
+    assert offsets(refused(lambda: journal.poll("g", "m", 0, 9, 0.0))) == [0, 1]
+    assert refused(lambda: journal.ack("g", [0], 0.0)) == 1
+    assert refused(lambda: journal.bury("g", [1], "why")) == 1
+    expected = journal.counts("a")
+    assert expected == BusCounts(published=2, delivered=2, dead=1)
+    journal = reopen()
+    assert journal.counts("a") == expected
+    assert journal.poll("g", "m", 1, 9, 0.0) == []
