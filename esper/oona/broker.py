@@ -99,7 +99,7 @@ class Broker:
         if lead:
             return Admission.DUPLICATE if lead < 0 else Admission.EARLY
         added: Counter[tuple[str, str]] = Counter()
-        for topic, key, count in runs_of(batch.records):
+        for topic, key, count in batch.runs:
             if topic in self.drop_oldest:
                 continue
             for group in self._takers_of(topic, key):
@@ -115,7 +115,7 @@ class Broker:
         if not self.drop_oldest:
             return {}
         added: Counter[tuple[str, str]] = Counter()
-        for topic, key, count in runs_of(batch.records):
+        for topic, key, count in batch.runs:
             if topic in self.drop_oldest:
                 for group in self._takers_of(topic, key):
                     added[group.name, topic] += count
@@ -130,12 +130,10 @@ class Broker:
     def drop(self, name: str, offsets: Sequence[int]) -> None:
         """Lets records go that `surplus` named."""
         group = self._group(name)
-        for offset in offsets:
-            lane = self._lane(group, offset)
-            if lane is not None:
-                group.remove(lane, offset)
-                group.num_dropped += 1
-                self._tallies.dropped(lane.key)
+        for lane, run in self._runs(group, offsets):
+            group.remove(lane, run)
+            group.num_dropped += len(run)
+            self._tallies.dropped(lane.key, len(run))
 
     def append(self, batch: Batch, at: float = 0.0) -> None:
         """Takes an admitted batch; the records get the next offsets, in order.
@@ -145,16 +143,16 @@ class Broker:
             at: the time, seconds since the epoch; 0 if it is not known. A clock that was set back stands still here.
         """
         self._producers.note(batch)
-        self._append(batch.records, at)
+        self._append(batch.records, batch.runs, at)
 
-    def takers(self, records: Sequence[Record]) -> set[str]:
-        """The groups that want any of these."""
-        runs = {(topic, key) for topic, key, _ in runs_of(records)}
+    def takers(self, batch: Batch) -> set[str]:
+        """The groups that want any of it."""
+        runs = {(topic, key) for topic, key, _ in batch.runs}
         return {group.name for topic, key in runs for group in self._takers_of(topic, key)}
 
-    def _append(self, records: Sequence[Record], at: float) -> None:
+    def _append(self, records: Sequence[Record], runs: Sequence[tuple[str, str, int]], at: float) -> None:
         offset = self.kept.append(records, at)
-        for topic, key, count in runs_of(records):
+        for topic, key, count in runs:
             self._published[topic] += count
             if topic != _LETTERS:  # told by `dead`; they were published once already
                 self._tallies.published(key, count)
@@ -230,25 +228,14 @@ class Broker:
         """Marks records as out with a member. `next_for` says which; a replayed log calls this directly."""
         group = self._group(name)
         touched: dict[tuple[str, str], Lane] = {}
-        num_delivered, num_redelivered = 0, 0
-        for offset in offsets:
-            lane = self._lane(group, offset)
-            if lane is None:
-                continue
+        for lane, run in self._runs(group, offsets):
             # only in a replay: the log does not tell that a lease ran out, but the next lease of the lane does
-            if lane.owner not in (None, member) or offset in lane.leased:
+            if lane.owner not in (None, member) or not lane.leased.keys().isdisjoint(run):
                 group.revoke(lane)
-            num_delivered += 1
-            lane.ready.remove(offset)  # it is the first
-            lane.leased[offset] = deadline
-            lane.owner = member
-            attempt = group.attempts[offset] = group.attempts.get(offset, 0) + 1
-            num_redelivered += attempt > 1
+            num_again = group.hand_out(lane, run, member, deadline)
             if lane.topic != _LETTERS:
-                self._tallies.delivered(lane.key, again=attempt > 1)
+                self._tallies.delivered(lane.key, len(run), again=num_again)
             touched[lane.topic, lane.key] = lane
-        group.num_delivered += num_delivered
-        group.num_redelivered += num_redelivered
         for at, lane in touched.items():
             group.runnable.pop(at, None)  # to the end of the turn
             group.settle(lane)
@@ -263,16 +250,19 @@ class Broker:
         """
         group = self._group(name)
         group.seen_at = now
-        done: list[int] = []
-        for offset in offsets:
-            if offset not in group.attempts:
-                continue
-            lane = self._lane(group, offset)
-            if lane is None:
-                continue
-            group.remove(lane, offset)
-            done.append(offset)
+        done = self.outstanding(name, offsets)
+        for lane, run in self._runs(group, done):
+            group.remove(lane, run)
         return done
+
+    def outstanding(self, name: str, offsets: Iterable[int]) -> list[int]:
+        """Those that were delivered to the group and are not acknowledged, each once.
+
+        Raises:
+            NotFoundError: if there is no such group.
+        """
+        attempts = self._group(name).attempts
+        return [offset for offset in dict.fromkeys(offsets) if offset in attempts]
 
     def exhausted(self, name: str) -> list[int]:
         """Records that came back after their last delivery.
@@ -299,15 +289,13 @@ class Broker:
             NotFoundError: if there is no such group.
         """
         group = self._group(name)
-        for offset in offsets:
-            lane = self._lane(group, offset)
-            if lane is not None and offset in group.attempts:
-                group.remove(lane, offset)
-                group.num_dead += 1
-                if lane.topic != _LETTERS:
-                    self._tallies.dead(lane.key)
+        for lane, run in self._runs(group, self.outstanding(name, offsets)):
+            group.remove(lane, run)
+            group.num_dead += len(run)
+            if lane.topic != _LETTERS:
+                self._tallies.dead(lane.key, len(run))
         if letters:
-            self._append(letters, at)
+            self._append(letters, runs_of(letters), at)
 
     def leave(self, name: str, member: str) -> None:
         """Takes back at once what a member holds, for good: a poll of it that comes late gets nothing.
@@ -458,6 +446,25 @@ class Broker:
     def _lane(self, group: Group, offset: int) -> Lane | None:
         record = self.kept.get(offset)
         return None if record is None else group.lanes.get((record.topic, record.key))
+
+    def _runs(self, group: Group, offsets: Iterable[int]) -> list[tuple[Lane, list[int]]]:
+        """Offsets by lane, as they follow each other; what the group does not have is passed over."""
+        runs: list[tuple[Lane, list[int]]] = []
+        topic = key = None
+        run: list[int] | None = None
+        for offset in offsets:
+            record = self.kept.get(offset)
+            if record is None:
+                continue
+            if run is None or record.key != key or record.topic != topic:
+                topic, key = record.topic, record.key
+                lane = group.lanes.get((topic, key))
+                run = [] if lane is not None else None
+                if lane is None or run is None:
+                    continue
+                runs.append((lane, run))
+            run.append(offset)
+        return runs
 
     def _is_leased(self, group: Group, offset: int, member: str) -> bool:
         lane = self._lane(group, offset)

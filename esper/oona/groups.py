@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -113,16 +113,35 @@ class Group:
         if not lane.leased:
             self.lanes.pop(at, None)
 
-    def remove(self, lane: Lane, offset: int) -> None:
-        """Ends a record for this group, wherever it is."""
-        if offset in lane.leased:
-            del lane.leased[offset]
-        else:
-            lane.ready.remove(offset)
-        self.attempts.pop(offset, None)
+    def hand_out(self, lane: Lane, offsets: Sequence[int], member: str, deadline: float) -> int:
+        """Gives the first of a lane to a member; returns how many of them were out before."""
+        ready, attempts, num_again = lane.ready, self.attempts, 0
+        for offset in offsets:
+            if ready[0] == offset:
+                ready.popleft()
+            else:
+                ready.remove(offset)
+            before = attempts.get(offset, 0)
+            attempts[offset] = before + 1
+            num_again += before > 0
+        lane.leased.update(dict.fromkeys(offsets, deadline))
+        lane.owner = member
+        self.num_delivered += len(offsets)
+        self.num_redelivered += num_again
+        return num_again
+
+    def remove(self, lane: Lane, offsets: Sequence[int]) -> None:
+        """Ends records of a lane for this group, wherever they are."""
+        for offset in offsets:
+            if offset in lane.leased:
+                del lane.leased[offset]
+            else:
+                lane.ready.remove(offset)
+            self.attempts.pop(offset, None)
         if self.spent:
-            self.spent.pop(offset, None)
-        self.pending[lane.topic] -= 1
+            for offset in offsets:
+                self.spent.pop(offset, None)
+        self.pending[lane.topic] -= len(offsets)
         self.settle(lane)
 
     def oldest_ready(self, topic: str, count: int) -> list[int]:

@@ -148,7 +148,7 @@ class Journal:
 
     def ack(self, name: str, offsets: Sequence[int], now: float) -> int:
         """See `Broker.ack`; returns how many were new."""
-        held = [offset for offset, _, _ in self._broker.held(name, offsets)]
+        held = self._broker.outstanding(name, offsets)
         if held:
             self._write_json(Kind.ACK, (name, held))
         self._broker.ack(name, held, now)
@@ -221,7 +221,7 @@ class Journal:
 
     def takers(self, batch: Batch) -> set[str]:
         """See `Broker.takers`."""
-        return self._broker.takers(batch.records)
+        return self._broker.takers(batch)
 
     def counts(self, key: str) -> BusCounts:
         """See `Broker.counts`."""

@@ -22,16 +22,16 @@ class Tallies:
     def published(self, key: str, count: int) -> None:
         self._of(key)[_PUBLISHED] += count
 
-    def delivered(self, key: str, *, again: bool) -> None:
+    def delivered(self, key: str, count: int, *, again: int) -> None:
         counts = self._of(key)
-        counts[_DELIVERED] += 1
+        counts[_DELIVERED] += count
         counts[_REDELIVERED] += again
 
-    def dropped(self, key: str) -> None:
-        self._of(key)[_DROPPED] += 1
+    def dropped(self, key: str, count: int) -> None:
+        self._of(key)[_DROPPED] += count
 
-    def dead(self, key: str) -> None:
-        self._of(key)[_DEAD] += 1
+    def dead(self, key: str, count: int) -> None:
+        self._of(key)[_DEAD] += count
 
     def of(self, key: str) -> BusCounts:
         """The counts of one key."""
@@ -43,4 +43,7 @@ class Tallies:
         return self._counts
 
     def _of(self, key: str) -> list[int]:
-        return self._counts.setdefault(key, [0] * 5)
+        counts = self._counts.get(key)
+        if counts is None:
+            counts = self._counts[key] = [0] * 5
+        return counts

@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from esper.leyline.errors import TamperedError
@@ -27,7 +28,7 @@ class Record(NamedTuple):
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Batch:
     """Records of one producer for one shard.
 
@@ -41,6 +42,11 @@ class Batch:
     seq: int
     base: int
     records: tuple[Record, ...]
+
+    @cached_property
+    def runs(self) -> list[tuple[str, str, int]]:
+        """See `runs_of`; several ask."""
+        return runs_of(self.records)
 
 
 class Leased(NamedTuple):
