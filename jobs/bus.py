@@ -1,4 +1,6 @@
-"""`esper bus`: looks at the bus of a running platform. Looking joins no group, so it changes and holds up nothing."""
+"""`esper bus`: looks at the bus of a running platform, and at its archive. Looking joins no group, so it changes and
+holds up nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from jobs.tables import table
 if TYPE_CHECKING:
     from esper.leyline.messages import Topic
     from esper.leyline.ports import Bus, Delivery
+    from esper.oona.story import Story
 
 REMEDY = "ray start --head, then RAY_ADDRESS=auto esper platform up"
 POLL_S = 0.5
@@ -79,6 +82,22 @@ def tail(
             typer.echo(json.dumps(row) if as_json else line(row))
 
 
+@bus_app.command("story")
+def story(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's id.")],
+    storage: Storage = "~/.esper",
+    as_json: Json = False,
+) -> None:
+    """Tell a run's story from the archive alone: no platform, and none of the run's own files, is needed for it."""
+    from esper.oona.archive import read_archive
+    from esper.oona.story import story_of
+    from esper.storage import Storage as Place
+
+    told = story_of(run, (row.message for row in read_archive(Place.at(storage), key=run)))
+    rows = event_rows(told)
+    typer.echo(json.dumps(rows, indent=2) if as_json else table(rows, "nothing grew"))
+
+
 # ---------------------------------------------------------------- what they show
 
 
@@ -119,6 +138,26 @@ def group_rows(bus: Bus) -> list[dict[str, Any]]:
     """One row a group, those that are furthest behind first."""
     groups = sorted(bus.stats().groups, key=lambda group: -group.pending)
     return [group.model_dump(mode="json") for group in groups]
+
+
+def event_rows(story: Story) -> list[dict[str, Any]]:
+    """One row an event of a run, in order; those that a crash undid are marked."""
+    undone = set(map(id, story.undone))
+    events = sorted([*story.events, *story.undone], key=lambda event: event.timestamp)
+    return [
+        {
+            "told_at": event.timestamp,
+            "epoch": event.epoch,
+            "step": event.step,
+            "site": event.site,
+            "seed": event.seed,
+            "stage": f"{event.from_stage.value} > {event.to_stage.value}",
+            "blueprint": event.blueprint,
+            "state": "undone" if id(event) in undone else "refused" if event.refused else "done",
+            "reason": event.reason,
+        }
+        for event in events
+    ]
 
 
 def messages(

@@ -9,8 +9,11 @@ import pytest
 from bus_conformance import started, step, take
 
 from esper.config import OonaConfig
-from esper.leyline import Topic
+from esper.leyline import Delivery, OonaMessage, SeedStage, Topic
+from esper.leyline.signals import LifecycleEvent, RunStarted
 from esper.oona import MemoryBus
+from esper.oona.archive import Archive
+from esper.storage import Storage
 from jobs import bus as bus_job
 from jobs import cli
 
@@ -111,3 +114,29 @@ def test_a_wrong_argument_is_one_line(esper, bus, arguments, words):
     code, out, err = esper("bus", "tail", *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert words in err
+
+
+def test_a_story_is_told_from_the_archive_without_a_platform(esper, tmp_path):
+    events = [
+        LifecycleEvent(
+            run_id="run", step=number, epoch=number, site="block", seed="s0", from_stage=SeedStage.DORMANT,
+            to_stage=SeedStage.GERMINATED, reason=f"reason {number}", timestamp=float(number),
+        )
+        for number in (1, 2, 12)
+    ]  # fmt: skip
+    started = [
+        RunStarted(run_id="run", task="t", num_epochs=9, sites={}, params=1, directory="d", started_at=at, num_events=n)
+        for at, n in ((0.5, 0), (10.0, 1))
+    ]
+    told = [OonaMessage.of(Topic.RUN_STARTED, body, sender_id="test", key="run") for body in started]
+    told += [OonaMessage.of(Topic.LIFECYCLE, body, sender_id="test", key="run") for body in events]
+    archive = Archive(Storage.at(tmp_path))
+    archive.append([Delivery(shard=0, offset=at, message=message) for at, message in enumerate(told)])
+    code, out, _ = esper("bus", "story", "run", "--storage", str(tmp_path), "--json")
+    assert code == 0
+    assert [(row["step"], row["state"]) for row in json.loads(out)] == [(1, "done"), (2, "undone"), (12, "done")]
+    code, out, _ = esper("bus", "story", "run", "--storage", str(tmp_path))
+    assert "DORMANT > GERMINATED" in out
+    code, _, err = esper("bus", "story", "absent", "--storage", str(tmp_path))
+    assert (code, err.strip().count("\n")) == (1, 0)
+    assert "of run absent" in err
