@@ -141,9 +141,15 @@ def judge_activations(sites: Mapping[str, tuple[int, int]], sound_before: Collec
     return None
 
 
-def after_rollback(vitals: Vitals) -> Vitals:
-    """The restored weights belong to the history that is kept; the suspects are forgotten."""
-    return replace(vitals, strikes=0, rollbacks=vitals.rollbacks + 1)
+def after_rollback(vitals: Vitals, losses: tuple[float, ...]) -> Vitals:
+    """The history goes back with the weights; the suspects are forgotten.
+
+    Args:
+        vitals: of the run that went wrong.
+        losses: the history at the snapshot that is restored. The losses since are those of weights that are no more:
+            against them the restored ones, which stand higher again, would look sick.
+    """
+    return Vitals(losses=losses, rollbacks=vitals.rollbacks + 1)
 
 
 def after_snapshot(vitals: Vitals) -> Vitals:

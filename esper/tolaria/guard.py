@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from esper.leyline.errors import NonFiniteError
@@ -29,6 +30,19 @@ RANKS_DIVERGE = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Good:
+    """A state in which the vitals were sound.
+
+    Attributes:
+        state: of training, from `snapshot.take`.
+        losses: the history that was known there.
+    """
+
+    state: dict[str, Any]
+    losses: tuple[float, ...]
+
+
 class Guard:
     """The governor of one run.
 
@@ -52,10 +66,10 @@ class Guard:
         self._limits = limits
         self._vitals = governor.Vitals()
         self._complaint: str | None = None
-        self._snapshot: dict[str, Any] = {}
+        self._last = Good({}, ())
         self._watching = adaptation.watching
         self._sound_sites: set[str] = set()
-        self._unblended: dict[str, Any] | None = None  # the last one without a kernel that is blended and not permanent
+        self._unblended: Good | None = None  # the last one without a kernel that is blended and not permanent
         self._blamed: set[str] = set()
         self.words = "ok"
         self.embargo: dict[str, int] = {}
@@ -100,9 +114,9 @@ class Guard:
 
     def remember(self) -> None:
         """Takes the snapshot to go back to."""
-        self._snapshot = snapshot.take(self._course.growable, self._course.optimization)
+        self._last = Good(snapshot.take(self._course.growable, self._course.optimization), self._vitals.losses)
         if not self._on_trial():
-            self._unblended = self._snapshot
+            self._unblended = self._last
         self._adaptation.measure_norm()
         self._watching.measure_host()
         self._watching.look_again()
@@ -128,8 +142,8 @@ class Guard:
         """
         course = self._course
         self._complaint = None
-        self._vitals = governor.after_rollback(self._vitals)
-        if self._vitals.rollbacks > self._limits.max_rollbacks:
+        num_rollbacks = self._vitals.rollbacks + 1
+        if num_rollbacks > self._limits.max_rollbacks:
             raise NonFiniteError(
                 f"set back {self._limits.max_rollbacks} times in a row, and again: {reason}",
                 remedy=remedy,
@@ -139,14 +153,15 @@ class Guard:
         self._chronicle.recorder.decision(course.epoch, self.words)
         self._chronicle.recorder.rollback(Rollback(epoch=course.epoch, step=course.step, reason=reason))
         blamed = self._on_trial()
-        again = self._vitals.rollbacks > 1 or any(seed.seed_id in self._blamed for seed in blamed)
+        again = num_rollbacks > 1 or any(seed.seed_id in self._blamed for seed in blamed)
         self._blamed |= {seed.seed_id for seed in blamed}
         if again and blamed and self._unblended is not None:
-            self._snapshot = self._unblended
+            self._last = self._unblended
+        self._vitals = governor.after_rollback(self._vitals, self._last.losses)
         for seed in blamed:
             self._chronicle.tell(self._chronicle.event(seed, SeedStage.ROLLED_BACK, reason))
             self._put_under_embargo(seed)
-        snapshot.give_back(self._snapshot, course.growable, course.optimization)
+        snapshot.give_back(self._last.state, course.growable, course.optimization)
         course.ports.faults.at("rolling_back", course.step)
         self._adaptation.path_changed()
         for seed in blamed:
@@ -162,11 +177,11 @@ class Guard:
             "watch_until": self._adaptation.watch_until,
             "sound_sites": sorted(self._sound_sites),
             "blamed": sorted(self._blamed),
-            "unblended": self._unblended if self._on_trial() else None,
+            "kept": [_saved(self._unblended)] if self._on_trial() and self._unblended is not None else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Inverse of `state_dict`; the state of training is restored already, and remembered."""
         self._vitals = governor.vitals_from(state["vitals"])
         self.words = str(state["words"])
         self.embargo = {key: int(until) for key, until in state["embargo"].items()}
@@ -174,8 +189,9 @@ class Guard:
         self._adaptation.watch_until = int(state["watch_until"])
         self._sound_sites = set(state.get("sound_sites", ()))  # younger than the first checkpoints
         self._blamed = set(state.get("blamed", ()))  # younger than the first checkpoints, as what follows
-        if state.get("unblended") is not None:
-            self._unblended = clone(state["unblended"])
+        self._last = replace(self._last, losses=self._vitals.losses)
+        for kept in state.get("kept", ()):
+            self._unblended = Good(clone(kept["state"]), tuple(kept["losses"]))
 
     def _ailment(self) -> str | None:
         """What is wrong with the weights; None if they are fit for a snapshot."""
@@ -225,3 +241,7 @@ class Guard:
         action = Action.RETIRE if seed.stage.is_blended and not at_once else Action.CULL
         command = KasminaControlCommand(action=action, site=seed.site, seed_id=seed_id, reason=reason)
         self._adaptation.apply(command)
+
+
+def _saved(good: Good) -> dict[str, Any]:
+    return {"state": good.state, "losses": list(good.losses)}

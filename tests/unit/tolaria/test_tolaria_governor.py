@@ -88,8 +88,20 @@ def test_norms():
 
 
 def test_vitals_round_trip():
-    vitals, _ = feed(after_rollback(Vitals()), [*CALM, 9.0])
+    vitals, _ = feed(after_rollback(Vitals(), ()), [*CALM, 9.0])
     assert vitals_from(vitals_state(vitals)) == vitals
+
+
+def test_the_history_goes_back_with_the_weights():
+    fast_then_flat = [1.1 * 0.9**step + 0.05 for step in range(150)]
+    before, _ = feed(Vitals(), fast_then_flat[:3])
+    sick, verdicts = feed(before, fast_then_flat[3:])
+    assert set(verdicts) == {Verdict.OK}
+    _, verdicts = feed(sick, fast_then_flat[:3])
+    assert Verdict.ROLLBACK in verdicts  # what the restored weights lose is far above what came after them
+    again, verdicts = feed(after_rollback(sick, before.losses), fast_then_flat)
+    assert set(verdicts) == {Verdict.OK}
+    assert again.rollbacks == 1
 
 
 def graft_words(**norms):
@@ -423,3 +435,10 @@ def test_a_host_that_diverges_by_itself_is_given_up(loop):
         loop.step(poison=math.nan)
     with pytest.raises(NonFiniteError, match="3 times in a row"):
         loop.step(poison=math.nan)
+
+
+def test_a_run_that_is_set_back_repeats_its_higher_losses_in_peace(loop):
+    falling = [1.1 * 0.8**step + 0.05 for step in range(45)]
+    for loss in [*falling, math.nan, *falling]:
+        loop.step(poison=loss)
+    assert [back.reason for back in loop.session.recorder.rollbacks] == ["the loss is nan"]
