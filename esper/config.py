@@ -209,6 +209,41 @@ class SchedulerConfig(Section):
     """WSD only."""
 
 
+class GovernorConfig(Section):
+    """When a run is sick and goes back to its last good state, besides values that are not finite."""
+
+    window: PositiveInt = 100
+    """Losses of history, against which each new one is judged."""
+    min_history: PositiveInt = 20
+    """No judgement of losses before so many."""
+    z: PositiveFloat = 8.0
+    """A loss that stands more than so many robust deviations above the history is suspect."""
+    strikes: PositiveInt = 5
+    """So many suspect losses in a row set the run back; one bad batch is no reason."""
+    min_spread: Annotated[float, Field(ge=0)] = 0.05
+    """This share of the median always counts as noise, so that a flat history does not flag a whisper."""
+    watch_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps after a graft or a removal in which the norm of all live weights is watched. A host that grows by itself is
+    nobody's fault: one with small initial weights does."""
+    norm_growth: Annotated[float, Field(gt=1)] = 10.0
+    """Factor by which that norm may grow meanwhile. A grower was seen to write 2e15 into weights while the loss right
+    after was normal."""
+    graft_weight: PositiveFloat = 1000.0
+    """A kernel on trial is out of line when the root mean square of its weights exceeds the host's by this factor."""
+    graft_update: PositiveFloat = 100.0
+    """The same of what one step changed of them."""
+    max_rollbacks: Annotated[int, Field(ge=0)] = 3
+    """So often a run is set back without a healthy epoch between; then it fails: going back cannot help."""
+
+    @model_validator(mode="after")
+    def _history_fits(self) -> GovernorConfig:
+        if self.min_history > self.window:
+            raise ValueError(
+                f"min_history {self.min_history} is more than window {self.window}: nothing is ever judged"
+            )
+        return self
+
+
 class TolariaConfig(Section):
     """The trainer."""
 
@@ -244,6 +279,7 @@ class TolariaConfig(Section):
     without it. Deterministic mode waits for it instead."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often Ray Train restarts workers that died."""
+    governor: GovernorConfig = GovernorConfig()
 
 
 class KasminaConfig(Section):

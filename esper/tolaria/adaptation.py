@@ -7,9 +7,9 @@ import math
 
 import torch
 
+from esper.config import GovernorConfig
 from esper.leyline.growth import PREFIX, Change
 from esper.leyline.signals import KasminaControlCommand
-from esper.tolaria import governor
 from esper.tolaria.chronicle import Chronicle
 from esper.tolaria.course import Course
 from esper.tolaria.reach import Reach
@@ -34,7 +34,7 @@ class Adaptation:
         watch_until: step until which it is compared at every step.
     """
 
-    def __init__(self, course: Course, *, chronicle: Chronicle, reach: Reach, limits: governor.Limits) -> None:
+    def __init__(self, course: Course, *, chronicle: Chronicle, reach: Reach, limits: GovernorConfig) -> None:
         self._course = course
         self._chronicle = chronicle
         self._reach = reach
@@ -88,13 +88,17 @@ class Adaptation:
             self._chronicle.look()
             self.watching.look_again()
 
-    def path_changed(self) -> None:
-        """The live path is another one from the next step on."""
+    def path_changed(self, *, watched: bool = True) -> None:
+        """The live path is another one from the next step on.
+
+        Args:
+            watched: whether kernels had a part in it: then the norm of the weights is watched for a while.
+        """
         self._chronicle.recorder.graft(self._course.step)
         self._chronicle.outbox.mark(self._course.step)
         # the host's own weights are not gone through for it: a graft may not cost more the larger the host is
         self.norm = math.hypot(self._own_norm, self._norm(own=False))
-        self.watch_until = self._course.step + self._limits.watch_steps
+        self.watch_until = self._course.step + (self._limits.watch_steps if watched else 0)
         self.watching.look_again()
         self.rebuild_parallel()
 

@@ -14,38 +14,10 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from esper.config import GovernorConfig
+
 MAD_TO_SIGMA = 1.4826
 """For normal noise the median absolute deviation times this is the standard deviation."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """When a loss is too far off.
-
-    Attributes:
-        window: losses of history.
-        min_history: no judgement before so many.
-        z: robust z-score above which a loss is suspect.
-        strikes: consecutive suspect losses that make a verdict; one bad batch is no reason to go back.
-        min_spread: share of the median that always counts as noise, so that a flat history does not flag a whisper.
-        watch_steps: steps after a change of the live path on which the norm of the weights is watched.
-        norm_growth: factor by which it may grow meanwhile, or over an epoch. A grower was seen to write 2e15 into
-            weights while the loss right after was normal.
-        graft_weight: root mean square of a kernel's weights, as a factor of the host's, above which it is out of line.
-        graft_update: the same of what one step changed of them.
-        max_rollbacks: rollbacks without a new good snapshot between them; after that going back cannot help.
-    """
-
-    window: int = 100
-    min_history: int = 20
-    z: float = 8.0
-    strikes: int = 5
-    min_spread: float = 0.05
-    watch_steps: int = 10
-    norm_growth: float = 10.0
-    graft_weight: float = 1000.0
-    graft_update: float = 100.0
-    max_rollbacks: int = 3
 
 
 class Verdict(StrEnum):
@@ -79,7 +51,7 @@ class Vitals:
     rollbacks: int = 0
 
 
-def judge(vitals: Vitals, loss: float, limits: Limits) -> tuple[Vitals, Judgement]:
+def judge(vitals: Vitals, loss: float, limits: GovernorConfig) -> tuple[Vitals, Judgement]:
     """Takes in the loss of one step."""
     if not math.isfinite(loss):
         return vitals, Judgement(Verdict.ROLLBACK, f"the loss is {loss}")
@@ -93,7 +65,7 @@ def judge(vitals: Vitals, loss: float, limits: Limits) -> tuple[Vitals, Judgemen
     return replace(vitals, strikes=strikes), Judgement(verdict, words)
 
 
-def judge_norm(before: float, after: float, limits: Limits) -> str | None:
+def judge_norm(before: float, after: float, limits: GovernorConfig) -> str | None:
     """What is wrong with the norm of the weights, compared with one that was sound; None if it is fit."""
     if not math.isfinite(after):
         return "the weights are not finite"
@@ -102,7 +74,7 @@ def judge_norm(before: float, after: float, limits: Limits) -> str | None:
     return None
 
 
-def judge_graft(name: str, *, weight: float, update: float, host: float, limits: Limits) -> str | None:
+def judge_graft(name: str, *, weight: float, update: float, host: float, limits: GovernorConfig) -> str | None:
     """What is out of line in a kernel on the live path; None if nothing is.
 
     Args:
@@ -167,7 +139,7 @@ def vitals_from(state: Mapping[str, Any]) -> Vitals:
     return Vitals(tuple(state["losses"]), int(state["strikes"]), int(state["rollbacks"]))
 
 
-def _robust_z(history: tuple[float, ...], loss: float, limits: Limits) -> float:
+def _robust_z(history: tuple[float, ...], loss: float, limits: GovernorConfig) -> float:
     """How far above the median, in robust deviations; 0 while the history is short."""
     if len(history) < limits.min_history:
         return 0.0

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from esper.config import GovernorConfig
 from esper.leyline.errors import NonFiniteError
 from esper.leyline.growth import SeedView
 from esper.leyline.seeds import SeedStage
@@ -57,9 +58,7 @@ class Guard:
         embargo: `site` or `site:blueprint` to the first epoch at which it may grow again.
     """
 
-    def __init__(
-        self, course: Course, *, adaptation: Adaptation, chronicle: Chronicle, limits: governor.Limits
-    ) -> None:
+    def __init__(self, course: Course, *, adaptation: Adaptation, chronicle: Chronicle, limits: GovernorConfig) -> None:
         self._course = course
         self._adaptation = adaptation
         self._chronicle = chronicle
@@ -163,7 +162,7 @@ class Guard:
             self._put_under_embargo(seed)
         snapshot.give_back(self._last.state, course.growable, course.optimization)
         course.ports.faults.at("rolling_back", course.step)
-        self._adaptation.path_changed()
+        self._adaptation.path_changed(watched=bool(blamed))
         for seed in blamed:
             self._remove(seed.seed_id, f"rolled back: {reason}", at_once=again)
 
@@ -201,7 +200,9 @@ class Guard:
         sites = self._course.growable.soundness()
         found = governor.judge_activations(sites, self._sound_sites) or self._out_of_line()
         self._sound_sites |= {site for site, (num_samples, _) in sites.items() if num_samples}
-        return found or governor.judge_norm(self._adaptation.norm, self._adaptation.weight_norm(), self._limits)
+        if found is not None or self._course.step > self._adaptation.watch_until:
+            return found
+        return governor.judge_norm(self._adaptation.norm, self._adaptation.weight_norm(), self._limits)
 
     def _out_of_line(self) -> str | None:
         """Which kernel on trial is out of line with the host."""

@@ -30,7 +30,7 @@ from esper.leyline.messages import Topic
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import AdaptationSignal, EpochRecord, LayerHealthReport, Severity
 from esper.leyline.summary import Params, RunStatus, RunSummary
-from esper.tolaria import governor, snapshot
+from esper.tolaria import snapshot
 from esper.tolaria.adaptation import Adaptation
 from esper.tolaria.chronicle import Chronicle
 from esper.tolaria.commands import CommandLog
@@ -83,7 +83,6 @@ class Session:
         device: where the model lies.
         commands: the durable log of decisions, in deterministic mode.
         steering: what people say of the run's adaptations.
-        limits: of the governor.
 
     Attributes:
         course: where the run stands.
@@ -107,9 +106,8 @@ class Session:
         device: torch.device | None = None,
         commands: CommandLog | None = None,
         steering: Steering | None = None,
-        limits: governor.Limits | None = None,
     ) -> None:
-        where, limits = device or torch.device("cpu"), limits or governor.Limits()
+        where, limits = device or torch.device("cpu"), config.tolaria.governor
         self.course = Course(growable, optimization, task, config, run_id, ports, where, growable.module)
         self.recorder = Recorder(
             run_id=run_id,

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tolaria_support import BLUEPRINT, SITE, config, data, equal, kernel_hub, model
 
 from esper import kasmina
-from esper.leyline import NonFiniteError, Outcome, SeedStage
+from esper.config import GovernorConfig
+from esper.leyline import ConfigError, NonFiniteError, Outcome, SeedStage
 from esper.tamiyo.controller import LocalController
 from esper.tolaria import snapshot
 from esper.tolaria.course import Ports
 from esper.tolaria.governor import (
-    Limits,
     Verdict,
     Vitals,
     after_rollback,
@@ -36,7 +36,7 @@ from esper.tolaria.task import TASKS
 from esper.tolaria.tree import clone
 from esper.tolaria.workload import evaluation_batches
 
-LIMITS = Limits(strikes=3)
+LIMITS = GovernorConfig(strikes=3)
 
 
 def feed(vitals: Vitals, losses: list[float]) -> tuple[Vitals, list[Verdict]]:
@@ -420,7 +420,7 @@ def test_blame_reaches_tamiyo_as_an_embargo(loop):
 
 
 def test_weights_that_explode_at_the_end_of_an_epoch_skip_the_decision(loop):
-    loop.epoch()
+    loop.until(SeedStage.GRAFTING)
     for _ in range(3):
         loop.step()
     with torch.no_grad():
@@ -442,3 +442,40 @@ def test_a_run_that_is_set_back_repeats_its_higher_losses_in_peace(loop):
     for loss in [*falling, math.nan, *falling]:
         loop.step(poison=loss)
     assert [back.reason for back in loop.session.recorder.rollbacks] == ["the loss is nan"]
+
+
+def test_a_host_whose_weights_grow_by_themselves_is_left_alone():
+    sites = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.ReLU())
+    host = torch.nn.Sequential(
+        torch.nn.Linear(8, 12), torch.nn.ReLU(), torch.nn.Identity(), sites, torch.nn.Linear(12, 3)
+    )
+    for parameter in host.parameters():
+        torch.nn.init.normal_(parameter, std=1e-3)
+    loop = Loop(host=host, tamiyo__policy="none")
+    before = torch.nn.utils.get_total_norm(list(host.parameters()))
+    for _ in range(30):
+        loop.step()
+    loop.session.end_epoch()
+    assert torch.nn.utils.get_total_norm(list(host.parameters())) > 10 * before
+    assert loop.session.recorder.rollbacks == ()
+
+    def double() -> None:
+        with torch.no_grad():
+            for parameter in host.parameters():
+                parameter.mul_(2)
+
+    loop.step(poison=math.nan)
+    for _ in range(12):  # nor is it watched after a return that no kernel is to blame for
+        loop.step(poison=1.0, spoil=double)
+    assert [back.reason for back in loop.session.recorder.rollbacks] == ["the loss is nan"]
+    loop.host.close()
+
+
+def test_the_limits_are_settings():
+    loop = Loop(tolaria__governor__max_rollbacks=1)
+    loop.step(poison=math.nan)
+    with pytest.raises(NonFiniteError, match="set back 1 times in a row"):
+        loop.step(poison=math.nan)
+    loop.host.close()
+    with pytest.raises(ConfigError, match="min_history 30 is more than window 10"):
+        config(tolaria__governor__window=10, tolaria__governor__min_history=30)
