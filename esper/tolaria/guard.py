@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from esper.config import GovernorConfig
 from esper.leyline.errors import NonFiniteError
 from esper.leyline.growth import SeedView
@@ -70,6 +72,9 @@ class Guard:
         self._sound_sites: set[str] = set()
         self._unblended: Good | None = None  # the last one without a kernel that is blended and not permanent
         self._blamed: set[str] = set()
+        # of the host's buffers those that are finite at the start: a mask may be made of infinities
+        buffers = course.growable.module.named_buffers()
+        self._sound_buffers = frozenset(name for name, buffer in buffers if _is_finite(buffer))
         self.words = "ok"
         self.embargo: dict[str, int] = {}
 
@@ -194,8 +199,10 @@ class Guard:
 
     def _ailment(self) -> str | None:
         """What is wrong with the weights; None if they are fit for a snapshot."""
-        for name, tensor in self._course.growable.module.state_dict().items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        module = self._course.growable.module
+        buffers = ((name, buffer) for name, buffer in module.named_buffers() if name in self._sound_buffers)
+        for name, tensor in (*module.named_parameters(), *buffers):
+            if not _is_finite(tensor):
                 return f"{name} is not finite"
         sites = self._course.growable.soundness()
         found = governor.judge_activations(sites, self._sound_sites) or self._out_of_line()
@@ -246,3 +253,7 @@ class Guard:
 
 def _saved(good: Good) -> dict[str, Any]:
     return {"state": good.state, "losses": list(good.losses)}
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.isfinite().all())

@@ -144,14 +144,19 @@ def _remedy(given: Mapping[str, torch.Tensor], unexpected: list[str]) -> str:
 
 def _require_sound(given: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], address: str) -> None:
     for name, tensor in given.items():
-        if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
+        if _kind(tensor) != _kind(own[name]):
             raise ConfigError(f"{address}: {name} is {tensor.dtype}, the host's is {own[name].dtype}", field=FIELD)
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        is_meant = ~own[name].isfinite().to(tensor.device)  # a mask may be made of infinities
+        if not bool((tensor.isfinite() | is_meant).all()):
             raise ConfigError(f"{address}: {name} holds values that are not finite", field=FIELD)
     for name, others in _twins(own).items():
         twin = next((twin for twin in others if name in given and twin in given), None)
         if twin is not None and not torch.equal(given[name], given[twin]):
             raise ConfigError(f"{address}: {name} and {twin} are tied in this host, and differ there", field=FIELD)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return "complex" if tensor.is_complex() else "float" if tensor.is_floating_point() else "integer"
 
 
 def _twins(own: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:

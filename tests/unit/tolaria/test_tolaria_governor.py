@@ -333,6 +333,33 @@ def test_weights_that_are_not_finite_are_seen_at_the_end_of_the_epoch(loop):
     assert all(tensor.isfinite().all() for tensor in loop.weights().values() if tensor.is_floating_point())
 
 
+class Masked(torch.nn.Module):
+    """A site with a buffer of infinities, as attention has them, and one that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Linear(12, 12)
+        self.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_a_buffer_of_infinities_is_left_alone_and_one_that_becomes_infinite_is_not():
+    host, masked = model(), Masked()
+    host[3] = masked
+    loop = Loop(host=host)
+    loop.epoch()
+    assert loop.session.recorder.rollbacks == ()
+    loop.step()
+    masked.seen.fill_(math.inf)
+    loop.session.end_epoch()
+    assert [back.reason for back in loop.session.recorder.rollbacks] == ["3.seen is not finite"]
+    assert (float(masked.seen), float(masked.mask[0, 1])) == (0.0, -math.inf)
+    loop.host.close()
+
+
 def test_activations_that_are_not_finite_are_seen_though_the_loss_is_normal():
     host = model()
     flaky = Flaky()

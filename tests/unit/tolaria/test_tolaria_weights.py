@@ -108,6 +108,22 @@ def test_what_is_not_this_host_is_refused_and_changes_nothing(tmp_path, what, wo
     assert same(before, host.state_dict())
 
 
+def with_buffers(scale):
+    host = model()
+    host.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+    host.register_buffer("waves", scale * torch.polar(torch.ones(4), torch.arange(4.0)))
+    return host
+
+
+def test_infinities_where_the_host_has_them_and_complex_numbers_are_taken(tmp_path):
+    trained, fresh = with_buffers(1.0), with_buffers(2.0)
+    Trained(save(trained, tmp_path / "host.safetensors")).load_into(fresh)
+    assert same(trained.state_dict(), fresh.state_dict())
+    trained.mask[3, 0] = torch.inf
+    with pytest.raises(ConfigError, match="mask holds values that are not finite"):
+        Trained(save(trained, tmp_path / "other.pt")).load_into(fresh)
+
+
 class Code:
     def __reduce__(self):
         return print, ("this must never run",)
