@@ -62,6 +62,7 @@ from esper.leyline.signals import EpochRecord
 from esper.leyline.summary import HISTORY_FILE, REPORT_FILE, RunHistory, RunSummary
 from esper.storage import Storage
 from esper.tolaria.checkpoint import Checkpoints, Restored
+from esper.tolaria.contents import refill, require_portable
 from esper.tolaria.course import Ports, never
 from esper.tolaria.loop import Trainer
 from esper.tolaria.numerics import numerics
@@ -282,10 +283,11 @@ def wrap(
             without a replay of what comes before (see `esper.kasmina.tails`).
 
     Raises:
-        ConfigError: if a setting is wrong.
+        ConfigError: if a setting is wrong, or the model holds extra state that a checkpoint cannot hold.
         SiteError: if a site does not exist or cannot carry a seed, or a tail does not put out what the model does.
     """
     resolved = _resolve(config or RunConfig(), {"data": {"type": "given"}, "host": {"type": "given"}}, overrides)
+    require_portable(model)
     host = kasmina.wrap(model, example=example, sites=sites, causal=causal, config=resolved.kasmina, tails=tails)
     return Grown(host, example, resolved)
 
@@ -485,8 +487,8 @@ def check_workload(workload: Workload, config: RunConfig) -> None:
 
     Raises:
         ConfigError: if a named blueprint is neither in the library nor in the storage's catalogue, or fits no site, a
-            scheduled graft cannot be made, the weights to start from are not the host's, or the trainer of this
-            process has no GPU.
+            scheduled graft cannot be made, the weights to start from are not the host's, its extra state cannot be
+            saved, or the trainer of this process has no GPU.
         SiteError: if a site does not exist or cannot carry a seed.
     """
     from esper.urza import named
@@ -564,7 +566,7 @@ def checkpoint_host(
         raise NotFoundError(f"{directory} holds no {'best ' if best else ''}checkpoint")
     host = _wrap_workload(workload, config, torch.device("cpu"))
     host.load_growth_state(found.state["session"]["growth"])
-    host.module.load_state_dict(found.state["session"]["module"], strict=True)
+    refill(host.module, found.state["session"])
     return host
 
 
@@ -636,6 +638,7 @@ def new_run_id(config: RunConfig) -> str:
 
 
 def _wrap_workload(workload: Workload, config: RunConfig, device: torch.device) -> kasmina.Host:
+    require_portable(workload.model)
     return kasmina.wrap(
         workload.model.to(device),
         example=to_device(workload.example, device),

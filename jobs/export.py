@@ -53,6 +53,9 @@ def export_run(name: str, storage: str, out: Path, *, fold: bool = False) -> dic
     if out.suffix == ".safetensors":
         import safetensors.torch
 
+        extra = [name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]
+        if extra:
+            raise ConfigError(f"{extra[0]} is no tensor: no safetensors", field="--out", remedy="end it in .pt2")
         safetensors.torch.save_model(model, str(out))  # which writes tied weights once
     else:
         batch = torch.export.Dim("batch", min=1)

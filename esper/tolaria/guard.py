@@ -18,6 +18,7 @@ from esper.leyline.summary import Rollback
 from esper.tolaria import governor, snapshot
 from esper.tolaria.adaptation import Adaptation
 from esper.tolaria.chronicle import Chronicle
+from esper.tolaria.contents import tensors
 from esper.tolaria.course import Course
 from esper.tolaria.numerics import digests
 from esper.tolaria.tree import clone
@@ -225,7 +226,7 @@ class Guard:
         ranks = self._course.ports.ranks
         if ranks.world == 1:
             return None
-        own = digests(self._course.growable.module.state_dict())
+        own = digests(tensors(self._course.growable.module))
         if len(set(ranks.gather(tuple(own.values())))) == 1:
             return None
         everywhere = ranks.gather(own)

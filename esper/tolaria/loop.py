@@ -27,6 +27,7 @@ from esper.leyline.summary import HISTORY_FILE, SUMMARY_FILE, RunStatus, RunSumm
 from esper.storage import Storage
 from esper.tolaria.checkpoint import Checkpoints, Restored
 from esper.tolaria.commands import CommandLog
+from esper.tolaria.contents import contents, refill
 from esper.tolaria.course import Ports
 from esper.tolaria.evidence import Evaluation
 from esper.tolaria.optim import SEED_KEY, Optimization, clip_norms
@@ -125,7 +126,7 @@ class Trainer:
         if found is None and workload.trained is not None:
             _load_together(workload.trained, growable, ports.ranks)
         if ports.ranks.world > 1:  # the wrapper of the live path takes equal weights for granted
-            growable.module.load_state_dict(ports.ranks.broadcast(growable.module.state_dict()))
+            refill(growable.module, ports.ranks.broadcast(contents(growable.module)))
         parameters = [parameter for _, parameter in growable.live_parameters() if parameter.requires_grad]
         optimizer = workload.optimizer(parameters)
         total_steps = self._num_batches * tolaria.epochs

@@ -34,6 +34,7 @@ from esper.tolaria import snapshot
 from esper.tolaria.adaptation import Adaptation
 from esper.tolaria.chronicle import Chronicle
 from esper.tolaria.commands import CommandLog
+from esper.tolaria.contents import contents
 from esper.tolaria.costs import HostCosts, health_flops
 from esper.tolaria.course import Course, Ports
 from esper.tolaria.deciding import Deciding
@@ -577,7 +578,7 @@ class Session:
         """The state between `measure` and `control`, or after `control`. Collective; tensors are not copies."""
         course, boundary = self.course, self._boundary
         return {
-            "module": dict(course.growable.module.state_dict()),
+            **contents(course.growable.module),
             "growth": course.growable.growth_state(),
             "optimization": course.optimization.state_dict(),
             "rng": course.ports.ranks.gather(rng_state()),
@@ -601,7 +602,7 @@ class Session:
         """
         course, rank = self.course, self.course.ports.ranks.rank
         own = dict(state["rng"][rank]) if rank < len(state["rng"]) else rng_state()
-        whole = {key: state[key] for key in ("module", "growth", "optimization")}
+        whole = {key: state[key] for key in ("module", "buffers", "growth", "optimization") if key in state}
         snapshot.give_back({**whole, "rng": own}, course.growable, course.optimization)
         course.epoch, course.step = int(state["epoch"]), int(state["step"])
         self._steps_per_epoch = int(state["steps_per_epoch"])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from esper.leyline.growth import Growable
+from esper.tolaria.contents import contents, refill
 from esper.tolaria.numerics import rng_state, set_rng_state
 from esper.tolaria.optim import Optimization
 from esper.tolaria.tree import clone
@@ -15,7 +16,7 @@ def take(growable: Growable, optimization: Optimization) -> dict[str, Any]:
     """Returns copies that later training does not touch, on the devices where the originals lie."""
     return clone(
         {
-            "module": dict(growable.module.state_dict()),
+            **contents(growable.module),
             "growth": growable.growth_state(),
             "optimization": optimization.state_dict(),
             "rng": rng_state(),
@@ -30,7 +31,7 @@ def give_back(state: Mapping[str, Any], growable: Growable, optimization: Optimi
     """
     copied = clone(state)  # what loads by reference must not come to share memory with the snapshot
     growable.load_growth_state(copied["growth"])
-    growable.module.load_state_dict(copied["module"], strict=True)
+    refill(growable.module, copied)
     optimization.load_state_dict(copied["optimization"], live=growable.live_parameters())
     growable.module.zero_grad(set_to_none=True)
     set_rng_state(copied["rng"])

@@ -1,7 +1,8 @@
 """A trained plain model to start from: its weights, as its owner saved them, put into the host before it ever trains.
 
 Two forms are read: safetensors, and what `torch.save(model.state_dict(), ...)` wrote, by `weights_only=True`, so that
-nothing in a file is run. The file must be that of this very host: every tensor in its place, none over.
+nothing in a file is run. The file must be that of this very host: every tensor in its place, none over. Extra state
+of modules is taken from a file that has it; safetensors cannot, and then it stays as the host has it.
 """
 
 from __future__ import annotations
@@ -64,23 +65,27 @@ class Trained:
         if self.address is None:
             return
         given = read_weights(self.address, self.options)
-        own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{PREFIX}.")}
+        own = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{PREFIX}.")}
+        extra = {name: given.pop(name) for name in own if _is_extra(name) and name in given}
+        own = {name: tensor for name, tensor in own.items() if not _is_extra(name)}
         _require_equal_form(given, own, self.address)
         _require_sound(given, own, self.address)
+        for name, value in extra.items():
+            model.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
         with torch.no_grad():
             for name, tensor in given.items():
                 own[name].copy_(tensor)
 
 
-def read_weights(address: str, options: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
-    """Reads a `state_dict`; tensors lie on the CPU.
+def read_weights(address: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Reads a `state_dict`: tensors, on the CPU, and what modules have put in by `get_extra_state`.
 
     Args:
         address: a path, or any fsspec address.
         options: of the fsspec driver, for an address with a scheme.
 
     Raises:
-        ConfigError: if there is no such file, or it holds anything but tensors by name.
+        ConfigError: if there is no such file, or it holds anything else.
     """
     try:
         filesystem, path = fsspec.core.url_to_fs(address, **(dict(options or {}) if "://" in address else {}))
@@ -102,7 +107,9 @@ def read_weights(address: str, options: Mapping[str, Any] | None = None) -> dict
             field=FIELD,
             remedy="a safetensors file, or torch.save(model.state_dict(), ...)",
         ) from error
-    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+    if not isinstance(found, Mapping) or not all(
+        isinstance(value, torch.Tensor) or _is_extra(str(name)) for name, value in found.items()
+    ):
         holds = _few(map(str, found)) if isinstance(found, Mapping) else f"a {type(found).__name__}"
         raise ConfigError(
             f"{address} is no state_dict: it holds {holds}", field=FIELD, remedy="save model.state_dict() alone"
@@ -153,6 +160,11 @@ def _require_sound(given: Mapping[str, torch.Tensor], own: Mapping[str, torch.Te
         twin = next((twin for twin in others if name in given and twin in given), None)
         if twin is not None and not torch.equal(given[name], given[twin]):
             raise ConfigError(f"{address}: {name} and {twin} are tied in this host, and differ there", field=FIELD)
+
+
+def _is_extra(name: str) -> bool:
+    """Whether it is no tensor of the model, but what a module gave by `get_extra_state`."""
+    return name.rpartition(".")[2] == "_extra_state"
 
 
 def _kind(tensor: torch.Tensor) -> str:

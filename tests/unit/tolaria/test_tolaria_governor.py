@@ -212,7 +212,7 @@ class Loop:
         raise AssertionError(f"never reached {stage}")
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.clone() for name, tensor in self.host.module.state_dict().items()}
+        return clone(dict(self.host.module.state_dict()))
 
 
 @pytest.fixture
@@ -334,16 +334,24 @@ def test_weights_that_are_not_finite_are_seen_at_the_end_of_the_epoch(loop):
 
 
 class Masked(torch.nn.Module):
-    """A site with a buffer of infinities, as attention has them, and one that counts."""
+    """A site with a buffer of infinities, as attention has them, ones that count, and extra state."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body = torch.nn.Linear(12, 12)
         self.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))
         self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+        self.extra = {"note": "kept"}
 
     def forward(self, x):
         return self.body(x)
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
 
 
 def test_a_buffer_of_infinities_is_left_alone_and_one_that_becomes_infinite_is_not():
@@ -353,10 +361,13 @@ def test_a_buffer_of_infinities_is_left_alone_and_one_that_becomes_infinite_is_n
     loop.epoch()
     assert loop.session.recorder.rollbacks == ()
     loop.step()
+    masked.count += 1
+    masked.extra = {"note": "lost"}
     masked.seen.fill_(math.inf)
     loop.session.end_epoch()
     assert [back.reason for back in loop.session.recorder.rollbacks] == ["3.seen is not finite"]
     assert (float(masked.seen), float(masked.mask[0, 1])) == (0.0, -math.inf)
+    assert (float(masked.count), masked.extra) == (0.0, {"note": "kept"})  # state_dict does not hold the one
     loop.host.close()
 
 

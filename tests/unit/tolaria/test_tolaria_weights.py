@@ -108,6 +108,27 @@ def test_what_is_not_this_host_is_refused_and_changes_nothing(tmp_path, what, wo
     assert same(before, host.state_dict())
 
 
+class Noted(torch.nn.Linear):
+    note = "fresh"
+
+    def get_extra_state(self):
+        return {"note": self.note}
+
+    def set_extra_state(self, state):
+        self.note = state["note"]
+
+
+def test_extra_state_is_taken_from_a_file_that_has_it(tmp_path):
+    trained, fresh, other = Noted(3, 2), Noted(3, 2), Noted(3, 2)
+    trained.note = "trained"
+    Trained(save(trained, tmp_path / "host.pt")).load_into(fresh)
+    assert (fresh.note, torch.equal(fresh.weight, trained.weight)) == ("trained", True)
+    tensors = {"weight": trained.weight.detach(), "bias": trained.bias.detach()}
+    safetensors.torch.save_file(tensors, tmp_path / "host.safetensors")
+    Trained(str(tmp_path / "host.safetensors")).load_into(other)
+    assert (other.note, torch.equal(other.weight, trained.weight)) == ("fresh", True)
+
+
 def with_buffers(scale):
     host = model()
     host.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))

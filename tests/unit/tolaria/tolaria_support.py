@@ -15,6 +15,7 @@ from esper.tamiyo.controller import LocalController
 from esper.tolaria.optim import SchedulerFactory
 from esper.tolaria.schedules import optimizer_factory, scheduler_factory
 from esper.tolaria.task import TASKS
+from esper.tolaria.tree import clone
 from esper.tolaria.workload import Workload
 
 BLUEPRINT = "mlp_2x"
@@ -113,7 +114,7 @@ def train(
         **given,
     }
     summary = train_local(problem, chosen, directory=str(directory), run_id=run_id, **parts)  # type: ignore[arg-type]
-    return summary, {name: tensor.clone() for name, tensor in problem.model.state_dict().items()}
+    return summary, clone(dict(problem.model.state_dict()))
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
