@@ -232,6 +232,11 @@ class GovernorConfig(Section):
     """A kernel on trial is out of line when the root mean square of its weights exceeds the host's by this factor."""
     graft_update: PositiveFloat = 100.0
     """The same of what one step changed of them."""
+    snapshots: PositiveInt = 2
+    """Good states kept in memory, one an epoch: where going back to the last one did not help, it was sick itself, and
+    the one before is next. Each costs what weights, buffers and the optimizer's state take (3 times the weights under
+    AdamW), on their device; while a kernel is on trial the state from before its graft is kept besides. Checkpoints of
+    deterministic runs hold them all."""
     max_rollbacks: Annotated[int, Field(ge=0)] = 3
     """So often a run is set back without a healthy epoch between; then it fails: going back cannot help."""
 

@@ -1,4 +1,4 @@
-"""The governor at work: holds the last good snapshot, feeds the vitals to the pure core, and goes back when told."""
+"""The governor at work: holds the last good snapshots, feeds the vitals to the pure core, and goes back when told."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from esper.tolaria.adaptation import Adaptation
 from esper.tolaria.chronicle import Chronicle
 from esper.tolaria.contents import tensors
 from esper.tolaria.course import Course
-from esper.tolaria.numerics import digests
+from esper.tolaria.numerics import digests, rng_state
 from esper.tolaria.tree import clone
 
 log = logging.getLogger(__name__)
@@ -41,10 +41,12 @@ class Good:
     Attributes:
         state: of training, from `snapshot.take`.
         losses: the history that was known there.
+        blended: whether a kernel was on the live path that had not proven itself.
     """
 
     state: dict[str, Any]
     losses: tuple[float, ...]
+    blended: bool
 
 
 class Guard:
@@ -68,10 +70,11 @@ class Guard:
         self._limits = limits
         self._vitals = governor.Vitals()
         self._complaint: str | None = None
-        self._last = Good({}, ())
+        self._ring: list[Good] = []  # the newest at the end
         self._watching = adaptation.watching
         self._sound_sites: set[str] = set()
-        self._unblended: Good | None = None  # the last one without a kernel that is blended and not permanent
+        self._unblended: Good | None = None  # the newest without a kernel on trial; it may have left the ring
+        self._stood_at: int | None = None  # step at which the run stood as the newest snapshot has it
         self._blamed: set[str] = set()
         # of the host's buffers those that are finite at the start: a mask may be made of infinities
         buffers = course.growable.module.named_buffers()
@@ -118,10 +121,14 @@ class Guard:
         return reason
 
     def remember(self) -> None:
-        """Takes the snapshot to go back to."""
-        self._last = Good(snapshot.take(self._course.growable, self._course.optimization), self._vitals.losses)
-        if not self._on_trial():
-            self._unblended = self._last
+        """Takes the snapshot to go back to, and lets go of the oldest that are too many."""
+        course, blended = self._course, bool(self._on_trial())
+        good = Good(snapshot.take(course.growable, course.optimization), self._vitals.losses, blended)
+        if self._stood_at == course.step:
+            self._ring.pop()  # this is that one again, but for what was removed
+        self._ring, self._stood_at = [*self._ring, good][-self._limits.snapshots :], course.step
+        if not blended:
+            self._unblended = good
         self._adaptation.measure_norm()
         self._watching.measure_host()
         self._watching.look_again()
@@ -135,8 +142,8 @@ class Guard:
 
         A seed that was grafted since is culled (the restored host never met it); one that was blended already is
         retired. If it is blamed again, or if going back did not help, what was good then was not: the snapshot from
-        before its graft is restored, and the seed culled. Their sites are under embargo for `kasmina.embargo_epochs`.
-        Collective.
+        before its graft is restored, and the seed culled; where none is to blame, the snapshot before the last is. The
+        sites of blamed seeds are under embargo for `kasmina.embargo_epochs`. Collective.
 
         Args:
             reason: why.
@@ -160,20 +167,23 @@ class Guard:
         blamed = self._on_trial()
         again = num_rollbacks > 1 or any(seed.seed_id in self._blamed for seed in blamed)
         self._blamed |= {seed.seed_id for seed in blamed}
-        if again and blamed and self._unblended is not None:
-            self._last = self._unblended
-        self._vitals = governor.after_rollback(self._vitals, self._last.losses)
+        good = self._good_after(num_rollbacks, before_grafts=again and bool(blamed))
+        self._vitals, self._stood_at = governor.after_rollback(self._vitals, good.losses), course.step
         for seed in blamed:
             self._chronicle.tell(self._chronicle.event(seed, SeedStage.ROLLED_BACK, reason))
             self._put_under_embargo(seed)
-        snapshot.give_back(self._last.state, course.growable, course.optimization)
+        snapshot.give_back(good.state, course.growable, course.optimization)
         course.ports.faults.at("rolling_back", course.step)
         self._adaptation.path_changed(watched=bool(blamed))
         for seed in blamed:
             self._remove(seed.seed_id, f"rolled back: {reason}", at_once=again)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state but for the last snapshot, which is the checkpoint itself."""
+        """The state but for the last snapshot, which is the checkpoint itself. Collective.
+
+        Older ones are in it as far as they are needed: in deterministic mode all, since a resumed run goes back to the
+        same; else only the one from before the grafts that are on trial.
+        """
         return {
             "vitals": governor.vitals_state(self._vitals),
             "words": self.words,
@@ -182,7 +192,7 @@ class Guard:
             "watch_until": self._adaptation.watch_until,
             "sound_sites": sorted(self._sound_sites),
             "blamed": sorted(self._blamed),
-            "kept": [_saved(self._unblended)] if self._on_trial() and self._unblended is not None else [],
+            "kept": [self._saved(good) for good in self._kept()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -194,9 +204,37 @@ class Guard:
         self._adaptation.watch_until = int(state["watch_until"])
         self._sound_sites = set(state.get("sound_sites", ()))  # younger than the first checkpoints
         self._blamed = set(state.get("blamed", ()))  # younger than the first checkpoints, as what follows
-        self._last = replace(self._last, losses=self._vitals.losses)
-        for kept in state.get("kept", ()):
-            self._unblended = Good(clone(kept["state"]), tuple(kept["losses"]))
+        last = replace(self._ring[-1], losses=self._vitals.losses)
+        everything = [*(self._loaded(kept) for kept in state.get("kept", ())), last]
+        self._ring = everything[-self._limits.snapshots :]
+        self._unblended = next((good for good in reversed(everything) if not good.blended), None)
+
+    def _good_after(self, num_rollbacks: int, *, before_grafts: bool) -> Good:
+        """The snapshot to go back to; newer ones are forgotten."""
+        if before_grafts and self._unblended is not None:
+            upto = [i for i, good in enumerate(self._ring) if good is self._unblended]
+            self._ring = self._ring[: upto[0] + 1] if upto else [self._unblended]
+        elif num_rollbacks > 1 and len(self._ring) > 1:
+            self._ring.pop()
+        return self._ring[-1]
+
+    def _kept(self) -> list[Good]:
+        """What a checkpoint holds of the snapshots, oldest first."""
+        older = self._ring[:-1] if self._course.config.deterministic else []
+        unblended = self._unblended if self._on_trial() else None
+        if unblended is None or any(good is unblended for good in older):
+            return older
+        return [unblended, *older]
+
+    def _saved(self, good: Good) -> dict[str, Any]:
+        state = good.state | {"rng": self._course.ports.ranks.gather(good.state["rng"])}
+        return {"state": state, "losses": list(good.losses), "blended": good.blended}
+
+    def _loaded(self, kept: Mapping[str, Any]) -> Good:
+        """Inverse of `_saved`; a rank that is new keeps its own generators."""
+        state, rank = clone(kept["state"]), self._course.ports.ranks.rank
+        own = state["rng"][rank] if rank < len(state["rng"]) else rng_state()
+        return Good(state | {"rng": own}, tuple(kept["losses"]), bool(kept["blended"]))
 
     def _ailment(self) -> str | None:
         """What is wrong with the weights; None if they are fit for a snapshot."""
@@ -250,10 +288,6 @@ class Guard:
         action = Action.RETIRE if seed.stage.is_blended and not at_once else Action.CULL
         command = KasminaControlCommand(action=action, site=seed.site, seed_id=seed_id, reason=reason)
         self._adaptation.apply(command)
-
-
-def _saved(good: Good) -> dict[str, Any]:
-    return {"state": good.state, "losses": list(good.losses)}
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

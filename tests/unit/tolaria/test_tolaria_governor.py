@@ -33,7 +33,7 @@ from esper.tolaria.governor import (
 from esper.tolaria.optim import Optimization
 from esper.tolaria.session import Session
 from esper.tolaria.task import TASKS
-from esper.tolaria.tree import clone
+from esper.tolaria.tree import clone, flatten, unflatten
 from esper.tolaria.workload import evaluation_batches
 
 LIMITS = GovernorConfig(strikes=3)
@@ -517,3 +517,48 @@ def test_the_limits_are_settings():
     loop.host.close()
     with pytest.raises(ConfigError, match="min_history 30 is more than window 10"):
         config(tolaria__governor__window=10, tolaria__governor__min_history=30)
+
+
+def fall_ill(loop: Loop) -> dict[str, torch.Tensor]:
+    """Lets an epoch end with a host whose sickness shows later; returns its weights at the end of the one before."""
+    loop.epoch()
+    sound = loop.weights()
+    with torch.no_grad():
+        loop.host.module[4].bias[0] = 100.0
+    loop.epoch()
+    return sound
+
+
+def step_and_suffer(loop: Loop) -> None:
+    loop.step(poison=math.nan if float(loop.host.module[4].bias.detach()[0]) > 50 else 1.0)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_host_that_was_sick_already_at_its_last_snapshot_goes_back_further(resumed):
+    loop = Loop(tamiyo__policy="none")
+    sound = fall_ill(loop)
+    if resumed:
+        state = clone(loop.session.state_dict())
+        loop.host.close()
+        loop = Loop(tamiyo__policy="none")
+        loop.session.load_state_dict(unflatten(*flatten(state)))
+        loop.session.begin()
+    step_and_suffer(loop)
+    assert float(loop.host.module[4].bias.detach()[0]) > 50
+    step_and_suffer(loop)
+    assert equal(loop.weights(), sound)
+    for _ in range(3):
+        step_and_suffer(loop)
+    loop.session.end_epoch()
+    assert len(loop.session.recorder.rollbacks) == 2
+    loop.host.close()
+
+
+def test_one_snapshot_is_the_last_one():
+    loop = Loop(tamiyo__policy="none", tolaria__governor__snapshots=1)
+    fall_ill(loop)
+    for _ in range(3):
+        step_and_suffer(loop)
+    with pytest.raises(NonFiniteError, match="set back 3 times in a row"):
+        step_and_suffer(loop)
+    loop.host.close()
