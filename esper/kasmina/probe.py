@@ -5,18 +5,17 @@ It runs in eval mode without gradients, on clones of the buffers and a forked RN
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from esper.leyline.compiled import eagerly
 from esper.leyline.errors import SiteError
+from esper.leyline.generators import drawn_apart
 
 
 @dataclass(slots=True)
@@ -41,13 +40,8 @@ class Probe:
 def forked_rng(module: nn.Module) -> Iterator[None]:
     """Within it, random numbers of torch (on the module's devices), numpy and Python are drawn from copies."""
     devices = {p.device for p in (*module.parameters(), *module.buffers()) if p.device.type == "cuda"}
-    state, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the host may draw from it
-    try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str), enabled=True):
-            yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(legacy)  # noqa: NPY002
+    with drawn_apart(devices):
+        yield
 
 
 def detached(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from esper.leyline.autocast import no_autocast_cache
 from esper.leyline.compiled import eagerly
+from esper.leyline.generators import drawn_apart
 from esper.leyline.growth import HEALTH_CHANNELS, HEALTH_ROWS, PREFIX, PROBE_FEATURES, Growable
 from esper.leyline.kernels import SiteSignature
 from esper.tolaria.flops import StepCosts
@@ -88,7 +89,7 @@ class HostCosts:
         module = self._growable.module
         with (
             eagerly(module),
-            _forked_rng(),
+            drawn_apart(range(torch.cuda.device_count())),
             _in_eval(module.get_submodule(PREFIX)),
             torch.enable_grad(),
             no_autocast_cache(),
@@ -107,7 +108,7 @@ class HostCosts:
         module = self._growable.module
         with (
             eagerly(module),
-            _forked_rng(),
+            drawn_apart(range(torch.cuda.device_count())),
             _in_eval(module),
             torch.no_grad(),
             no_autocast_cache(),
@@ -129,12 +130,6 @@ def health_flops(signature: SiteSignature, batch: int) -> int:
 
 def _shapes(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(tuple(arg.shape) if isinstance(arg, torch.Tensor) else None for arg in args)
-
-
-@contextmanager
-def _forked_rng() -> Iterator[None]:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
 
 
 @contextmanager

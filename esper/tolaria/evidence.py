@@ -13,6 +13,7 @@ from torch import nn
 
 from esper.leyline.autocast import no_autocast_cache
 from esper.leyline.errors import DataError, KernelFaultError, NonFiniteError
+from esper.leyline.generators import drawn_apart
 from esper.leyline.signals import Evidence, EvidenceKind
 from esper.tolaria.precision import FULL, Precision
 from esper.tolaria.ranks import Ranks
@@ -140,11 +141,13 @@ def _losses(task: Task, outputs: Any, targets: Any) -> torch.Tensor:
 
 @contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Eval mode within; afterwards each submodule's own mode (frozen ones stay in eval) and the RNG are restored."""
+    """Eval mode within; afterwards each submodule's own mode (frozen ones stay in eval) is restored. Random numbers are
+    drawn apart: a seed in TRAINING costs a validation more, which the host must not notice.
+    """
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with drawn_apart(range(torch.cuda.device_count())):
             yield
     finally:
         for child, training in modes:

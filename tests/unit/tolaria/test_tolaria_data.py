@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from esper.leyline import ConfigError, DataError, EvidenceKind, NonFiniteError
 from esper.tolaria.evidence import compare, evaluate
+from esper.tolaria.numerics import numerics, rng_state
 from esper.tolaria.ranks import SoloRanks
 from esper.tolaria.task import TASKS, Task, resolve_task
 from esper.tolaria.workload import evaluation_batches, example_of, model_args, training_batches
@@ -166,6 +169,26 @@ def test_validation_means_over_samples_and_disturbs_nothing():
     assert not module.norm.training
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(tensor, buffers[name]) for name, tensor in module.named_buffers())
+
+
+class Wobble(nn.Module):
+    """Draws from every generator there is."""
+
+    def forward(self, x):
+        return x + torch.rand(()) + random.random() + float(np.random.random())  # noqa: NPY002 - what hosts do
+
+
+def test_validation_draws_apart_from_the_run():
+    with numerics(seed=3, deterministic=False, num_threads=torch.get_num_threads()):
+        before = rng_state()
+        first = run(Wobble(), (X, X.clone()), TASKS["regression"])
+        again = run(Wobble(), (X, X.clone()), TASKS["regression"])
+        after = rng_state()
+    assert first.loss == again.loss  # so seeds are compared with the host under equal draws
+    assert before.pop("python") == after.pop("python")
+    assert torch.equal(before["numpy"].pop("keys"), after["numpy"].pop("keys"))
+    assert torch.equal(before.pop("torch"), after.pop("torch"))
+    assert before["numpy"] == after["numpy"]
 
 
 def run(module, data, task):
