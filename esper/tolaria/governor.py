@@ -51,18 +51,27 @@ class Vitals:
     rollbacks: int = 0
 
 
-def judge(vitals: Vitals, loss: float, limits: GovernorConfig) -> tuple[Vitals, Judgement]:
-    """Takes in the loss of one step."""
+def judge(vitals: Vitals, loss: float, limits: GovernorConfig, *, left_out: bool = False) -> tuple[Vitals, Judgement]:
+    """Takes in the loss of one step.
+
+    Args:
+        vitals: so far.
+        loss: of the step.
+        limits: how far off is too far.
+        left_out: whether a scaler left the step out since its gradients overflowed. That is no sickness, unless the
+            loss is not finite either, again and again.
+    """
+    if left_out:
+        if math.isfinite(loss):
+            return vitals, Judgement(Verdict.OK)
+        return _strike(vitals, f"the loss is {loss}, and the scaler leaves out the step,", limits)
     if not math.isfinite(loss):
         return vitals, Judgement(Verdict.ROLLBACK, f"the loss is {loss}")
     score = _robust_z(vitals.losses, loss, limits)
     if score <= limits.z:
         kept = (*vitals.losses, loss)[-limits.window :]
         return replace(vitals, losses=kept, strikes=0), Judgement(Verdict.OK)
-    strikes = vitals.strikes + 1
-    words = f"loss {loss:.4g} stands {score:.1f} deviations above its own history, {strikes} steps in a row"
-    verdict = Verdict.ROLLBACK if strikes >= limits.strikes else Verdict.SUSPECT
-    return replace(vitals, strikes=strikes), Judgement(verdict, words)
+    return _strike(vitals, f"loss {loss:.4g} stands {score:.1f} deviations above its own history,", limits)
 
 
 def judge_norm(before: float, after: float, limits: GovernorConfig) -> str | None:
@@ -137,6 +146,12 @@ def vitals_state(vitals: Vitals) -> dict[str, Any]:
 def vitals_from(state: Mapping[str, Any]) -> Vitals:
     """Inverse of `vitals_state`."""
     return Vitals(tuple(state["losses"]), int(state["strikes"]), int(state["rollbacks"]))
+
+
+def _strike(vitals: Vitals, words: str, limits: GovernorConfig) -> tuple[Vitals, Judgement]:
+    strikes = vitals.strikes + 1
+    verdict = Verdict.ROLLBACK if strikes >= limits.strikes else Verdict.SUSPECT
+    return replace(vitals, strikes=strikes), Judgement(verdict, f"{words} {strikes} steps in a row")
 
 
 def _robust_z(history: tuple[float, ...], loss: float, limits: GovernorConfig) -> float:

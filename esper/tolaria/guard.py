@@ -21,6 +21,7 @@ from esper.tolaria.chronicle import Chronicle
 from esper.tolaria.contents import tensors
 from esper.tolaria.course import Course
 from esper.tolaria.numerics import digests, rng_state
+from esper.tolaria.overflowing import Overflowing
 from esper.tolaria.tree import clone
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class Guard:
         self._complaint: str | None = None
         self._ring: list[Good] = []  # the newest at the end
         self._watching = adaptation.watching
+        self._overflowing = Overflowing(course.growable, course.optimization)
         self._sound_sites: set[str] = set()
         self._unblended: Good | None = None  # the newest without a kernel on trial; it may have left the ring
         self._stood_at: int | None = None  # step at which the run stood as the newest snapshot has it
@@ -82,13 +84,19 @@ class Guard:
         self.words = "ok"
         self.embargo: dict[str, int] = {}
 
-    def watch(self, loss: float) -> None:
-        """Takes in the loss of a step, and looks at its gradients and at what it did to kernels on trial."""
+    def watch(self, loss: float, *, sampled: bool = False) -> None:
+        """Takes in the loss of a step, and looks at its gradients and at what it did to kernels on trial.
+
+        Args:
+            loss: of the step.
+            sampled: whether health was taken on it.
+        """
         course, adaptation = self._course, self._adaptation
         fault = course.growable.take_fault()
         if fault is not None:
             self._complaint = self._complaint or f"a kernel fails: {fault}"
-        self._vitals, judgement = governor.judge(self._vitals, loss, self._limits)
+        left_out = self._overflowing.look(sampled=sampled)
+        self._vitals, judgement = governor.judge(self._vitals, loss, self._limits, left_out=left_out)
         if judgement.verdict is governor.Verdict.ROLLBACK:
             self._complaint = self._complaint or judgement.reason
         if course.optimization.scaler is None:  # else gradients that overflow are its business: it leaves the step out
@@ -130,6 +138,7 @@ class Guard:
         if not blended:
             self._unblended = good
         self._adaptation.measure_norm()
+        self._overflowing.begin()
         self._watching.measure_host()
         self._watching.look_again()
 
@@ -173,6 +182,7 @@ class Guard:
             self._chronicle.tell(self._chronicle.event(seed, SeedStage.ROLLED_BACK, reason))
             self._put_under_embargo(seed)
         snapshot.give_back(good.state, course.growable, course.optimization)
+        self._overflowing.rescaled()
         course.ports.faults.at("rolling_back", course.step)
         self._adaptation.path_changed(watched=bool(blamed))
         for seed in blamed:
@@ -197,6 +207,7 @@ class Guard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`; the state of training is restored already, and remembered."""
+        self._overflowing.rescaled()
         self._vitals = governor.vitals_from(state["vitals"])
         self.words = str(state["words"])
         self.embargo = {key: int(until) for key, until in state["embargo"].items()}
@@ -243,7 +254,7 @@ class Guard:
         for name, tensor in (*module.named_parameters(), *buffers):
             if not _is_finite(tensor):
                 return f"{name} is not finite"
-        sites = self._course.growable.soundness()
+        sites = self._overflowing.forgiven(self._course.growable.soundness())
         found = governor.judge_activations(sites, self._sound_sites) or self._out_of_line()
         self._sound_sites |= {site for site, (num_samples, _) in sites.items() if num_samples}
         if found is not None or self._course.step > self._adaptation.watch_until:

@@ -198,7 +198,7 @@ class Session:
         self._last_batch = batch
         self._book(batch)
         self._train_shadows(batch)
-        self._guard.watch(value)
+        self._guard.watch(value, sampled=self._observing)
         milliseconds = (time.perf_counter() - self._mark) * 1e3
         self.recorder.step(milliseconds)
         self._milliseconds.append(milliseconds)

@@ -319,6 +319,31 @@ def test_a_step_that_overflows_is_the_scalers_to_leave_out_and_a_rollback_gives_
     loop.host.close()
 
 
+def test_a_scaler_that_looks_for_its_scale_is_in_health():
+    scaler = torch.amp.GradScaler("cpu", init_scale=3e38, backoff_factor=0.125)
+    loop = Loop(scaler=scaler)
+    before = loop.weights()
+    loop.step()  # health is taken on it
+    assert {name for name, tensor in loop.weights().items() if not torch.equal(tensor, before[name])} == {
+        "1.running_mean", "1.running_var", "1.num_batches_tracked",
+    }  # fmt: skip
+    for _ in range(3):
+        loop.epoch()
+    assert scaler.get_scale() < 3e38
+    assert not torch.equal(loop.weights()["0.weight"], before["0.weight"])
+    assert loop.session.recorder.rollbacks == ()
+    loop.host.close()
+
+
+def test_a_loss_that_is_not_finite_on_steps_left_out_is_no_reason_until_it_goes_on():
+    vitals, _ = feed(Vitals(), CALM)
+    for expected in (Verdict.SUSPECT, Verdict.SUSPECT, Verdict.ROLLBACK):
+        vitals, judgement = judge(vitals, math.nan, LIMITS, left_out=True)
+        assert judgement.verdict is expected
+    same, judgement = judge(vitals, 1e9, LIMITS, left_out=True)
+    assert (same, judgement.verdict) == (vitals, Verdict.OK)
+
+
 def test_weights_that_are_not_finite_are_seen_at_the_end_of_the_epoch(loop):
     for _ in range(12):  # beyond the steps that are watched one by one
         loop.step(poison=1.0)
