@@ -106,8 +106,8 @@ class Arena:
             assert summary.went_without == ()
             native = [rung.rung.value for rung in summary.rungs]
             assert native == (["native"] if kind == "swap" else [])
-            found = {"val_loss": summary.metrics.val_loss, "stages": support.stages(summary)}
-            path.write_text(json.dumps(found))
+            assert "GRAFTING" in support.stages(summary)
+            path.write_text(json.dumps({"val_loss": summary.metrics.val_loss}))
         return json.loads(path.read_text())
 
     def _undisturbed(self, run_id: str, kind: str, settings: dict[str, Any]) -> Any:
@@ -213,8 +213,8 @@ class Arena:
         val_loss = summary.metrics.val_loss
         words = f"{val_loss:.3f} of {min(losses):.3f} to {max(losses):.3f}"
         assert val_loss <= max(losses), words
-        # growth went on as ever, or the summary says what was missing
-        assert support.stages(summary) == controls[summary.seed]["stages"] or summary.went_without
+        # growth went on (when, depends on the clock here, and so does how far it came), or the summary says why not
+        assert "GRAFTING" in support.stages(summary) or summary.went_without
         assert {words.split(":")[0] for words in summary.went_without} <= SYSTEMS
         return words
 
