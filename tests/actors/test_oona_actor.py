@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import ray
 from bus_conformance import WAIT_S, BusConformance, numbers, step, take
+from ray import cloudpickle
 
 from actors.cluster import disconnect
 from actors.oona import RayTransport, connect, spawn
@@ -254,7 +256,57 @@ def test_the_command_line_finds_the_bus_of_a_storage_and_says_where_there_is_non
     bus.close()
 
 
-# ---- disks that fill up, settings of the disk
+# ---- members that die, disks that fill up, settings of the disk
+
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers know no folder of tests
+
+
+class Member:
+    """A member in an actor; it holds what it polled."""
+
+    def __init__(self, oona):
+        self.bus = oona.bus()
+        self.inbox = self.bus.subscribe([Topic.STEPS], group="g")
+
+    def hold(self, count):
+        held = []
+        while len(held) < count:
+            held += self.inbox.poll(timeout_s=60.0)
+        return os.getpid()
+
+    def block(self):
+        threading.Event().wait()
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_what_a_killed_actor_held_goes_to_others_at_once(start, is_busy):
+    handle = start(OonaConfig(lease_s=3600.0))
+    bus = handle.bus()
+    patient = bus.subscribe([Topic.STEPS], group="g")
+    bus.publish([step(0), step(1)])
+    member = ray.remote(num_cpus=0.1, max_restarts=-1)(Member).remote(handle)  # it comes again, as another
+    pid = ray.get(member.hold.remote(2), timeout=WAIT_S)
+    assert patient.poll(timeout_s=0.5) == []
+    if is_busy:  # it answers no question
+        member.block.remote()
+    os.kill(pid, signal.SIGKILL)
+    again = take(patient, 2)
+    assert [(delivery.attempt, *numbers([delivery])) for delivery in again] == [(2, 0), (2, 1)]
+    ray.kill(member)
+    bus.close()
+
+
+def test_the_bus_keeps_no_actor_alive(start):
+    handle = start(OonaConfig(lease_s=3600.0))
+    bus = handle.bus()
+    patient = bus.subscribe([Topic.STEPS], group="g")
+    bus.publish([step(0)])
+    member = ray.remote(num_cpus=0.1)(Member).remote(handle)
+    ray.get(member.hold.remote(1), timeout=WAIT_S)
+    del member  # the last handle but the bus's own
+    assert numbers(take(patient, 1)) == [0]
+    bus.close()
 
 
 @pytest.mark.parametrize("fsync", ["always", "never"])
