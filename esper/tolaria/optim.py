@@ -82,8 +82,11 @@ class Optimization:
         if self.scaler is None:
             self.optimizer.step()
         else:
+            scale = self.scaler.get_scale()
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            if self.scaler.get_scale() < scale:
+                return  # the step was left out: it moves no rate either
         if self.scheduler is not None:
             self.scheduler.step()
 
