@@ -5,6 +5,7 @@ dashboard; `ESPER_LOG=text` makes the lines for people.
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any, Literal, cast
 
 from esper.leyline.errors import ConfigError
@@ -24,11 +25,10 @@ def log_as(actor: str, **fields: Any) -> None:
     Raises:
         ConfigError: if `ESPER_LOG` is neither `json` nor `text`.
     """
-    import ray
-
     from esper.nissa.logs import configure
 
-    if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
+    ray: Any = sys.modules.get("ray")  # an actor's process has imported it
+    if ray is None or not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
         return
     configure(form=form(), actor=actor, **fields)
 

@@ -105,7 +105,7 @@ class Cycles:
     def cycle(self, ending: str) -> None:
         live = ending != "cull"
         self.command(Action.GERMINATE, BlendStrategy.DIRECT if live else BlendStrategy.RAMP)
-        for future in list(self.host._life.arrivals._loading.values()):
+        for future in [load.future for load in self.host._life.arrivals._loading.values()]:
             future.result(timeout=60)
         self.epoch()  # takes the kernel in
         self.command(Action.ADVANCE)
@@ -163,7 +163,7 @@ def stay(_rank):
         before = held()
         cycles.command(Action.GERMINATE)
         after = held()
-        for future in list(cycles.host._life.arrivals._loading.values()):
+        for future in [load.future for load in cycles.host._life.arrivals._loading.values()]:
             future.result(timeout=60)
         kept = cycles.host._life.arrivals.loader.load(cycles.kernel_id, cycles.host.sites[SITE], torch.device("cpu"))
     finally:

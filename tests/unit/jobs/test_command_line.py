@@ -53,7 +53,7 @@ def schedule(site, blueprint):
         (["tolaria.epoch=2"], ("tolaria.epoch: no such key", "did you mean epochs?")),
         (["tolaria.epochs=many"], ("tolaria.epochs:", "valid integer", "'many'")),
         (["tolaria.epochs=0"], ("tolaria.epochs:", "greater than or equal to 1")),
-        (["host.type=gpt"], ("host.channels: no such key", "known keys with type gpt: depth")),
+        (["host.type=gpt"], ("host.patch: no such key; and 2 more",)),
         (["data.type=csv"], ("data.type:", "'digits'")),
         (["task=regression"], ("task:", "regression", "esper.grow")),
         (["seed"], ("'seed' is no KEY=VALUE", "then overrides")),

@@ -145,7 +145,7 @@ class Gate(Shelf):
 
 def await_kernel(driver, seed_id="s0"):
     """Steps until the loader's result has been taken in."""
-    futures = list(driver.host._life.arrivals._loading.values())
+    futures = [load.future for load in driver.host._life.arrivals._loading.values()]
     for future in futures:
         future.exception(timeout=30)
     driver.train(1)

@@ -173,7 +173,7 @@ def test_a_seed_that_still_waits_for_its_kernel_asks_again():
     again.load_growth_state(state)
     assert again.seeds()[0].stage is SeedStage.GERMINATED
     again.attach(shelf, PUBLIC, wait=False)
-    for future in list(again._life.arrivals._loading.values()):
+    for future in [load.future for load in again._life.arrivals._loading.values()]:
         future.exception(timeout=30)
     again.prepare(0, epoch=0, steps_per_epoch=1, observe=False)
     assert shelf.fetched == [kernel_id]
