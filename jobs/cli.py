@@ -20,6 +20,7 @@ from jobs.bus import bus_app
 from jobs.kernels import kernels_app
 from jobs.options import DEFAULT_STORAGE, Json, RunArg, Storage, complete_run, print_json
 from jobs.steering import approve, veto
+from jobs.trace import trace
 from jobs.ui import ui
 from jobs.urza import urza_app
 
@@ -40,6 +41,7 @@ app.add_typer(kernels_app, name="kernels")
 app.add_typer(urza_app, name="urza")
 app.add_typer(bus_app, name="bus")
 app.command("alerts")(alerts)
+app.command("trace")(trace)
 
 
 def _complete_bench(incomplete: str) -> list[str]:
