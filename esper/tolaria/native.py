@@ -58,7 +58,7 @@ class Optimizing:
         wanted = optimizes(course.config, num_trainers=num_trainers, num_cores=num_usable_cores())
         self._is_wanted = course.ports.ranks.broadcast(wanted)  # machines differ in cores, ranks must not in calls
         self._submitted: set[tuple[str, str]] = set()
-        self._settled: set[str] = set()
+        self._settled: set[tuple[str, str]] = set()  # a seed may live again, with another kernel
 
     def look(self) -> None:
         """Asks for what is not there yet, and takes up what is. Collective."""
@@ -73,14 +73,15 @@ class Optimizing:
             answers = None if hub is None else self._reach.ask("Urza", lambda: self._ask(hub, seeds))
             answers = answers or ()
         for seed_id, kernel_id, reason in course.ports.ranks.broadcast(answers):
-            self._settled.add(seed_id)
+            asked = next(seed for seed in seeds if seed.seed_id == seed_id)
+            self._settled.add(_life(asked))
             if kernel_id:
                 course.growable.request_native(seed_id, kernel_id)
             else:
-                self._tell(next(seed for seed in seeds if seed.seed_id == seed_id), reason)
+                self._tell(asked, reason)
 
     def _is_open(self, seed: SeedView) -> bool:
-        is_ours = seed.blueprint_id is not None and seed.seed_id not in self._settled
+        is_ours = seed.blueprint_id is not None and _life(seed) not in self._settled
         return seed.stage.is_blended and seed.native is None and is_ours
 
     def _ask(self, hub: AssetHub, seeds: Sequence[SeedView]) -> tuple[_Answer, ...]:
@@ -131,6 +132,11 @@ class Optimizing:
                 trace_id=seed.trace_id,
             )
         )
+
+
+def _life(seed: SeedView) -> tuple[str, str]:
+    """A seed in its present life."""
+    return seed.seed_id, seed.trace_id
 
 
 def num_usable_cores() -> int:

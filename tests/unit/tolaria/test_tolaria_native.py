@@ -6,7 +6,15 @@ import pytest
 from tolaria_support import BLUEPRINT, KEY, SIGNATURE, SITE, config, train
 
 from esper.api import local_hub
-from esper.leyline import Check, Pipeline, compile_key
+from esper.leyline import (
+    Action,
+    AdaptationSignal,
+    Check,
+    KasminaControlCommand,
+    Pipeline,
+    SeedStage,
+    compile_key,
+)
 from esper.leyline.native import Rung, Timing
 from esper.tezzeret.compile import Unsigned, build, sign
 from esper.tezzeret.fingerprint import target_fingerprint
@@ -71,6 +79,41 @@ def test_code_that_was_not_kept_leaves_the_ir_and_its_reason(tmp_path):
     assert (rung.site, rung.rung, rung.blueprint) == (SITE, Rung.IR, BLUEPRINT)
     assert "1.08 of the eager module's time" in rung.reason
     assert hub.claim("w1", fingerprint=target_fingerprint()) is None
+
+
+class Again:
+    """A controller that grafts the kernel there is, removes it two epochs later, and begins again."""
+
+    def decide(self, state, packet):
+        seed = packet.layers[0].seeds[-1]
+        action = None
+        if seed.stage is SeedStage.DORMANT:
+            action = Action.GERMINATE
+        elif seed.stage is SeedStage.GERMINATED and seed.is_ready_for_transition:
+            action = Action.ADVANCE
+        elif seed.stage is SeedStage.GRAFTING and seed.epochs_in_stage >= 2:
+            action = Action.CULL
+        given = {"kernel_id": packet.options[0].kernel_id, "strategy": "direct"} if action is Action.GERMINATE else {}
+        command = action and KasminaControlCommand(
+            action=action, site=seed.layer_id, seed_id=seed.seed_id, reason="again", **given
+        )
+        commands = () if command is None else (command,)
+        return state, AdaptationSignal(
+            run_id=packet.run_id, epoch=packet.epoch.epoch, policy="again", commands=commands, reason="again"
+        )
+
+
+def test_every_life_of_a_seed_asks_anew(tmp_path):
+    hub, key = hub_and_key()
+    blueprint = hub.blueprints(name=BLUEPRINT)[0]
+    hub.submit_blueprint(blueprint.ir, name=BLUEPRINT, targets=[SIGNATURE], pipelines=[Pipeline.OPTIMIZED])
+    hub.complete(job := hub.claim("w1", fingerprint=target_fingerprint()), *sign(slower(job), KEY))
+    chosen = config(deterministic=False, tezzeret__optimize="grafted", kasmina__embargo_epochs=0, tolaria__epochs=14)
+    summary, _ = train(tmp_path, chosen, hub=hub, public_key=key, controller=Again())
+    lives = {event.trace_id for event in summary.events if event.to_stage is SeedStage.GRAFTING}
+    assert len(lives) > 1
+    assert {event.seed for event in summary.events} == {"s0"}  # the same seed each time
+    assert {rung.trace_id for rung in summary.rungs} == lives
 
 
 def slower(job) -> Unsigned:
