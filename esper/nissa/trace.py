@@ -10,6 +10,7 @@ from typing import Any
 
 from esper.leyline.kernels import CompiledKernelArtifact
 from esper.leyline.native import Rung
+from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import Choice, HealthSignal, LifecycleEvent
 from esper.leyline.summary import RunHistory, RunSummary
 from esper.nissa import words
@@ -108,9 +109,13 @@ def way_of(
     )
 
 
+def _named(stage: SeedStage) -> str:
+    return stage.value.lower().replace("_", " ")
+
+
 def _of_event(event: LifecycleEvent) -> Stop:
-    stage = event.to_stage.value.lower().replace("_", " ")
-    what = f"refused to go to {stage}" if event.refused else f"{event.from_stage.value.lower()} to {stage}"
+    stage = _named(event.to_stage)
+    what = f"refused to go to {stage}" if event.refused else f"{_named(event.from_stage)} to {stage}"
     figures = "" if event.evidence is None else words.evidence(event.evidence)
     why = "; ".join(part for part in (event.reason, figures) if part)
     return Stop(event.timestamp, "Kasmina", event.step, what, why)
