@@ -7,7 +7,7 @@ else. The handle delegates what people call on a model to that model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from math import inf, isfinite
 from time import perf_counter
 from typing import Any
@@ -29,11 +29,12 @@ from esper.kasmina.shadow import AllReduce, train_shadow
 from esper.kasmina.sites import find_sites
 from esper.kasmina.sums import Sums, merged
 from esper.kasmina.tails import applies, find_tails
+from esper.kasmina.watch import watched
 from esper.leyline.blueprints import BlueprintIR
 from esper.leyline.chains import Tail
 from esper.leyline.compiled import is_wrapper, runs_compiled
 from esper.leyline.errors import ConflictError, KernelFaultError
-from esper.leyline.growth import PREFIX, Change, SeedView, ShadowStep
+from esper.leyline.growth import PREFIX, Change, GrownSite, SeedView, ShadowStep, SiteTensor
 from esper.leyline.kernels import SiteSignature
 from esper.leyline.ports import AssetHub
 from esper.leyline.seeds import SeedStage
@@ -160,6 +161,17 @@ class Host:
         for layer, seed in sorted(blended, key=lambda pair: pair[1].figure("graft_order")):
             for name, parameter in layer.kernel(seed).named_parameters():
                 yield f"{PREFIX}.{layer.key}.{seed.seed_id}.{name}", parameter
+
+    def grown_sites(self) -> Mapping[str, GrownSite]:
+        found: dict[str, GrownSite] = {}
+        for layer in all_layers(self._layers):
+            if blended := layer.blended():
+                parameters = tuple(p for seed in blended for p in layer.kernel(seed).parameters())
+                found[layer.site] = GrownSite(layer.live, parameters)
+        return found
+
+    def watched(self) -> AbstractContextManager[Mapping[str, SiteTensor]]:
+        return watched(self._module, self._layers)
 
     def share(self, mean: AllReduce, *, world: int, patience_s: float = inf) -> None:
         self._life.share(mean, world, patience_s)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import _StopRecomputationError  # pyright: ignore[reportPrivateUsage] - it passes through
 from torch.utils.hooks import RemovableHandle
 
 from esper.kasmina.blending import blend
@@ -223,12 +224,11 @@ class Layer(nn.Module):
 
     def on_output(self, _site: nn.Module, _args: Any, output: Any) -> Any:
         """The hook: what the site puts out, grown."""
-        return put(output, self._part, self._grown(take(output, self._part)))
+        return put(output, self._part, self._grown(self.own(output)))
 
     def _grown(self, h: torch.Tensor) -> torch.Tensor:
         """What the site puts out for the host's own tensor."""
-        for seed in self.blended():
-            h = self._live(seed, h)
+        h = self.live(h)
         if self._shadow is not None:
             return self.behind(self._shadow, h.detach())
         if self.training and torch.is_grad_enabled():
@@ -237,6 +237,16 @@ class Layer(nn.Module):
             if self.observing:
                 self.observer.watch(h)
         return h
+
+    def live(self, h: torch.Tensor) -> torch.Tensor:
+        """What goes on behind the seeds on the live path, for the host's own tensor."""
+        for seed in self.blended():
+            h = self._live(seed, h)
+        return h
+
+    def own(self, output: Any) -> torch.Tensor:
+        """The site's tensor out of what its module put out."""
+        return take(output, self._part)
 
     def _live(self, seed: Seed, h: torch.Tensor) -> torch.Tensor:
         """What goes on behind a blended seed.
@@ -268,6 +278,8 @@ class Layer(nn.Module):
         native = self.natives.get(seed.seed_id)
         try:
             y = self.get_submodule(seed.seed_id)(h) if native is None else native(h)
+        except _StopRecomputationError:
+            raise  # activation checkpointing has seen all that it needs; no fault of the kernel
         except Exception as error:
             raise KernelFaultError(f"it raised {type(error).__name__}: {error}", field=seed.seed_id) from error
         if y.shape != h.shape:

@@ -23,6 +23,7 @@ from esper.leyline.autocast import no_autocast_cache
 from esper.leyline.compiled import eagerly
 from esper.leyline.errors import KernelFaultError, SiteError
 from esper.leyline.growth import ELSEWHERE, PREFIX
+from esper.leyline.substitute import with_tensors
 
 CLIP_NORM = 1.0
 """Limit of the gradient norm of one kernel, counted apart from the host's."""
@@ -61,9 +62,14 @@ def train_shadow(
     leaves = {name: p.detach().requires_grad_() for name, p in kernel.named_parameters()}
     loss, gradients, fault = torch.zeros(()), [torch.zeros_like(leaf) for leaf in leaves.values()], None
     try:
-        loss = _replay(module, layer, seed, args, loss_of, leaves, start)
-        if leaves:
-            gradients = _gradients(layer, seed, loss, list(leaves.values()))
+
+        def learn(outputs: Any) -> None:
+            nonlocal loss, gradients
+            loss = loss_of(outputs)
+            if leaves:
+                gradients = _gradients(layer, seed, loss, list(leaves.values()))
+
+        _replay(module, layer, seed, args, leaves, start, learn)
     except KernelFaultError as error:
         fault = error
     if all_reduce is not None:
@@ -83,18 +89,22 @@ def _replay(
     layer: Layer,
     seed: Seed,
     args: tuple[Any, ...],
-    loss_of: Callable[[Any], torch.Tensor],
     leaves: dict[str, torch.Tensor],
     start: torch.Tensor | None,
-) -> torch.Tensor:
+    learn: Callable[[Any], None],
+) -> None:
+    """Calls `learn` with the host's outputs, where the host is still what it was in the replay: what recomputes
+    activations runs again in the backward.
+    """
     prefix = f"{PREFIX}.{key_of(layer.site)}.{seed.seed_id}."
     tensors = detached(module) | {prefix + name: leaf for name, leaf in leaves.items()}
     with eagerly(module), torch.enable_grad(), forked_rng(module), no_autocast_cache():
         if start is not None and layer.tail is not None:
             host = FromSite(module, layer.tail, lambda h: layer.behind(seed, h))
-            return loss_of(torch.func.functional_call(host, host.tensors(tensors), (start, *args)))
+            with_tensors(host, host.tensors(tensors), lambda: learn(host(start, *args)))
+            return
         with layer.shadow(seed, module.get_submodule(layer.path)):
-            return loss_of(torch.func.functional_call(module, tensors, args))
+            with_tensors(module, tensors, lambda: learn(module(*args)))
 
 
 def _gradients(layer: Layer, seed: Seed, loss: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -114,6 +114,27 @@ class ShadowStep:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class SiteTensor:
+    """What the module at a site puts out in one forward, before any kernel: a tensor to which a gradient comes back."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class GrownSite:
+    """A site with kernels on the live path.
+
+    Attributes:
+        forward: from the tensor of the site's own module to what goes on behind the site.
+        parameters: of those kernels.
+    """
+
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    parameters: tuple[nn.Parameter, ...]
+
+
 class Growable(Protocol):
     """A host with sites. `module` is the user's own model with one child, `_esper`, that holds the kernels."""
 
@@ -134,6 +155,16 @@ class Growable(Protocol):
 
     def live_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters on the live path: the host's own first, then those of blended seeds, oldest first."""
+        ...
+
+    def grown_sites(self) -> Mapping[str, GrownSite]:
+        """By site, what stands there on the live path; none for a site whose kernels are not on it."""
+        ...
+
+    def watched(self) -> AbstractContextManager[Mapping[str, SiteTensor]]:
+        """Within it, one forward and backward of the module: afterwards it holds, by site, what the site's own module
+        put out. A site that ran more than once (recomputed activations), or to which no gradient came, is left out.
+        """
         ...
 
     def cache_counts(self) -> tuple[int, int]:

@@ -273,14 +273,14 @@ class StepCosts:
         self._topology: int | None = None
         self._costs: dict[tuple[Hashable, str], int] = {}
 
-    def cost(self, run: Callable[[], Any], *, topology_version: int, shapes: Hashable, mode: str) -> int:
-        """Returns the FLOPs of one step of this kind; calls `run` only where they are not known yet."""
+    def cost(self, count: Callable[[], int], *, topology_version: int, shapes: Hashable, mode: str) -> int:
+        """Returns the FLOPs of one step of this kind; calls `count` only where they are not known yet."""
         if topology_version != self._topology:
             self._costs.clear()
             self._topology = topology_version
         key = (shapes, mode)
         if key not in self._costs:
-            self._costs[key] = count_flops(run)
+            self._costs[key] = count()
         return self._costs[key]
 
     def known(self, *, topology_version: int, shapes: Hashable, mode: str) -> int | None:

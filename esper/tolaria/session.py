@@ -589,6 +589,7 @@ class Session:
             "tamiyo": self._deciding.memory,
             "ledger": course.ledger.state_dict(),
             "costs": self._costs.state_dict(),
+            "host_shares": self._costs.shares(),
             "recorder": self.recorder.state_dict(),
             "governor": self._guard.state_dict(),
             "went_without": list(self.reach.went_without),
@@ -611,6 +612,7 @@ class Session:
         if course.is_first:  # it holds the FLOPs of all
             course.ledger.load_state_dict(state["ledger"])
         self._costs.load_state_dict(state["costs"])
+        self._costs.load_shares(state.get("host_shares", ()))
         self.recorder.load_state_dict(state["recorder"])
         self.reach.restore(tuple(state["went_without"]))
         self._boundary = None if state["boundary"] is None else _boundary_from(state["boundary"])

@@ -9,7 +9,7 @@ telemetry at their defaults. Ratios of wall time to `plain`, one a round, median
 cull it, again and again. `graft` is the time of the boundary on which it is grafted, from Tamiyo's decision until the
 next step may begin, in ms; `idle` that of a boundary without a decision. Its parts: `check` (may it be done here),
 `attach` (the module's way onto the live path), `group` (of the optimizer), `agree` (of the ranks), `rebuild` (of DDP),
-`count` (one step of the new live path on copies, for the ledger's FLOPs), and the `rest`. Beside it, what a graft does
+`count` (FLOPs of the new live path, for the ledger), and the `rest`. Beside it, what a graft does
 to the steps after it: `first` is the extra of the first step, `watched` the ratio of the steps on which the governor
 watches the weights' norm to a usual one. `snapshot` is taken at the end of every epoch, graft or not.
 """

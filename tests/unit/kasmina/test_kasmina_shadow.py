@@ -7,8 +7,22 @@ import random
 import numpy as np
 import pytest
 import torch
-from kasmina_support import DESIGNS, HOSTS, SITES, Driver, Shelf, assert_equal, batches, build, class_loss, wrapped
+from kasmina_support import (
+    DESIGNS,
+    HOSTS,
+    PUBLIC,
+    SITES,
+    Driver,
+    Shelf,
+    assert_equal,
+    batches,
+    build,
+    class_loss,
+    fingerprint,
+    wrapped,
+)
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from esper.kasmina import wrap
 from esper.leyline import SeedStage, SiteError
@@ -32,8 +46,6 @@ def plain_run(name, steps):
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_fifty_steps_with_shadows_leave_the_host_as_without_seeds(name):
-    from kasmina_support import fingerprint
-
     reference = plain_run(name, 50)
     shelf = Shelf()
     host = wrapped(name, hub=shelf)
@@ -147,3 +159,42 @@ def test_a_loss_that_ignores_the_site_is_an_error():
     assert host.seeds()[0].stage is SeedStage.TRAINING
     with pytest.raises(SiteError, match="does not depend"):
         host.train_shadows((torch.randn(2, 4),), lambda out: out.sum())
+
+
+class Recomputing(nn.Module):
+    """Runs its block again in the backward (`torch.utils.checkpoint`), as large models do."""
+
+    def __init__(self, *, recompute):
+        super().__init__()
+        self.first, self.head, self.recompute = nn.Linear(6, 8), nn.Linear(8, 3), recompute
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.ReLU())
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.head(checkpoint(self.block, h, use_reentrant=False) if self.recompute else self.block(h))
+
+
+def test_a_host_that_recomputes_activations_grows_as_one_that_keeps_them():
+    """Its sites run again in the backward, of the host and of each replay; torch ends that run by an exception."""
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        host = wrap(Recomputing(recompute=recompute), example=(batches("mlp", 1)[0][0],), sites="block.3")
+        shelf = Shelf()
+        host.attach(shelf, PUBLIC, wait=True)
+        driver = Driver("mlp", host)
+        driver.to_fossil("block.3", shelf.put("mlp_adapter", driver.signature("block.3")))
+        found.append({k: t for k, t in host.state_dict().items() if "running" not in k and "batches" not in k})
+    assert_equal(*found)  # but for running statistics: torch's recomputation adds to them too
+
+
+def test_a_shadow_leaves_a_host_alone_that_recomputes_activations():
+    host = wrap(Recomputing(recompute=True), example=(batches("mlp", 1)[0][0],), sites="block.3")
+    shelf = Shelf()
+    host.attach(shelf, PUBLIC, wait=True)
+    driver = Driver("mlp", host).to_training("block.3", shelf.put("mlp_adapter", host.sites["block.3"]))
+    driver.train(1)
+    before = fingerprint(driver)
+    x, y = driver.batches[0]
+    assert host.train_shadows((x,), lambda out: class_loss(out, y)).losses
+    assert_equal(fingerprint(driver), before)
