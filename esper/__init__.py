@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from esper.api import Grown, Run, export, grow, wrap
     from esper.config import Budget, RunConfig, load_config
+    from esper.leyline.errors import EsperError, KernelFaultError
     from esper.tolaria.task import Task
 
 _HOMES = {
     "Budget": "esper.config",
+    "EsperError": "esper.leyline.errors",
     "Grown": "esper.api",
+    "KernelFaultError": "esper.leyline.errors",
     "Run": "esper.api",
     "RunConfig": "esper.config",
     "Task": "esper.tolaria.task",
@@ -30,7 +33,19 @@ _HOMES = {
     "wrap": "esper.api",
 }
 
-__all__ = ["Budget", "Grown", "Run", "RunConfig", "Task", "export", "grow", "load_config", "wrap"]
+__all__ = [
+    "Budget",
+    "EsperError",
+    "Grown",
+    "KernelFaultError",
+    "Run",
+    "RunConfig",
+    "Task",
+    "export",
+    "grow",
+    "load_config",
+    "wrap",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -286,7 +286,8 @@ def wrap(
         ConfigError: if a setting is wrong, or the model holds extra state that a checkpoint cannot hold.
         SiteError: if a site does not exist or cannot carry a seed, or a tail does not put out what the model does.
     """
-    resolved = _resolve(config or RunConfig(), {"data": {"type": "given"}, "host": {"type": "given"}}, overrides)
+    settings = {"data": {"type": "given"}, "host": {"type": "given"}}
+    resolved = _resolve(config or RunConfig(), settings, _checked(overrides))
     require_portable(model)
     host = kasmina.wrap(model, example=example, sites=sites, causal=causal, config=resolved.kasmina, tails=tails)
     return Grown(host, example, resolved)
@@ -366,7 +367,7 @@ class Grown:
             steps_per_epoch: if known; else it is taken from the first epoch.
             batch_size: of validation.
             budget: of growth.
-            overrides: dotted settings, such as `tamiyo.policy=none`.
+            overrides: dotted settings, such as `tamiyo.policy=none`; what your loop decides is refused.
             hub: where kernels come from, with `public_key`, the signer's raw 32 bytes.
             public_key: see `hub`.
             bus: where telemetry goes; None is nowhere.
@@ -384,7 +385,7 @@ class Grown:
             "tolaria.batch_size": batch_size,
             "budget": None if budget is None else budget.model_dump(),
         }
-        config = _resolve(self._config, settings, overrides)
+        config = _resolve(self._config, settings, _checked(overrides))
         if hub is None:
             hub, public_key = local_hub(self.host.sites.values(), config)
         elif public_key is None:
@@ -655,6 +656,35 @@ def _device(config: RunConfig) -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError("there is no GPU here", field="tolaria.use_gpu", remedy="set it to false")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+_OF_THE_LOOP = {
+    "tolaria.optimizer": "hand your optimizer to session()",
+    "tolaria.scheduler": "hand your scheduler to session()",
+    "tolaria.freeze_host": "hold the host's parameters yourself",
+    "tolaria.clip_norm": "clip in your loop",
+    "tolaria.accumulate": "sum gradients in your loop",
+    "tolaria.patience": "end your loop",
+    "tolaria.best_metric": "keep the state you like best: session().state_dict()",
+    "tolaria.checkpoint_every": "write session().state_dict() when you like",
+    "tolaria.keep_checkpoints": "keep what you write",
+    "tolaria.num_workers": "start your loop on as many ranks",
+    "tolaria.cpus_per_worker": "start your loop with as many",
+    "tolaria.use_gpu": "move the model",
+    "tolaria.max_failures": "start your loop again",
+}
+"""What only the trainer reads, and what to do about it in a loop of one's own."""
+
+
+def _checked(overrides: Iterable[str]) -> tuple[str, ...]:
+    """The overrides; raises `ConfigError` for one that would change nothing in a loop of one's own."""
+    kept = tuple(overrides)
+    for override in kept:
+        name = override.partition("=")[0].strip()
+        for setting, remedy in _OF_THE_LOOP.items():
+            if name == setting or name.startswith(f"{setting}."):
+                raise ConfigError("it is the trainer's, and this loop is your own", field=name, remedy=remedy)
+    return kept
 
 
 def _resolve(config: RunConfig, settings: Mapping[str, Any], overrides: Iterable[str]) -> RunConfig:

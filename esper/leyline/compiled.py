@@ -23,8 +23,12 @@ def is_wrapper(module: nn.Module) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether the module's own call is compiled: by `module.compile()`, or as a wrapper."""
-    return module._compiled_call_impl is not None or is_wrapper(module)  # noqa: SLF001 - torch has no public question
+    """Whether the module's own call is compiled: by `module.compile()`, as a wrapper, or its `forward` alone."""
+    if module._compiled_call_impl is not None or is_wrapper(module):  # noqa: SLF001 - torch has no public question
+        return True
+    # torch marks what compile() and disable() return alike, but for the second mark
+    forward = module.forward
+    return hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
 
 
 def runs_compiled(root: nn.Module, path: str) -> bool:

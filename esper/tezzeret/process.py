@@ -25,7 +25,7 @@ from esper.tezzeret import wire
 from esper.tezzeret.builder import Verdict
 from esper.tezzeret.child import Settings
 from esper.tezzeret.compile import Unsigned
-from esper.tezzeret.scratch import Scratch
+from esper.tezzeret.scratch import Scratch, environment
 
 LOG_BYTES = 8_192
 """The end of what a compiler wrote that is kept."""
@@ -299,8 +299,7 @@ def _environment(scratch: Path, num_threads: int) -> dict[str, str]:
     path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path if Path(entry or ".").exists())
     return {
         **kept,
-        "HOME": str(scratch),
-        "TMPDIR": str(scratch),
+        **environment(scratch),
         "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(num_threads),

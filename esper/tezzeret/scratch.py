@@ -1,4 +1,7 @@
-"""The folder that one compiler writes to. It goes with its compiler, or, where its worker was killed, with the next."""
+"""The folder that one compiler writes to: it goes with its compiler, or, where its worker was killed, with the next.
+
+So does what still runs there: a compiler that stood still for a trainer when its worker was killed never goes on.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ import fcntl
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 PREFIX = "esper-compiler-"
@@ -39,12 +45,15 @@ class Scratch:
 
 
 def sweep(parent: Path) -> int:
-    """Removes this user's folders that no living process holds; returns how many."""
+    """Removes this user's folders that no living worker holds, and ends what runs in them; returns how many."""
     removed = 0
     for path in parent.glob(f"{PREFIX}*"):
         try:
             status = path.stat()
             if status.st_uid == os.getuid() and time.time() - status.st_mtime > SETTLED_S and not _is_held(path):
+                for pid in _running_in(path):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 shutil.rmtree(path)
                 removed += 1
         except FileNotFoundError:
@@ -52,6 +61,22 @@ def sweep(parent: Path) -> int:
         except OSError as error:
             _LOG.warning("compiler.scratch.left", extra={"path": str(path), "reason": str(error)})
     return removed
+
+
+def environment(path: Path) -> dict[str, str]:
+    """What a compiler is told so that it, and all it starts, write to the folder; by it they are found again."""
+    return {"HOME": str(path), "TMPDIR": str(path)}
+
+
+def _running_in(path: Path) -> Iterator[int]:
+    """Processes of this user that were given the folder; none where the system does not tell."""
+    mark = f"TMPDIR={path}".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
+                yield int(entry.name)
+        except OSError:  # it has ended, or is another user's
+            continue
 
 
 def _is_held(path: Path) -> bool:

@@ -166,17 +166,18 @@ class HostCosts:
 
     def _count_site(self, site: GrownSite, tensor: SiteTensor, device: str) -> int:
         place = next((p.device for p in site.parameters), torch.device(device))
-        wanted = [p for p in site.parameters if p.requires_grad]
+        h = torch.zeros(tensor.shape, dtype=tensor.dtype, device=place, requires_grad=True)
+        gradient = torch.ones_like(h)
+        wanted = [h, *(p for p in site.parameters if p.requires_grad)]
 
-        def step(grow: Callable[[torch.Tensor], torch.Tensor]) -> None:
-            h = torch.zeros(tensor.shape, dtype=tensor.dtype, device=place, requires_grad=True)
+        def step() -> None:
             with self._precision.forward():
-                out = grow(h.neg())
-            # an operation on either side, as in the host: where gradients meet, nobody else holds them
-            torch.autograd.grad(out.neg(), [h, *wanted], torch.ones_like(out), allow_unused=True)
+                out = site.forward(h.neg())
+            torch.autograd.grad(out.neg(), wanted, gradient, allow_unused=True)
 
         with self._undisturbed():
-            return count_flops(lambda: step(site.forward)) - count_flops(lambda: step(lambda h: h))
+            # an operation on either side, as in the host: where gradients meet, nobody else holds them
+            return count_flops(step) - 2 * 2 * h.numel()
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:

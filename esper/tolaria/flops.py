@@ -19,6 +19,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.leyline import flops as one
@@ -234,7 +235,25 @@ def _with_overloads(table: dict[Any, Callable[..., int]]) -> dict[Any, Callable[
     return {**table, **overloads}
 
 
-_MAPPING = _with_overloads(TABLE)
+def _by_shapes(formula: Callable[..., int]) -> Callable[..., int]:
+    """The formula as the counter calls it: with what an op was given, tensors and all."""
+    if getattr(formula, "_get_raw", False):
+        return formula
+
+    def of_tensors(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        args, kwargs, out_shape = tree_map(_shape, (args, kwargs, out_val))
+        return formula(*args, out_shape=out_shape, **kwargs)
+
+    of_tensors._get_raw = True  # type: ignore[attr-defined]  # noqa: SLF001
+    return of_tensors
+
+
+def _shape(value: Any) -> Any:
+    return value.shape if isinstance(value, torch.Tensor) else value
+
+
+_MAPPING = {op: _by_shapes(formula) for op, formula in _with_overloads(TABLE).items()}
+"""Wrapped here, once: the counter would do it each time it is made, which takes longer than to count a kernel."""
 
 
 def count_flops(run: Callable[[], Any]) -> int:

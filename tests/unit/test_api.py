@@ -184,6 +184,14 @@ def test_a_session_is_left_by_an_error_as_it_is():
     [
         (lambda: esper.wrap(Mlp(), example=(torch.zeros(2, 6),), sites="nowhere"), "nowhere"),
         (lambda: esper.wrap(Mlp(), example=(torch.zeros(2, 6),), overrides=["kasmina.speed=1"]), "speed"),
+        (
+            lambda: esper.wrap(Mlp(), example=(torch.zeros(2, 6),), overrides=["tolaria.clip_norm=2"]),
+            "clip in your loop",
+        ),
+        (
+            lambda: esper.wrap(Mlp(), example=(torch.zeros(2, 6),), overrides=["tolaria.optimizer.lr=2"]),
+            "tolaria.optimizer.lr",
+        ),
         (lambda: esper.grow(Mlp(), *split(vectors("classes")), task="classify"), "classify"),
         (lambda: esper.grow(Mlp(), *split(vectors("classes")), epochs=0), "tolaria.epochs"),
     ],

@@ -85,6 +85,43 @@ def test_a_compiled_host_grows_into_what_it_grows_into_uncompiled(kind):
     assert_equal(*states)
 
 
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_a_forward_that_is_compiled_alone_is_seen(where):
+    """Else the hooks of what is grafted later would silently never run."""
+    model, graphs = build_kind("gpt"), Graphs()
+    block, kind = model.blocks[1], type(model.blocks[1])
+    if where == "instance":
+        model.forward = torch.compile(model.forward, backend=graphs)
+    else:
+        compiled = type("Compiled", (kind,), {"forward": torch.compile(kind.forward, backend=graphs)})
+        block.__class__ = compiled
+    batch = samples("gpt", 4)
+    host = wrap(model, example=(batch[0],), causal=True)
+    shelf = Shelf()
+    host.attach(shelf, PUBLIC, wait=True)
+    driver = Driver("mlp", host)
+    driver.batches = [batch]
+    driver.train(1)
+    num_graphs = len(graphs.seen)
+    assert num_graphs >= 1
+    seed_id = next(view.seed_id for view in host.seeds() if view.site == "blocks.1")
+    driver.to_fossil("blocks.1", shelf.put("mlp_adapter", host.sites["blocks.1"]), seed_id)
+    assert len(graphs.seen) == num_graphs
+    with torch.no_grad():
+        grown = host(batch[0])
+        for name, parameter in model.named_parameters():
+            if name.startswith("_esper."):
+                parameter.zero_()
+        assert not torch.equal(host(batch[0]), grown), "the kernel is on the live path"
+
+
+def test_a_forward_that_is_kept_from_compilers_is_not_a_compiled_one():
+    model = build_kind("gpt")
+    model.forward = torch.compiler.disable(model.forward)
+    wrap(model, example=(samples("gpt", 4)[0],), causal=True)
+    assert not any(layer.is_fixed for layer in model.get_submodule("_esper").children())
+
+
 def test_a_copy_and_an_export_leave_the_compiled_host_alone():
     driver, _, site, seed_id, kernel_id = grown_driver("cnn", compiled=True)
     driver.to_fossil(site, kernel_id, seed_id)
