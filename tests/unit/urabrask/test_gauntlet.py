@@ -24,6 +24,13 @@ LINEAR = BlueprintIR(
 )  # r(h) = W h + b
 
 
+SITES = (VECTOR, IMAGE, CAUSAL)
+FIRST_SITES = {design.name: (design, site) for site in reversed(SITES) for design in designs_for(site)}
+"""Each library design and the first of these sites that it fits."""
+REPEATED = ("mlp_adapter", "gated_mlp", "attention_head", "residual_conv", "depthwise_se", "norm_replace")
+"""Of every kind of layer one."""
+
+
 def chain(*nodes: Node, **fields) -> BlueprintIR:
     """Nodes that each read the one before."""
     linked = [
@@ -115,9 +122,20 @@ def test_a_sound_kernel_passes_and_is_left_as_it_came():
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])  # float32: the tests of the library
+def test_every_library_design_passes_in_every_dtype(dtype: str):
+    reasons = {}
+    for name, (design, site) in FIRST_SITES.items():
+        signature = site.model_copy(update={"dtype": dtype})
+        reasons[name] = examine(lower(design.ir, signature), design.ir, signature).reason
+    assert len(reasons) >= 16
+    assert not any(reasons.values()), reasons
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("site", [VECTOR, IMAGE, CAUSAL], ids=lambda site: site.key)
-def test_every_library_design_passes_in_every_dtype(site: SiteSignature, dtype: str):
+@pytest.mark.parametrize("site", SITES, ids=lambda site: site.key)
+def test_every_library_design_passes_at_every_site_in_every_dtype(site: SiteSignature, dtype: str):
     signature = site.model_copy(update={"dtype": dtype})
     reasons = {
         design.name: examine(lower(design.ir, signature), design.ir, signature).reason
@@ -264,15 +282,20 @@ def test_examine_refuses_to_check_nothing():
         examine(module, LINEAR, VECTOR, seeds=())
 
 
-@pytest.mark.parametrize("site", [VECTOR, IMAGE, CAUSAL], ids=lambda site: site.key)
-def test_verdicts_figures_and_score_repeat(site: SiteSignature):
-    for design in designs_for(site):
-        torch.manual_seed(1)
-        first = examine(lower(design.ir, site), design.ir, site)
-        torch.manual_seed(2)
-        again = examine(lower(design.ir, site), design.ir, site)
-        assert first.repeatable() == again.repeatable()
-        assert {latency.name for latency in first.latencies} == {"forward", "step"}
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [(name, FIRST_SITES[name][1]) for name in REPEATED]
+    + [pytest.param(d.name, site, marks=pytest.mark.soak) for site in SITES for d in designs_for(site)],
+    ids=lambda given: getattr(given, "key", given),
+)
+def test_verdicts_figures_and_score_repeat(name: str, site: SiteSignature):
+    ir = FIRST_SITES[name][0].ir
+    torch.manual_seed(1)
+    first = examine(lower(ir, site), ir, site)
+    torch.manual_seed(2)
+    again = examine(lower(ir, site), ir, site)
+    assert first.repeatable() == again.repeatable()
+    assert {latency.name for latency in first.latencies} == {"forward", "step"}
 
 
 def test_costs_are_figures_of_the_report():
