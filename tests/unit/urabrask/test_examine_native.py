@@ -11,6 +11,7 @@ from native_samples import NANS, native_of
 
 from esper.leyline import KernelRejectedError, SiteKind, SiteSignature
 from esper.leyline.lower import lower
+from esper.leyline.native import NativeVerdict
 from esper.leyline.runtime import NativeKernel, NativeModule
 from esper.urabrask.native import _split_block, examine_native
 from esper.urza.library import load_library
@@ -19,8 +20,27 @@ SITE = SiteSignature(kind=SiteKind.VECTOR, channels=6)
 MODULE = lower(load_library()["mlp_adapter"].ir, SITE)
 
 
-def test_right_code_passes_every_check():
-    verdict = examine_native(MODULE, SITE, native_of(MODULE, SITE))
+class Watched(NativeKernel):
+    """Keeps the sizes of the batches that it is tried with, and whether each was contiguous."""
+
+    met: set[tuple[int, bool]]
+
+    def conflict(self, h: torch.Tensor) -> str | None:
+        self.met.add((h.shape[0], h.is_contiguous()))
+        return super().conflict(h)
+
+
+@pytest.fixture(scope="module")
+def right() -> tuple[NativeVerdict, Watched]:
+    """Right code, examined once for all that is asked about it: nearly all of it is timing, about 2 s."""
+    sample = native_of(MODULE, SITE)
+    watched = Watched("w", sample.facts, sample.forward, sample.backward)
+    watched.met = set()
+    return examine_native(MODULE, SITE, watched), watched
+
+
+def test_right_code_passes_every_check(right):
+    verdict, _ = right
     assert all(check.passed for check in verdict.checks), verdict.checks
     assert verdict.tolerance == 0.0
     assert verdict.timing is not None
@@ -50,8 +70,8 @@ def test_a_wrong_gradient_fails_its_check_and_nothing_is_timed():
 NAMES = [f"native.stable_{which}" for which in ("large", "tiny", "zero", "nan", "inf")]
 
 
-def test_the_report_says_what_was_looked_at_and_what_the_forward_keeps():
-    verdict = examine_native(MODULE, SITE, native_of(MODULE, SITE))
+def test_the_report_says_what_was_looked_at_and_what_the_forward_keeps(right):
+    verdict, _ = right
     names = [check.name for check in verdict.checks]
     assert names == ["native.output", "native.gradient", *NAMES, "native.deterministic", "native.speed"]
     # the sample saves its inputs: the parameters, which are not counted, and 32 samples of h
@@ -122,24 +142,16 @@ def test_code_that_does_not_repeat_itself_fails(place: str):
     assert ("the output" if place == "forward" else "the gradient of ") in failed.detail
 
 
-def test_it_is_tried_with_odd_batches_and_inputs_that_are_not_contiguous():
-    met: set[tuple[int, bool]] = set()
-    module = lower(load_library()["mlp_adapter"].ir, SITE)
-    right = native_of(module, SITE)
-
-    class Watched(NativeKernel):
-        def conflict(self, h: torch.Tensor) -> str | None:
-            met.add((h.shape[0], h.is_contiguous()))
-            return super().conflict(h)
-
-    examine_native(module, SITE, Watched("w", right.facts, right.forward, right.backward))
+def test_it_is_tried_with_odd_batches_and_inputs_that_are_not_contiguous(right):
+    _, watched = right
+    met = watched.met
     assert {batch for batch, _ in met} >= {1, 2, 3, 16, 17, 64}
     assert (17, False) in met
     assert (17, True) in met
 
 
-def test_forward_and_backward_are_timed_apart_too():
-    timing = examine_native(MODULE, SITE, native_of(MODULE, SITE)).timing
+def test_forward_and_backward_are_timed_apart_too(right):
+    timing = right[0].timing
     assert timing is not None
     for part in (timing.forward, timing.backward):
         assert part is not None
