@@ -97,7 +97,15 @@ def test_validation_in_somebody_elses_autocast_region_does_not_stop_training():
     host.close()
 
 
-@pytest.mark.parametrize("settings", [{"tolaria__precision": "bf16"}, {"tolaria__accumulate": 3}, BOTH], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        BOTH,
+        pytest.param({"tolaria__precision": "bf16"}, marks=pytest.mark.soak),
+        pytest.param({"tolaria__accumulate": 3}, marks=pytest.mark.soak),
+    ],
+    ids=str,
+)
 def test_a_kernel_in_training_leaves_the_host_bit_identical(tmp_path, settings):
     waiting = config(kasmina__evidence_z=1e9, kasmina__max_training_epochs=50, tolaria__epochs=4, **settings)
     summary, shadowed = train(tmp_path / "shadowed", waiting)
@@ -107,10 +115,17 @@ def test_a_kernel_in_training_leaves_the_host_bit_identical(tmp_path, settings):
     assert equal(host_part(shadowed), host_part(alone))
 
 
-@pytest.mark.parametrize("crash_at", [("step", 10), ("step", 14), ("checkpoint", 3)], ids=str)
-def test_a_resumed_run_ends_bit_equal_under_both(tmp_path, crash_at):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("undisturbed"), config(**BOTH))
+
+
+@pytest.mark.parametrize(
+    "crash_at", [("step", 10), ("step", 14), pytest.param(("checkpoint", 3), marks=pytest.mark.soak)], ids=str
+)
+def test_a_resumed_run_ends_bit_equal_under_both(tmp_path, undisturbed, crash_at):
     chosen = config(**BOTH)
-    expected, weights = train(tmp_path / "undisturbed", chosen)
+    expected, weights = undisturbed
     assert expected.events[-1].to_stage is SeedStage.FOSSILIZED
     with pytest.raises(Crash):
         train(tmp_path / "disturbed", chosen, faults=CrashAt(*crash_at))

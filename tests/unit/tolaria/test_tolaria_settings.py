@@ -49,13 +49,20 @@ def test_a_frozen_host_stands_still_from_graft_to_fossil_only(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"tolaria__scheduler__type": "onecycle"},
-        {"tolaria__scheduler__type": "wsd", "tolaria__scheduler__warmup_fraction": "0.2"},
-        {"tolaria__optimizer__type": "nadam", "tolaria__optimizer__options": "{betas: [0.8, 0.95]}"},
-        {"tolaria__optimizer__type": "SGD"},
-        {"tolaria__freeze_host": "true", "tamiyo__schedule": SLOW_SEED},
+        {
+            "tolaria__scheduler__type": "onecycle",
+            "tolaria__optimizer__type": "nadam",
+            "tolaria__optimizer__options": "{betas: [0.8, 0.95]}",
+        },
+        {
+            "tolaria__scheduler__type": "wsd",
+            "tolaria__scheduler__warmup_fraction": "0.2",
+            "tolaria__optimizer__type": "SGD",
+            "tolaria__freeze_host": "true",
+            "tamiyo__schedule": SLOW_SEED,
+        },
     ],
-    ids=str,
+    ids=["onecycle-nadam", "wsd-SGD-frozen-slow"],
 )
 def test_a_resumed_run_ends_bit_equal_under_each(tmp_path, settings):
     chosen = config(**settings)
