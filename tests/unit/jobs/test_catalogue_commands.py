@@ -274,6 +274,15 @@ def test_what_is_wrong_is_one_line_and_nothing_is_made(esper, storage, file, tmp
     assert not (tmp_path / "store" / "events").exists()
 
 
+@pytest.fixture(scope="module")
+def submitted(tmp_path_factory):
+    """A folder with a design, and a storage below that it was submitted to: for those who write nothing."""
+    folder = tmp_path_factory.mktemp("submitted")
+    (folder / "mine.yaml").write_text(yaml.safe_dump(MINE))
+    Hub.open(Storage.at(folder / "store")).submit_blueprint(design(), name="mine", targets=[VECTOR])
+    return folder
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -291,9 +300,9 @@ def test_what_is_wrong_is_one_line_and_nothing_is_made(esper, storage, file, tmp
         (("blueprints", "retire", "nothing", "--reason", "x"), ("blueprint: no blueprint 'nothing'",)),
     ],
 )
-def test_what_is_not_there_is_one_line(esper, storage, file, tmp_path, monkeypatch, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    assert esper("blueprints", "submit", "mine.yaml", "--target", VECTOR.key)[0] == 0
+def test_what_is_not_there_is_one_line(esper, submitted, monkeypatch, arguments, words):
+    monkeypatch.chdir(submitted)
+    monkeypatch.setenv("ESPER_STORAGE", str(submitted / "store"))
     code, out, err = esper(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert [word for word in words if word not in err] == [], err

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -261,34 +259,27 @@ def test_lists_are_text_or_json(esper, tmp_path):
     assert {"torch", "ray", "esper-morphogen"} <= set(json.loads(esper("version", "--json")[1]))
 
 
-COMMAND = "import sys; from jobs.cli import main; main(sys.argv[1:])"
+@pytest.fixture
+def complete(esper, monkeypatch):
+    """What the shell would offer after these words; as a process of its own in the test of the catalogue's commands."""
+
+    def ask(words):
+        monkeypatch.setenv("_ESPER_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", f"esper {words}")
+        monkeypatch.setenv("COMP_CWORD", str(words.count(" ") + 1))
+        return esper()[1].split()
+
+    return ask
 
 
-def complete(words, **environment):
-    """What the shell would offer after these words."""
-    asked = {
-        "_ESPER_COMPLETE": "complete_bash",
-        "COMP_WORDS": f"esper {words}",
-        "COMP_CWORD": str(words.count(" ") + 1),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND],
-        env={**os.environ, **asked, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return done.stdout.split()
-
-
-def test_the_shell_completes_commands_runs_and_names(tmp_path):
+def test_the_shell_completes_commands_runs_and_names(complete, tmp_path, monkeypatch):
     (tmp_path / "runs" / "digits-1").mkdir(parents=True)
     (tmp_path / "runs" / "digits-1" / "summary.json").write_text("{}")
     assert {"train", "export", "doctor", "runs", "platform", "blueprints"} <= set(complete(""))
     assert complete("runs sh") == ["show"]
-    assert complete("runs show dig", ESPER_STORAGE=str(tmp_path)) == ["digits-1"]
     assert complete("blueprints show conv_l") == ["conv_light"]
+    monkeypatch.setenv("ESPER_STORAGE", str(tmp_path))
+    assert complete("runs show dig") == ["digits-1"]
 
 
 @pytest.mark.parametrize(("raised", "code", "words"), [(15, 143, "stopped by SIGTERM"), (3, 3, "")])
