@@ -27,7 +27,7 @@ test: test-unit test-ray  ## the whole test suite, with a coverage report
 
 test-unit: $(STAMP)  ## the library's tests; Ray is hidden from them
 	@$(BIN)/coverage erase
-	ESPER_TEST_WITHOUT_RAY=1 $(BIN)/python -m pytest -n 2 --cov --cov-report= tests/unit
+	ESPER_TEST_WITHOUT_RAY=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report= tests/unit -m "not soak"
 
 test-ray: $(STAMP)  ## the tests that start Ray
 	$(BIN)/coverage run -m pytest tests/architecture tests/actors tests/integration tests/faults -m "not soak"
