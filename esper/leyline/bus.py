@@ -67,6 +67,7 @@ class GroupStats(Contract):
         pending: messages not acknowledged: its lag, those with members included.
         leased: messages that are with members.
         delivered: deliveries, the repeated ones too; `redelivered` are those.
+        acknowledged: messages that were; each ends as one of these, dropped or dead.
         dropped: messages that gave way to newer ones.
         dead: messages that went to the dead letters.
         idle_s: seconds since it last asked for or acknowledged anything.
@@ -80,6 +81,7 @@ class GroupStats(Contract):
     leased: Count = 0
     delivered: Count = 0
     redelivered: Count = 0
+    acknowledged: Count = 0
     dropped: Count = 0
     dead: Count = 0
     idle_s: Annotated[Finite, Field(ge=0)] = 0.0

@@ -253,6 +253,7 @@ class Broker:
         done = self.outstanding(name, offsets)
         for lane, run in self._runs(group, done):
             group.remove(lane, run)
+            group.num_acknowledged += len(run)
         return done
 
     def outstanding(self, name: str, offsets: Iterable[int]) -> list[int]:
@@ -415,14 +416,22 @@ class Broker:
         `first_offset` has passed the snapshot.
         """
         self.kept.next_offset = snapshot["next_offset"]
+        self._groups, self._takers = {}, {}
+        for name, topics, key, *_ in snapshot["groups"]:
+            self._enter(name, topics, key, now)
+        self.recount(snapshot)
+
+    def recount(self, snapshot: dict[str, Any]) -> None:
+        """Takes over the counts of a snapshot that comes later in the log. Those that were made from the log fall short
+        where it tells of records that are not in it any more.
+        """
         self._producers = Producers(snapshot["producers"])
         self._tallies = Tallies(snapshot["counts"])
         self._published = Counter(snapshot.get("published", {}))  # logs of the first form have none
-        self._groups, self._takers = {}, {}
-        for name, topics, key, *counters in snapshot["groups"]:
-            group = self._enter(name, topics, key, now)
-            if counters:
-                group.num_delivered, group.num_redelivered, group.num_dropped, group.num_dead = counters[0]
+        for name, _, _, *counters in snapshot["groups"]:
+            group = self._groups.get(name)
+            if counters and group is not None:
+                group.restore(counters[0])
 
     # ---- within
 

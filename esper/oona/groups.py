@@ -42,6 +42,7 @@ class Group:
     spent: dict[int, None] = field(default_factory=dict)  # came back after their last delivery
     num_delivered: int = 0
     num_redelivered: int = 0
+    num_acknowledged: int = 0
     num_dropped: int = 0
     num_dead: int = 0
 
@@ -69,14 +70,20 @@ class Group:
             leased=sum(len(lane.leased) for lane in self.lanes.values()),
             delivered=self.num_delivered,
             redelivered=self.num_redelivered,
+            acknowledged=self.num_acknowledged,
             dropped=self.num_dropped,
             dead=self.num_dead,
             idle_s=max(0.0, now - self.seen_at),
         )
 
-    def counters(self) -> tuple[int, int, int, int]:
+    def counters(self) -> tuple[int, ...]:
         """What a snapshot keeps of it."""
-        return self.num_delivered, self.num_redelivered, self.num_dropped, self.num_dead
+        return self.num_delivered, self.num_redelivered, self.num_dropped, self.num_dead, self.num_acknowledged
+
+    def restore(self, counters: Sequence[int]) -> None:
+        """Takes over what a snapshot kept; those of earlier logs have four."""
+        self.num_delivered, self.num_redelivered, self.num_dropped, self.num_dead = counters[:4]
+        self.num_acknowledged = counters[4] if len(counters) > 4 else 0
 
     def is_last_out(self, lane: Lane) -> bool:
         """Whether a record of this lane is out for its last delivery."""

@@ -282,8 +282,10 @@ class Journal:
             return
         values = json.loads(frame.body)
         if kind is Kind.SNAPSHOT:
-            if is_first:  # a later one tells what the frames before it told already
+            if is_first:
                 broker.restore(values, now=now)
+            else:
+                broker.recount(values)
         else:
             self._repeat(kind, values, now)
 

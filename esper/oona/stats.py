@@ -45,6 +45,7 @@ def _group(one: GroupStats, other: GroupStats) -> GroupStats:
             "leased": one.leased + other.leased,
             "delivered": one.delivered + other.delivered,
             "redelivered": one.redelivered + other.redelivered,
+            "acknowledged": one.acknowledged + other.acknowledged,
             "dropped": one.dropped + other.dropped,
             "dead": one.dead + other.dead,
             "idle_s": min(one.idle_s, other.idle_s),
