@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.logs import log_as
 from esper.config import OonaConfig
 from esper.leyline.bus import BusStats
-from esper.leyline.errors import ConflictError, EsperError, NotFoundError, StorageError, UnavailableError
+from esper.leyline.errors import ConflictError, EsperError, NotFoundError, UnavailableError
 from esper.leyline.summary import BusCounts
 from esper.oona import Admission, Broker, BusClient, Journal, Received, Shelf, Start, decode_batch, merged
 from esper.oona.archivist import archive_group
@@ -38,6 +38,10 @@ WATCH_S = 0.2
 """From one answer of a member's actor to the next question."""
 ATTEND_S = 2.0
 """From one request of a member to be watched to the next."""
+TIDY_S = 30.0
+"""From one look for what is too old to the next."""
+RECOVER_S = 1.0
+"""From a sync that failed to the next attempt."""
 APPEND_WAIT_S = 5.0
 """How long a shard holds a batch before it says that there is no room."""
 
@@ -81,13 +85,17 @@ class OonaShard:
             wait_s=DEADLINE_S,
             shard=number,
             lasting=lasting,
+            is_synced=config.fsync != "never",
         )
         self._room = asyncio.Event()  # set when a batch that waits may be admitted
         self._news: dict[str, asyncio.Event] = {}  # by group: set when a poll of it may find something
         self._num_written = self._num_synced = 0
         self._syncing: asyncio.Task[None] | None = None
+        self._recovering: asyncio.Task[None] | None = None
+        self._tidying: asyncio.Task[None] | None = None
         self._homes: dict[str, Home] = {}  # processes whose members end with them
-        self._fault: EsperError | None = None
+        self._fault: EsperError | None = None  # what the disk, or that this is closed, makes every call end with
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return self._name
@@ -204,12 +212,11 @@ class OonaShard:
 
     async def close(self) -> None:
         """Makes everything durable and lets go of the log; every later call is refused."""
-        self._fault = UnavailableError(f"{self._name} is closed")
-        if self._syncing is not None:
-            self._syncing.cancel()
-        for home in self._homes.values():
-            if home.task is not None:
-                home.task.cancel()
+        self._fault, self._is_closed = UnavailableError(f"{self._name} is closed"), True
+        watches = [home.task for home in self._homes.values()]
+        for task in (self._syncing, self._recovering, self._tidying, *watches):
+            if task is not None:
+                task.cancel()
         self._journal.close()
         self._tell_all()
 
@@ -218,6 +225,18 @@ class OonaShard:
     def _check(self) -> None:
         if self._fault is not None:
             raise self._fault
+        if self._tidying is None:
+            self._tidying = asyncio.create_task(self._tidy())
+
+    async def _tidy(self) -> None:
+        """Lets go of what is too old, also where nobody publishes or asks."""
+        while True:
+            await asyncio.sleep(TIDY_S)
+            try:
+                self._journal.tidy(time.monotonic(), time.time())
+            except UnavailableError as error:
+                logger.warning("oona.tidy.failed", extra={"shard": self._name, "reason": str(error)})
+            self._tell_all()
 
     def _leave(self, group: str, member: str) -> None:
         for home in self._homes.values():
@@ -228,7 +247,7 @@ class OonaShard:
 
     async def _watch(self, actor: Any, home: Home) -> None:
         """Asks the actor who it is, again and again. A busy actor does not answer, and need not: a dead one fails."""
-        while self._fault is None and home.members:
+        while not self._is_closed and home.members:
             try:
                 is_alive = await actor.__ray_call__.remote(_process_of) == home.process
             except RayActorError as error:
@@ -237,10 +256,13 @@ class OonaShard:
                 break
             await asyncio.sleep(WATCH_S)
         del self._homes[home.process]
-        if self._fault is None:
+        if not self._is_closed:
             for group, member in sorted(home.members):
                 logger.warning("oona.member.died", extra={"group": group, "member": member, "shard": self._name})
-                self._leave(group, member)
+                try:
+                    self._leave(group, member)
+                except UnavailableError as error:  # it is done; only a broker that comes again waits for the lease
+                    logger.warning("oona.leave.unwritten", extra={"member": member, "reason": str(error)})
 
     def _tell(self, groups: Iterable[str]) -> None:
         """Wakes the polls of these groups; of thousands that wait, the others sleep on."""
@@ -285,13 +307,28 @@ class OonaShard:
         target = self._num_written
         try:
             await asyncio.to_thread(self._journal.sync)
-        except StorageError as error:
-            # what the kernel could not write is lost to it: nothing may be promised any more
+        except UnavailableError as error:  # nothing more may be promised until the disk has all that was
             logger.exception("oona.sync.failed", extra={"shard": self._name})
             self._fault = error
+            self._recovering = asyncio.create_task(self._recover())
             self._tell_all()
         else:
             self._num_synced = target
+
+    async def _recover(self) -> None:
+        """Syncs again and again; once the disk has everything, the shard goes on."""
+        while True:
+            await asyncio.sleep(RECOVER_S)
+            target = self._num_written
+            try:
+                await asyncio.to_thread(self._journal.sync)
+            except UnavailableError as error:
+                self._fault = error
+            else:
+                break
+        logger.warning("oona.sync.recovered", extra={"shard": self._name})
+        self._num_synced, self._fault = target, None
+        self._tell_all()
 
 
 @dataclass

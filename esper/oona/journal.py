@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from esper.leyline.bus import BusStats
-from esper.leyline.errors import EsperError, TamperedError
+from esper.leyline.errors import EsperError, TamperedError, UnavailableError
 from esper.leyline.summary import BusCounts
 from esper.oona.broker import Admission, Broker
 from esper.oona.deadletters import letters_of, spent_reason
@@ -82,7 +82,10 @@ class Journal:
         self._look_at = now
         self._roll_at = math.inf
         self._replay(now)
-        self._roll(0.0)
+        try:
+            self._roll(0.0)
+        except UnavailableError as error:  # what is there can be read; with the first change it is tried again
+            logger.warning("oona.log.waits", extra={"shard": shard, "reason": str(error)})
 
     @classmethod
     def open(
@@ -94,9 +97,10 @@ class Journal:
         wait_s: float = 0.0,
         shard: int = 0,
         lasting: Collection[str] = (),
+        is_synced: bool = True,
     ) -> Journal:
-        """Opens the log in `directory`; see `SegmentLog` for what it raises."""
-        log = SegmentLog(directory, wait_s=wait_s)
+        """Opens the log in `directory`; see `SegmentLog` for its arguments and what it raises."""
+        log = SegmentLog(directory, wait_s=wait_s, is_synced=is_synced)
         try:
             return cls(log, broker, now=now, shard=shard, lasting=lasting)
         except BaseException:
@@ -124,7 +128,7 @@ class Journal:
                 self._write_json(Kind.DROP, (name, offsets))
                 self._broker.drop(name, offsets)
                 self._told.tell(name, len(offsets))
-            self._log.write(Kind.TIMED_BATCH, _TIME.pack(at) + body)
+            self._write(Kind.TIMED_BATCH, _TIME.pack(at) + body)
             self._broker.append(batch, at)
         return admission
 
@@ -219,6 +223,17 @@ class Journal:
             self._forget_idle(now)
         return self._broker.expire(now)
 
+    def tidy(self, now: float, at: float) -> int:
+        """What time alone brings about, where nobody publishes or asks; see `expire`. What is too old leaves the disk.
+
+        Raises:
+            UnavailableError: if the disk refuses.
+        """
+        num_expired = self.expire(now, at)
+        if at >= self._roll_at:
+            self._roll(at)
+        return num_expired
+
     def takers(self, batch: Batch) -> set[str]:
         """See `Broker.takers`."""
         return self._broker.takers(batch)
@@ -253,7 +268,12 @@ class Journal:
             self._write_json(Kind.FORGET, (name,))
 
     def _write_json(self, kind: Kind, values: object) -> None:
-        self._log.write(kind, json.dumps(values, separators=(",", ":")).encode())
+        self._write(kind, json.dumps(values, separators=(",", ":")).encode())
+
+    def _write(self, kind: Kind, body: bytes) -> None:
+        if not self._log.is_open:  # the disk refused when this was opened
+            self._roll(0.0)
+        self._log.write(kind, body)
 
     def _roll(self, at: float) -> None:
         retain_s = self._broker.kept.retain_s

@@ -3,6 +3,10 @@
 A frame is CRC-32, length and kind, then the body. Written frames survive the death of the process; `sync` makes them
 survive the death of the host, and when to call it is the caller's choice. A segment starts with a frame that holds
 the whole state, so that older segments can be dropped.
+
+A disk that refuses leaves the log as it was, and what it refused may be tried again. After a failed `fsync` the system
+may have thrown away what it could not write, and a second one would succeed all the same (Rebello et al., "Can
+applications recover from fsync failures?", 2020): so all that was not synced is written again first.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ class SegmentLog:
     Args:
         directory: made if missing.
         segment_bytes: a segment that has grown beyond it asks to be rolled.
+        is_synced: whether `sync` is called often; what it has not taken yet is then held, to be written again.
         wait_s: how long to wait for the lock of a writer that is about to end.
 
     Raises:
@@ -53,13 +58,20 @@ class SegmentLog:
         StorageError: if the directory cannot be used.
     """
 
-    def __init__(self, directory: Path, *, segment_bytes: int = 64 << 20, wait_s: float = 0.0) -> None:
+    def __init__(
+        self, directory: Path, *, segment_bytes: int = 64 << 20, wait_s: float = 0.0, is_synced: bool = True
+    ) -> None:
         self.directory = directory
         self.segment_bytes = segment_bytes
+        self._is_synced = is_synced
         self._guard = threading.Lock()  # `sync` may run beside `write`, but not beside `roll` and `close`
+        self._path = directory
         self._fd = -1
-        self._size = 0
+        self._size = self._synced_size = 0
+        self._unsynced: list[bytes] = []  # frames, the oldest first
         self._is_dirty = False
+        self._is_torn = False  # a part of a frame may lie behind the last whole one
+        self._is_doubtful = False  # a sync has failed
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -99,32 +111,47 @@ class SegmentLog:
     @property
     def is_full(self) -> bool:
         """Whether the caller should roll. True of a log without a segment."""
-        return self._fd < 0 or self._size >= self.segment_bytes
+        return not self.is_open or self._size >= self.segment_bytes
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a segment to write to."""
+        return self._fd >= 0
 
     def write(self, kind: int, body: bytes) -> None:
         """Appends one frame; it has left this process when this returns.
 
         Raises:
-            UnavailableError: if the disk is full; the log is as it was before, and goes on when there is room.
-            StorageError: if it could not be written whole for another reason; the log is as it was before.
+            UnavailableError: if it could not be written whole; the log is as it was before, and goes on when it can.
         """
-        assert self._fd >= 0, "roll first"
+        assert self.is_open, "roll first"
         assert kind < NUM_KINDS
         frame = _frame(kind, body)
         try:
+            self._cut()
+            self._is_torn = True
             _write_all(self._fd, frame)
+            self._is_torn = False
         except OSError as error:
-            os.ftruncate(self._fd, self._size)
+            with contextlib.suppress(OSError):  # then before the next frame
+                self._cut()
             raise self._failure("write to", error) from error
         self._size += len(frame)
+        if self._is_synced:
+            self._unsynced.append(frame)
         self._is_dirty = True
+
+    def _cut(self) -> None:
+        """Ends the segment after its last whole frame."""
+        if self._is_torn:
+            os.ftruncate(self._fd, self._size)
+            self._is_torn = False
 
     def roll(self, offset: int, kind: int, body: bytes) -> None:
         """Starts a segment with a frame of the whole state; `offset` is the first it may hold.
 
         Raises:
-            UnavailableError: if the disk is full; the segment before stays in use.
-            StorageError: if it cannot be made for another reason; likewise.
+            UnavailableError: if it cannot be made; the segment before stays in use.
         """
         paths = self.segments
         index = int(paths[-1].name.split("-")[0]) + 1 if paths else 0
@@ -133,6 +160,7 @@ class SegmentLog:
         unfinished = path.with_suffix(".new")
         fd = -1
         try:
+            self._cut()
             self.sync()
             fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
             _write_all(fd, frame)
@@ -142,29 +170,39 @@ class SegmentLog:
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
+            for made in (unfinished, path):
+                with contextlib.suppress(OSError):
+                    made.unlink(missing_ok=True)
             raise self._failure("write to", error) from error
         with self._guard:
             if self._fd >= 0:
                 os.close(self._fd)
-            self._fd, self._size, self._is_dirty = fd, len(frame), False
+            self._fd, self._path = fd, path
+            self._size = self._synced_size = len(frame)
+            self._unsynced.clear()
+            self._is_dirty = self._is_doubtful = False
 
     def sync(self) -> None:
         """Makes all that is written survive the host's death. May be called from another thread.
 
         Raises:
-            StorageError: if the disk refuses.
+            UnavailableError: if the disk refuses; the next call writes again what it may have lost.
         """
         with self._guard:
             if self._fd < 0 or not self._is_dirty:
                 return
             self._is_dirty = False
+            frames = self._unsynced[:]  # more may come meanwhile
             try:
+                if self._is_doubtful:
+                    _write_at(self._path, self._synced_size, b"".join(frames))
                 os.fsync(self._fd)
             except OSError as error:
-                self._is_dirty = True
-                raise StorageError(f"cannot sync {self.directory}: {error.strerror}", field="storage") from error
+                self._is_dirty = self._is_doubtful = True
+                raise self._failure("sync", error) from error
+            self._is_doubtful = False
+            self._synced_size += sum(map(len, frames))
+            del self._unsynced[: len(frames)]
 
     def drop_below(self, offset: int) -> None:
         """Deletes segments that hold only offsets below `offset`."""
@@ -172,24 +210,36 @@ class SegmentLog:
         for path, following in itertools.pairwise(paths):
             if int(following.stem.split("-")[1]) > offset:
                 break
-            path.unlink()
+            try:
+                path.unlink()
+            except OSError as error:  # the next call tries again
+                logger.warning("oona.log.kept", extra={"path": str(path), "reason": error.strerror})
+                break
 
     def close(self) -> None:
-        """Syncs and unlocks."""
-        self.sync()
-        with self._guard:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
-            if self._lock_fd >= 0:
-                os.close(self._lock_fd)
-                self._lock_fd = -1
+        """Syncs and unlocks.
 
-    def _failure(self, doing: str, error: OSError) -> StorageError | UnavailableError:
-        what = f"cannot {doing} {self.directory}: {error.strerror}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return UnavailableError(what, field="storage", remedy="make room: it goes on by itself, nothing is lost")
-        return StorageError(what, field="storage")
+        Raises:
+            UnavailableError: if the disk refuses; it is unlocked all the same.
+        """
+        try:
+            self.sync()
+        finally:
+            with self._guard:
+                if self._fd >= 0:
+                    os.close(self._fd)
+                    self._fd = -1
+                if self._lock_fd >= 0:
+                    os.close(self._lock_fd)
+                    self._lock_fd = -1
+
+    def _failure(self, doing: str, error: OSError) -> UnavailableError:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return UnavailableError(
+            f"cannot {doing} {self.directory}: {error.strerror}",
+            field="storage",
+            remedy=f"{'make room' if is_full else 'mend the disk'}: it goes on by itself, nothing is lost",
+        )
 
     def _cut_torn_tail(self) -> int:
         """Cuts the last segment after its last whole frame; returns the number of bytes cut.
@@ -260,6 +310,18 @@ def _write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def _write_at(path: Path, offset: int, data: bytes) -> None:
+    """Writes there, also where a descriptor that only appends would not."""
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(fd, view, offset)
+            view, offset = view[written:], offset + written
+    finally:
+        os.close(fd)
 
 
 def _sync_directory(directory: Path) -> None:

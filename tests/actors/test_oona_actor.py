@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -356,6 +357,63 @@ def test_a_full_disk_is_told_and_waited_for_and_nothing_is_lost(start, small_dis
     kill_process(handle)
     assert numbers(take(subscription, 300)) == list(range(300))
     assert bus.counts("run") == BusCounts(published=300, delivered=300)
+    bus.close()
+
+
+def test_a_disk_that_fails_for_a_while_is_waited_for_and_nothing_is_lost(start, tmp_path):
+    """The system refuses the shard's writes, and then no longer; publisher and consumer are the same all the while."""
+    handle = start(OonaConfig(batch=32, lease_s=3600.0))
+    bus = handle.bus()
+    subscription = bus.subscribe([Topic.STEPS], group="g")
+    bus.publish([step(number) for number in range(300)])
+    subscription.ack(take(subscription, 300, ack=False))
+    pid = ray.get(handle.shards[0].describe.remote(), timeout=WAIT_S).pid
+    (path,) = tmp_path.glob("oona/*/*.log")
+    limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (path.stat().st_size + 100, limits[1]))
+    bus.publish([step(number) for number in range(300, 400)])
+    with pytest.raises(UnavailableError, match=r"not acknowledged within 2 s; .*File too large \(mend the disk"):
+        bus.flush(timeout_s=2)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+    bus.flush(timeout_s=WAIT_S)
+    assert numbers(take(subscription, 100)) == list(range(300, 400))
+    kill_process(handle)
+    subscription.close()
+    assert bus.counts("run") == BusCounts(published=400, delivered=400)
+    (group,) = bus.stats().groups
+    assert (group.acknowledged, group.pending) == (400, 0)
+    bus.close()
+
+
+def test_a_sync_that_fails_is_tried_until_the_disk_has_everything(start):
+    handle = start(OonaConfig(batch=32, lease_s=3600.0, fsync="always"))
+    bus = handle.bus()
+    subscription = bus.subscribe([Topic.STEPS], group="g")
+
+    def fail(shard):  # a disk that refuses to sync cannot be had without its driver
+        import errno
+        import os
+
+        from esper.oona import log
+
+        sync, left = os.fsync, 3
+
+        def fsync(fd):
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                raise OSError(errno.EIO, "Input/output error")
+            sync(fd)
+
+        log.os.fsync = fsync
+
+    ray.get(handle.shards[0].__ray_call__.remote(fail), timeout=WAIT_S)
+    bus.publish([step(number) for number in range(100)])
+    with pytest.raises(UnavailableError, match=r"100 messages were not acknowledged .*cannot sync"):
+        bus.flush(timeout_s=0.5)
+    bus.flush(timeout_s=WAIT_S)
+    assert numbers(take(subscription, 100)) == list(range(100))
+    assert bus.counts("run") == BusCounts(published=100, delivered=100)
     bus.close()
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.leyline.errors import NotFoundError, StorageError, TamperedError
+from esper.leyline.errors import NotFoundError, TamperedError, UnavailableError
 from esper.leyline.messages import OonaMessage, Topic
 from esper.leyline.summary import BusCounts
 from esper.oona import (
@@ -199,6 +199,40 @@ def test_times_survive_and_a_log_of_the_first_form_has_none(reopen, tmp_path):
     assert journal.read(Start(time=50.0), [], None, 9).records == [(1, second.records[0].data)]
 
 
+def test_what_is_too_old_goes_where_nobody_publishes_or_reads(reopen, tmp_path):
+    kept = {"retain_s": 100.0}
+    journal = reopen(kept=Kept(**kept))
+    for seq in range(3):
+        journal.append(one := batch(seq, "a", size=100), encode_batch(one), at=float(seq))
+    journal.tidy(0.0, 50.0)
+    assert journal.stats(0.0).topics[0].kept == 3
+    journal.tidy(0.0, 200.0)
+    assert journal.stats(0.0).topics[0].kept == 0
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.log")) < 300  # from the disk too
+    assert reopen(kept=Kept(**kept)).counts("a").published == 3
+
+
+def test_a_log_that_is_opened_on_a_full_disk_can_be_read_and_goes_on_once_there_is_room(reopen, monkeypatch):
+    journal = reopen()
+    journal.join("g", ["t"], key=None, start=Start(), now=0.0)
+    append(journal, batch(0, "a", "a"))
+    full = UnavailableError("full")
+
+    def refuse(self, offset, kind, body):
+        raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentLog, "roll", refuse)
+        journal = reopen()
+        assert len(journal.read(Start(from_start=True), [], None, 9).records) == 2
+        for change in (lambda: append(journal, batch(1, "a")), lambda: journal.poll("g", "m", 0, 9, 0.0)):
+            with pytest.raises(UnavailableError, match="full"):
+                change()
+    assert offsets(journal.poll("g", "m", 0, 9, 0.0)) == [0, 1]
+    assert append(journal, batch(1, "a")) is Admission.ACCEPT
+    assert reopen().counts("a") == BusCounts(published=3, delivered=2)
+
+
 def test_a_frame_of_another_kind_is_refused(tmp_path):
     log = SegmentLog(tmp_path)
     log.roll(0, 77, b"{}")
@@ -274,7 +308,7 @@ def test_records_go_by_size_and_by_age_but_never_what_a_group_needs(reopen, tmp_
 def test_what_the_log_could_not_take_did_not_happen(reopen, monkeypatch):
     """A full disk: each call says so, and works once there is room."""
     journal = reopen()
-    full = StorageError("full")
+    full = UnavailableError("full")
 
     def refuse(self, kind, body):
         raise full
@@ -282,7 +316,7 @@ def test_what_the_log_could_not_take_did_not_happen(reopen, monkeypatch):
     def refused(call):
         with monkeypatch.context() as patch:
             patch.setattr(SegmentLog, "write", refuse)
-            with pytest.raises(StorageError, match="full"):
+            with pytest.raises(UnavailableError, match="full"):
                 call()
         return call()
 

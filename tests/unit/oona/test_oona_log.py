@@ -126,6 +126,93 @@ def test_a_full_disk_leaves_the_log_as_it_was(filled, monkeypatch):
     assert read(filled)[0][-2:] == [Frame(0, b"state"), Frame(1, b"fits")]
 
 
+def failing(times, code=errno.EIO):
+    """A call of the system that fails so often, and then does what `os` does."""
+
+    def wrap(call):
+        left = times
+
+        def wrapped(*args):
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                raise OSError(code, os.strerror(code))
+            return call(*args)
+
+        return wrapped
+
+    return wrap
+
+
+def test_what_a_failed_sync_lost_is_written_again(filled, monkeypatch):
+    log = SegmentLog(filled)
+    log.roll(3, 0, b"state")
+    log.write(1, b"synced")
+    log.sync()
+    for body in (b"first", b"second"):
+        log.write(1, body)
+    path = max(filled.glob("*.log"))
+    whole = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(log_module.os, "fsync", failing(2)(os.fsync))
+        with pytest.raises(UnavailableError, match=r"cannot sync .*Input/output error \(mend the disk"):
+            log.sync()
+        # what the system could not write it has forgotten, and the next fsync says that all is well
+        path.write_bytes(whole[:-25] + bytes(25))
+        log.write(1, b"meanwhile")
+        with pytest.raises(UnavailableError, match="cannot sync"):
+            log.sync()
+        log.sync()
+    log.write(1, b"after")
+    log.close()
+    assert [frame.body for frame in read(filled)[0][-6:]] == [
+        b"state", b"synced", b"first", b"second", b"meanwhile", b"after"
+    ]  # fmt: skip
+
+
+def test_half_a_frame_that_could_not_be_cut_off_is_cut_off_before_the_next(filled, monkeypatch):
+    log = SegmentLog(filled)
+    log.roll(3, 0, b"state")
+
+    def torn(fd, data):
+        os.pwrite(fd, bytes(data)[:20], 0)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log_module, "_write_all", torn)
+        patch.setattr(log_module.os, "ftruncate", failing(2)(os.ftruncate))
+        for _ in range(2):  # at the second, nothing is written behind what is torn
+            with pytest.raises(UnavailableError, match="Input/output error"):
+                log.write(1, b"y" * 80)
+    log.write(1, b"fits")
+    log.close()
+    assert read(filled) == ([*FRAMES, Frame(0, b"state"), Frame(1, b"fits")], 0)
+
+
+def test_a_segment_that_could_not_be_made_sure_is_taken_away_again(filled, monkeypatch):
+    log = SegmentLog(filled)
+    log.roll(3, 0, b"state")
+    with monkeypatch.context() as patch:
+        patch.setattr(log_module, "_sync_directory", failing(1)(log_module._sync_directory))
+        with pytest.raises(UnavailableError, match="Input/output error"):
+            log.roll(9, 0, b"later")
+    log.write(1, b"goes on")
+    log.close()
+    assert read(filled) == ([*FRAMES, Frame(0, b"state"), Frame(1, b"goes on")], 0)
+
+
+def test_a_segment_that_cannot_be_deleted_stays_until_the_next_time(filled, monkeypatch):
+    log = SegmentLog(filled)
+    log.roll(3, 0, b"state")
+    with monkeypatch.context() as patch:
+        patch.setattr(log_module.Path, "unlink", failing(1)(log_module.Path.unlink))
+        log.drop_below(3)
+    assert len(log.segments) == 2
+    log.drop_below(3)
+    assert len(log.segments) == 1
+    log.close()
+
+
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot use"):
