@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from actors import gateway, nissa, oona, pool, serving, tamiyo, urza
@@ -19,6 +18,7 @@ from actors.cluster import NAMESPACE
 from esper.config import RunConfig
 from esper.leyline import Bus, ConflictError, EsperError, NotFoundError, UnavailableError
 from esper.leyline.keys import load, load_or_create, public_hex
+from esper.oona.log import directory_of
 from esper.storage import Storage
 
 _LOG = logging.getLogger(__name__)
@@ -182,9 +182,8 @@ def _oona(storage: Storage, config: RunConfig, *, detached: bool) -> oona.OonaHa
         return oona.connect(prefix)
     except NotFoundError:
         pass
-    directory = Path(storage.path("oona")) if storage.is_local else Path("~/.cache/esper").expanduser() / prefix
     try:
-        return oona.spawn(config.oona, directory, prefix=prefix, detached=detached)
+        return oona.spawn(config.oona, directory_of(storage), prefix=prefix, detached=detached)
     except ConflictError:
         # another driver was faster; anything else is told by this
         return oona.connect(prefix)

@@ -1,5 +1,5 @@
 """`esper bus`: looks at the bus of a running platform, and at its archive. Looking joins no group, so it changes and
-holds up nothing.
+holds up nothing. `repair` is for a bus that does not run, as its log is damaged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REMEDY = "ray start --head, then RAY_ADDRESS=auto esper platform up"
 POLL_S = 0.5
 """Between two looks of `tail --follow`."""
 
-bus_app = typer.Typer(help="Look at the message bus of a running platform.", no_args_is_help=True)
+bus_app = typer.Typer(help="Look at the message bus of a running platform, or repair its log.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON; `tail` prints one object a line.")]
 Storage = Annotated[
@@ -96,6 +96,25 @@ def story(
     told = story_of(run, (row.message for row in read_archive(Place.at(storage), key=run)))
     rows = event_rows(told)
     typer.echo(json.dumps(rows, indent=2) if as_json else table(rows, "nothing grew"))
+
+
+@bus_app.command("repair")
+def repair(storage: Storage = "~/.esper", as_json: Json = False) -> None:
+    """Cut out of the bus's log what cannot be read, where the bus refuses it; the segment as it was is set aside.
+
+    On the node where the platform ran, while it is down. What else is in the log comes again, some of it twice.
+    """
+    from esper.oona.log import directory_of
+    from esper.oona.repair import repair as repaired
+    from esper.storage import Storage as Place
+
+    directory = directory_of(Place.at(storage))
+    logs = sorted(directory.glob("shard-*-of-*"))
+    if not logs:
+        raise NotFoundError(f"{directory} holds no log of a bus", remedy="ask on the node where the platform ran")
+    cuts = [cut for log in logs for cut in repaired(log)]
+    rows = [{**cut._asdict(), "path": str(cut.path), "original": str(cut.original)} for cut in cuts]
+    typer.echo(json.dumps(rows, indent=2) if as_json else table(rows, "nothing is damaged"))
 
 
 # ---------------------------------------------------------------- what they show

@@ -295,6 +295,10 @@ class Broker:
             group.num_dead += len(run)
             if lane.topic != _LETTERS:
                 self._tallies.dead(lane.key, len(run))
+        self.append_letters(letters, at)
+
+    def append_letters(self, letters: Sequence[Record], at: float) -> None:
+        """Takes dead letters, which no producer sends."""
         if letters:
             self._append(letters, runs_of(letters), at)
 
@@ -432,6 +436,28 @@ class Broker:
             group = self._groups.get(name)
             if counters and group is not None:
                 group.restore(counters[0])
+
+    def reconcile(self, snapshot: dict[str, Any], *, now: float) -> None:
+        """Makes the groups known that a snapshot knows, where what made them known was lost: they get all that is kept.
+        Those that it does not know are gone. The counts are not touched; see `recount`.
+        """
+        self.kept.skip_to(snapshot["next_offset"])
+        known = {name for name, *_ in snapshot["groups"]}
+        for name in [name for name in self._groups if name not in known]:
+            self.forget(name)
+        for name, topics, key, *_ in snapshot["groups"]:
+            if name not in self._groups:
+                self.join(name, topics, key=key, start=self.first_offset, now=now)
+
+    def before(self, name: str, offsets: Iterable[int]) -> list[int]:
+        """Those of some records that the group has before it, out or not.
+
+        Raises:
+            NotFoundError: if there is no such group.
+        """
+        group = self._group(name)
+        lanes = ((offset, self._lane(group, offset)) for offset in offsets)
+        return [offset for offset, lane in lanes if lane and (offset in lane.leased or offset in lane.ready)]
 
     # ---- within
 

@@ -21,8 +21,9 @@ from esper.leyline.summary import BusCounts
 from esper.oona.broker import Admission, Broker
 from esper.oona.deadletters import letters_of, spent_reason
 from esper.oona.drops import DropTold
+from esper.oona.frames import Frame
 from esper.oona.groups import LISTENER
-from esper.oona.log import Frame, SegmentLog
+from esper.oona.log import SegmentLog
 from esper.oona.start import Start
 from esper.oona.transport import Shelf
 from esper.oona.wire import Batch, Leased, Record, decode_batch
@@ -48,12 +49,14 @@ class Kind(IntEnum):
     ACK = 4
     LEAVE = 5
     FORGET = 6
-    TIMED_BATCH = 7  # the time, then the body
+    TIMED_BATCH = 7  # the time, then the body; logs of the second form
     BURY = 8
     DROP = 9
+    GAP = 10  # what was here could not be read
+    PLACED_BATCH = 11  # the time, the first offset, then the body
 
 
-_TIME = struct.Struct("<d")
+_TIME, _PLACE = struct.Struct("<d"), struct.Struct("<dQ")
 
 
 class Journal:
@@ -81,6 +84,8 @@ class Journal:
         self._lasting = frozenset(lasting)
         self._look_at = now
         self._roll_at = math.inf
+        self._is_gapped = False  # a part of the log was lost
+        self._lost: set[str] = set()  # groups of which it is not known any more what they read
         self._replay(now)
         try:
             self._roll(0.0)
@@ -128,19 +133,21 @@ class Journal:
                 self._write_json(Kind.DROP, (name, offsets))
                 self._broker.drop(name, offsets)
                 self._told.tell(name, len(offsets))
-            self._write(Kind.TIMED_BATCH, _TIME.pack(at) + body)
+            self._write(Kind.PLACED_BATCH, _PLACE.pack(at, self._broker.next_offset) + body)
             self._broker.append(batch, at)
         return admission
 
     def join(self, name: str, topics: Sequence[str], *, key: str | None, start: Start, now: float) -> None:
-        """Makes a group known; see `Broker.join`."""
-        offset = start.offset(self._broker, self._shard)
+        """Makes a group known; see `Broker.join`. One whose position was lost gets all that is kept."""
+        lost = name in self._lost
+        offset = self._broker.first_offset if lost else start.offset(self._broker, self._shard)
         if self._broker.join(name, topics, key=key, start=offset, now=now):
             try:
                 self._write_json(Kind.JOIN, (name, list(topics), key, offset))
             except EsperError:
                 self._broker.forget(name)  # or it would be known here and not to the log
                 raise
+            self._lost.discard(name)
 
     def poll(self, name: str, member: str, number: int, max_records: int, now: float) -> list[Leased]:
         """See `Broker.poll`. Call `bury_exhausted` before."""
@@ -180,7 +187,7 @@ class Journal:
             letters = letters_of(held, group=name, shard=self._shard, reason=reason)
             dead = [offset for offset, _, _ in held]
             written = [(letter.topic, letter.key, letter.data.decode()) for letter in letters]
-            self._write_json(Kind.BURY, (name, dead, written, at))
+            self._write_json(Kind.BURY, (name, dead, written, at, self._broker.next_offset))
             self._broker.bury(name, dead, letters, at)
         return len(held)
 
@@ -291,41 +298,96 @@ class Journal:
                 raise TamperedError(f"{where} cannot be understood: {error}") from error
 
     def _apply(self, frame: Frame, now: float, *, is_first: bool) -> None:
-        broker = self._broker
         kind = Kind(frame.kind)
-        if kind is Kind.TIMED_BATCH:
+        if kind is Kind.PLACED_BATCH:
+            at, offset = _PLACE.unpack_from(frame.body)
+            self._place(offset)
+            self._broker.append(decode_batch(frame.body[_PLACE.size :]), at)
+        elif kind is Kind.TIMED_BATCH:
             (at,) = _TIME.unpack_from(frame.body)
-            broker.append(decode_batch(frame.body[_TIME.size :]), at)
-            return
-        if kind is Kind.BATCH:  # logs of the first form
-            broker.append(decode_batch(frame.body))
-            return
-        values = json.loads(frame.body)
-        if kind is Kind.SNAPSHOT:
-            if is_first:
-                broker.restore(values, now=now)
-            else:
-                broker.recount(values)
+            self._repeat_unplaced(frame.body[_TIME.size :], at)
+        elif kind is Kind.BATCH:  # logs of the first form
+            self._repeat_unplaced(frame.body, 0.0)
+        elif kind is Kind.GAP:
+            self._is_gapped = True
+        elif kind is Kind.SNAPSHOT:
+            self._take_over(json.loads(frame.body), now, is_first=is_first)
         else:
-            self._repeat(kind, values, now)
+            self._repeat(kind, json.loads(frame.body), now)
+
+    def _repeat_unplaced(self, body: bytes, at: float) -> None:
+        if self._is_gapped:
+            raise ValueError("its offset is not known, as something before it was lost")
+        self._broker.append(decode_batch(body), at)
+
+    def _place(self, offset: int) -> None:
+        """The next record has this offset; only what was lost may lie before it."""
+        if self._is_gapped:
+            self._broker.kept.skip_to(offset)
+        if offset != self._broker.next_offset:
+            raise ValueError(f"it begins at {offset}, not at {self._broker.next_offset}")
+
+    def _take_over(self, snapshot: Any, now: float, *, is_first: bool) -> None:
+        if is_first:
+            self._broker.restore(snapshot, now=now)
+            return
+        if self._is_gapped:
+            self._broker.reconcile(snapshot, now=now)
+            self._lost.clear()
+        self._broker.recount(snapshot)
 
     def _repeat(self, kind: Kind, values: Any, now: float) -> None:
         broker = self._broker
         if kind is Kind.JOIN:
             name, topics, key, start = values
             broker.join(name, topics, key=key, start=start, now=now)
-        elif kind is Kind.LEASE:
-            name, member, number, offsets = values
-            broker.lease(name, member, number, offsets, now + broker.lease_s)
-        elif kind is Kind.ACK:
-            name, offsets = values
-            broker.ack(name, offsets, now)
-        elif kind is Kind.LEAVE:
-            broker.leave(*values)
-        elif kind is Kind.DROP:
-            broker.drop(*values)
+            self._lost.discard(name)
+            return
+        name, *rest = values
+        if kind is Kind.LEAVE:
+            broker.leave(name, *rest)
+        elif kind is Kind.FORGET:
+            broker.forget(name)
+            self._lost.discard(name)
         elif kind is Kind.BURY:
-            name, offsets, letters, at = values
-            broker.bury(name, offsets, [Record(topic, key, data.encode()) for topic, key, data in letters], at)
+            self._repeat_bury(name, *rest)
         else:
-            broker.forget(*values)
+            self._repeat_for(kind, name, *rest, now=now)
+
+    def _repeat_for(self, kind: Kind, name: str, *rest: Any, now: float) -> None:
+        """What a group was given, or gave back; of a group that is lost, it is lost too."""
+        known = self._known(name, rest[-1])
+        if name in self._lost:
+            return
+        if kind is Kind.LEASE:
+            member, number, _ = rest
+            self._broker.lease(name, member, number, known, now + self._broker.lease_s)
+        elif kind is Kind.ACK:
+            self._broker.ack(name, known, now)
+        elif kind is Kind.DROP:
+            self._broker.drop(name, known)
+        else:
+            raise ValueError(f"a frame of kind {kind.name}")
+
+    def _repeat_bury(self, name: str, offsets: list[int], letters: Any, at: float, place: int | None = None) -> None:
+        """`place` is the offset of the first letter, which logs of the second form do not tell."""
+        known = self._known(name, offsets)
+        records = [Record(topic, key, data.encode()) for topic, key, data in letters]
+        if place is not None and records:
+            self._place(place)
+        if name in self._lost:
+            self._broker.append_letters(records, at)
+        else:
+            self._broker.bury(name, known, records, at)
+
+    def _known(self, name: str, offsets: list[int]) -> list[int]:
+        """Those that the group has before it. Others there are only of what was lost, and no new record may be taken
+        for one of them. A group of which was lost that it joined is noted, as what it reads is not known any more.
+        """
+        if not self._is_gapped:
+            return offsets
+        self._broker.kept.skip_to(max(offsets, default=-1) + 1)
+        if name not in self._broker.groups:
+            self._lost.add(name)
+            return []
+        return self._broker.before(name, offsets)

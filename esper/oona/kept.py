@@ -16,7 +16,7 @@ READ_AHEAD = 20_000
 
 
 class Kept:
-    """Records of ascending offsets without a gap.
+    """Records of ascending offsets, without a gap but for what a damaged log has lost.
 
     Args:
         retain: records kept that nobody needs, at least where the other two allow it; at most about twice as many.
@@ -57,7 +57,12 @@ class Kept:
 
     def from_offset(self, start: int) -> Iterator[tuple[int, Record]]:
         """Records from an offset on; what is no longer kept is passed over."""
-        return ((offset, self._records[offset]) for offset in range(max(start, self.first_offset), self.next_offset))
+        offsets = range(max(start, self.first_offset), self.next_offset)
+        return ((offset, record) for offset in offsets if (record := self._records.get(offset)) is not None)
+
+    def skip_to(self, offset: int) -> None:
+        """The next record has this offset, if it would have a lower one."""
+        self.next_offset = max(self.next_offset, offset)
 
     def append(self, records: Sequence[Record], at: float) -> int:
         """Takes records that came at a time; returns the offset of the first. A clock set back stands still here."""
@@ -105,7 +110,8 @@ class Kept:
         del self._stamps[: max(0, passed - 1)]  # the last of these may hold the first record
 
     def _drop(self, offset: int) -> None:
-        self.num_bytes -= len(self._records.pop(offset).data)
+        record = self._records.pop(offset, None)
+        self.num_bytes -= 0 if record is None else len(record.data)
 
     # ---- looking
 
@@ -134,8 +140,8 @@ class Kept:
         offset = max(start, self.first_offset)
         end = min(self.next_offset, offset + READ_AHEAD)
         while offset < end and len(found) < max_records:
-            record = self._records[offset]
-            if (not topics or record.topic in topics) and key in (None, record.key):
+            record = self._records.get(offset)
+            if record is not None and (not topics or record.topic in topics) and key in (None, record.key):
                 found.append((offset, record.data))
             offset += 1
         return found, offset

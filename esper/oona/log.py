@@ -1,6 +1,6 @@
 """An append-only log of frames in segment files of one directory. Knows nothing of what a frame means.
 
-A frame is CRC-32, length and kind, then the body. Written frames survive the death of the process; `sync` makes them
+Written frames survive the death of the process; `sync` makes them
 survive the death of the host, and when to call it is the caller's choice. A segment starts with a frame that holds
 the whole state, so that older segments can be dropped.
 
@@ -17,31 +17,21 @@ import fcntl
 import itertools
 import logging
 import os
-import struct
 import threading
 import time
-import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from esper.leyline.errors import FencedError, StorageError, UnavailableError
+from esper.oona.frames import Frame, frame_of, frames_in, next_frame, whole_until
+from esper.storage import Storage
 
-_HEADER = struct.Struct("<IIB")  # crc of the rest, length of the body, kind
-_SUFFIX = ".log"
-NUM_KINDS = 32
-"""Kinds of frames, at most."""
+_SUFFIX, _LOCK = ".log", "lock"
 MAX_TORN_BYTES = 16 << 20
-"""So much of a torn tail is searched for whole frames, and such frames are found."""
+"""So much of a torn tail is searched for whole frames."""
 
 logger = logging.getLogger(__name__)
-
-
-class Frame(NamedTuple):
-    """One entry: what kind it is, and its bytes."""
-
-    kind: int
-    body: bytes
 
 
 class SegmentLog:
@@ -74,7 +64,7 @@ class SegmentLog:
         self._is_doubtful = False  # a sync has failed
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            self._lock_fd = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise StorageError(f"cannot use {directory}: {error.strerror}", field="storage") from error
         try:
@@ -89,19 +79,19 @@ class SegmentLog:
     @property
     def segments(self) -> list[Path]:
         """The segment files, oldest first."""
-        return sorted(self.directory.glob(f"*{_SUFFIX}"))
+        return segments_in(self.directory)
 
     def replay(self) -> Iterator[Frame]:
         """Yields every frame, oldest first.
 
         Raises:
-            StorageError: if a segment before the last is damaged: its loss is no torn tail.
+            StorageError: if a segment cannot be read, or one before the last is damaged: its loss is no torn tail.
         """
         for path in self.segments:
-            data = path.read_bytes()
+            data = _read(path)
             end = 0
-            for frame in _frames(data):
-                end += _HEADER.size + len(frame.body)
+            for frame in frames_in(data):
+                end += frame.size
                 yield frame
             if end != len(data):
                 raise _damaged(path, end)
@@ -125,8 +115,7 @@ class SegmentLog:
             UnavailableError: if it could not be written whole; the log is as it was before, and goes on when it can.
         """
         assert self.is_open, "roll first"
-        assert kind < NUM_KINDS
-        frame = _frame(kind, body)
+        frame = frame_of(kind, body)
         try:
             self._cut()
             self._is_torn = True
@@ -156,7 +145,7 @@ class SegmentLog:
         paths = self.segments
         index = int(paths[-1].name.split("-")[0]) + 1 if paths else 0
         path = self.directory / f"{index:08d}-{offset:020d}{_SUFFIX}"
-        frame = _frame(kind, body)
+        frame = frame_of(kind, body)
         unfinished = path.with_suffix(".new")
         fd = -1
         try:
@@ -166,7 +155,7 @@ class SegmentLog:
             _write_all(fd, frame)
             os.fsync(fd)
             unfinished.rename(path)  # the segment before is whole and synced before this one exists
-            _sync_directory(self.directory)
+            sync_directory(self.directory)
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
@@ -250,10 +239,10 @@ class SegmentLog:
         paths = self.segments
         if not paths:
             return 0
-        data = paths[-1].read_bytes()
-        end = sum(_HEADER.size + len(frame.body) for frame in _frames(data))
+        data = _read(paths[-1])
+        end = whole_until(data)
         if end < len(data):
-            if _has_frame(data, end + 1):
+            if next_frame(data, end + 1, end + MAX_TORN_BYTES) is not None:
                 raise _damaged(paths[-1], end)
             os.truncate(paths[-1], end)
             logger.warning("oona.log.cut", extra={"path": str(paths[-1]), "at": end, "num_bytes": len(data) - end})
@@ -261,18 +250,44 @@ class SegmentLog:
 
 
 def _damaged(path: Path, at: int) -> StorageError:
-    return StorageError(f"{path} is damaged at byte {at}", field="storage", remedy="restore the file from a copy")
+    remedy = "restore the file from a copy, or go on without what cannot be read: esper bus repair"
+    return StorageError(f"{path} is damaged at byte {at}", field="storage", remedy=remedy)
 
 
-def _has_frame(data: bytes, start: int) -> bool:
-    """Whether a whole frame begins anywhere from `start` on. What a crash tore is small; so much is looked at."""
-    view = memoryview(data)
-    for at in range(start, min(len(data) - _HEADER.size, start + MAX_TORN_BYTES)):
-        crc, length, kind = _HEADER.unpack_from(data, at)
-        end = at + _HEADER.size + length
-        if kind < NUM_KINDS and end <= len(data) and length <= MAX_TORN_BYTES and zlib.crc32(view[at + 4 : end]) == crc:
-            return True
-    return False
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}", field="storage") from error
+
+
+def directory_of(storage: Storage) -> Path:
+    """Where the logs of a platform's bus lie, on the node that it started on: with the rest of a local storage."""
+    return Path(storage.path("oona")) if storage.is_local else Path(f"~/.cache/esper/oona-{storage.key}").expanduser()
+
+
+def segments_in(directory: Path) -> list[Path]:
+    """The segment files of a log, oldest first."""
+    return sorted(directory.glob(f"*{_SUFFIX}"))
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps writers out of a log that is there.
+
+    Raises:
+        FencedError: if a process writes it.
+        StorageError: if there is none.
+    """
+    try:
+        fd = os.open(directory / _LOCK, os.O_RDWR)
+    except OSError as error:
+        raise StorageError(f"cannot use {directory}: {error.strerror}", field="storage") from error
+    try:
+        _lock(fd, directory, 0.0)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _lock(fd: int, directory: Path, wait_s: float) -> None:
@@ -286,24 +301,6 @@ def _lock(fd: int, directory: Path, wait_s: float) -> None:
             time.sleep(0.02)  # flock has no deadline of its own
         else:
             return
-
-
-def _frame(kind: int, body: bytes) -> bytes:
-    tail = _HEADER.pack(0, len(body), kind)[4:]
-    return struct.pack("<I", zlib.crc32(body, zlib.crc32(tail))) + tail + body
-
-
-def _frames(data: bytes) -> Iterator[Frame]:
-    """Yields whole frames until the data ends or a frame does not match its CRC."""
-    at = 0
-    while at + _HEADER.size <= len(data):
-        crc, length, kind = _HEADER.unpack_from(data, at)
-        start = at + _HEADER.size
-        body = data[start : start + length]
-        if len(body) < length or zlib.crc32(body, zlib.crc32(data[at + 4 : start])) != crc:
-            return
-        yield Frame(kind, body)
-        at = start + length
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -324,7 +321,8 @@ def _write_at(path: Path, offset: int, data: bytes) -> None:
         os.close(fd)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Makes names that changed in it survive the host's death."""
     fd = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(fd)

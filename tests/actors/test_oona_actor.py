@@ -18,6 +18,7 @@ from actors.oona import RayTransport, connect, spawn
 from esper.config import OonaConfig
 from esper.leyline import BusCounts, ConflictError, NotFoundError, Topic, UnavailableError
 from esper.oona import Start
+from esper.oona.repair import repair
 from esper.storage import Storage
 from jobs.bus import NoPlatformError, opened, topic_rows
 
@@ -417,19 +418,25 @@ def test_a_sync_that_fails_is_tried_until_the_disk_has_everything(start):
     bus.close()
 
 
-def test_a_damaged_log_is_named_and_goes_on_once_it_is_restored(start, tmp_path):
-    handle = start()
+def test_a_damaged_log_is_named_and_goes_on_without_the_damage(start, tmp_path):
+    handle = start(OonaConfig(lease_s=3600.0))
     bus = handle.bus()
-    bus.subscribe([Topic.STEPS], group="g")
-    bus.publish([step(number) for number in range(10)])
+    subscription = bus.subscribe([Topic.STEPS], group="g")
+    for first in range(0, 30, 10):
+        bus.publish([step(number) for number in range(first, first + 10)])
+        bus.flush(timeout_s=WAIT_S)
+    subscription.ack(take(subscription, 30, ack=False)[20:25])
     bus.close()
     handle.stop()
     (path,) = tmp_path.glob("oona/*/*.log")
     whole = path.read_bytes()
-    path.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
-    with pytest.raises(UnavailableError, match=r"log is damaged at byte \d+ \(restore the file from a copy\)"):
+    at = whole.index(b'"first_step":15,')  # in the second batch
+    path.write_bytes(whole[:at] + b"?" + whole[at + 1 :])
+    with pytest.raises(UnavailableError, match=r"log is damaged at byte \d+ \(restore .* esper bus repair\)"):
         start(prefix="damaged")
-    path.write_bytes(whole)
-    again = start(prefix="restored").bus()
-    assert numbers(take(again.subscribe([Topic.STEPS], group="g"), 10)) == list(range(10))
+    (cut,) = repair(path.parent)
+    assert cut.at < at < cut.at + cut.num_bytes
+    again = start(prefix="repaired").bus()
+    left = [*range(10), *range(25, 30)]
+    assert numbers(take(again.subscribe([Topic.STEPS], group="g"), len(left))) == left
     again.close()

@@ -11,7 +11,7 @@ from bus_conformance import started, step, take
 from esper.config import OonaConfig
 from esper.leyline import Delivery, OonaMessage, SeedStage, Topic
 from esper.leyline.signals import LifecycleEvent, RunStarted
-from esper.oona import MemoryBus
+from esper.oona import MemoryBus, SegmentLog
 from esper.oona.archive import Archive
 from esper.storage import Storage
 from jobs import bus as bus_job
@@ -140,3 +140,21 @@ def test_a_story_is_told_from_the_archive_without_a_platform(esper, tmp_path):
     code, _, err = esper("bus", "story", "absent", "--storage", str(tmp_path))
     assert (code, err.strip().count("\n")) == (1, 0)
     assert "of run absent" in err
+
+
+def test_repair_names_what_it_cut_and_says_where_there_is_nothing(esper, tmp_path):
+    code, _, err = esper("bus", "repair", "--storage", str(tmp_path))
+    assert (code, "holds no log of a bus" in err) == (1, True), err
+    log = SegmentLog(tmp_path / "oona" / "shard-0-of-1")
+    log.roll(0, 0, b"state")
+    for body in (b"one", b"two"):
+        log.write(1, body)
+    log.close()
+    assert esper("bus", "repair", "--storage", str(tmp_path))[:2] == (0, "nothing is damaged\n")
+    (path,) = log.segments
+    path.write_bytes(path.read_bytes().replace(b"one", b"One"))
+    code, out, _ = esper("bus", "repair", "--storage", str(tmp_path), "--json")
+    assert (code, json.loads(out)) == (
+        0,
+        [{"path": str(path), "at": 14, "num_bytes": 12, "original": str(path.with_suffix(".damaged"))}],
+    )

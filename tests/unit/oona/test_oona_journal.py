@@ -235,7 +235,7 @@ def test_a_log_that_is_opened_on_a_full_disk_can_be_read_and_goes_on_once_there_
 
 def test_a_frame_of_another_kind_is_refused(tmp_path):
     log = SegmentLog(tmp_path)
-    log.roll(0, 77, b"{}")
+    log.roll(0, 31, b"{}")
     with pytest.raises(TamperedError, match=r"frame 0 .* cannot be understood"):
         Journal(log, Broker(), now=0.0)
     log.close()
@@ -243,7 +243,7 @@ def test_a_frame_of_another_kind_is_refused(tmp_path):
 
 def test_a_refused_log_is_unlocked_again(tmp_path):
     log = SegmentLog(tmp_path)
-    log.roll(0, 77, b"{}")
+    log.roll(0, 31, b"{}")
     log.close()
     for _ in range(2):
         with pytest.raises(TamperedError):

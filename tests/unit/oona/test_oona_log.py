@@ -8,7 +8,8 @@ import pytest
 
 from esper.leyline.errors import FencedError, StorageError, UnavailableError
 from esper.oona import log as log_module
-from esper.oona.log import Frame, SegmentLog
+from esper.oona.frames import Frame
+from esper.oona.log import SegmentLog
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def test_a_segment_that_could_not_be_made_sure_is_taken_away_again(filled, monke
     log = SegmentLog(filled)
     log.roll(3, 0, b"state")
     with monkeypatch.context() as patch:
-        patch.setattr(log_module, "_sync_directory", failing(1)(log_module._sync_directory))
+        patch.setattr(log_module, "sync_directory", failing(1)(log_module.sync_directory))
         with pytest.raises(UnavailableError, match="Input/output error"):
             log.roll(9, 0, b"later")
     log.write(1, b"goes on")
