@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from esper.leyline import Alert, AssetHub, Bus, EsperError
-from esper.nissa.metrics import METRICS, Kind, Sample, of_alerts, of_backlog, of_bus, of_run, vanished
+from esper.nissa.metrics import METRICS, Kind, Sample, Totals, of_alerts, of_backlog, of_bus, of_run, vanished
 from esper.nissa.viewmodel import LiveView
 
 _LOG = logging.getLogger(__name__)
@@ -20,12 +20,12 @@ _LOG = logging.getLogger(__name__)
 class Exporter:
     """Remembers what it has exported, as Ray takes steps of counters and keeps gauges until they are set again.
 
-    A counter that goes back, as steps do when a run is resumed, stands still until it is beyond where it was.
+    See `Totals` for a counter that goes back.
     """
 
     def __init__(self) -> None:
         self._instruments: dict[str, Any] = {}
-        self._totals: dict[tuple[Any, ...], float] = {}
+        self._totals = Totals()
         self._gauges: tuple[Sample, ...] = ()
 
     def export(self, samples: Iterable[Sample]) -> None:
@@ -34,15 +34,10 @@ class Exporter:
         for sample in (*now, *vanished(self._gauges, now)):
             if METRICS[sample.metric].kind is Kind.GAUGE:
                 self._instrument(sample.metric).set(sample.value, tags=dict(sample.labels))
-            else:
-                self._move(sample)
+            elif (step := self._totals.step(sample)) > 0:
+                self._instrument(sample.metric).inc(step, tags=dict(sample.labels))
+        self._totals.forget(now)
         self._gauges = tuple(sample for sample in now if METRICS[sample.metric].kind is Kind.GAUGE)
-
-    def _move(self, sample: Sample) -> None:
-        step = sample.value - self._totals.get(sample.key, 0.0)
-        if step > 0:
-            self._instrument(sample.metric).inc(step, tags=dict(sample.labels))
-            self._totals[sample.key] = sample.value
 
     def _instrument(self, name: str) -> Any:
         if name not in self._instruments:

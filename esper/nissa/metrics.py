@@ -7,8 +7,9 @@ Counters end in `_total` there. Values are taken every few seconds from what is 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple
@@ -48,17 +49,24 @@ class Metric(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A value of a metric. That of a counter is its total so far, not what was added."""
+    """A value of a metric. That of a counter is its total so far, not what was added.
+
+    Attributes:
+        part: of several things under the same labels, which; only counters have such, and their sum is exported.
+    """
 
     metric: str
     value: float
     labels: Mapping[str, str]
+    part: str = ""
 
     @property
-    def key(self) -> tuple[str, frozenset[tuple[str, str]]]:
+    def key(self) -> tuple[str, frozenset[tuple[str, str]], str]:
         """What is the same at the next sample of the same thing."""
-        return self.metric, frozenset(self.labels.items())
+        return self.metric, frozenset(self.labels.items()), self.part
 
+
+_RANDOM = re.compile(r"-[0-9a-f]{12,32}$")  # see `esper.leyline.contract.new_id`
 
 _RUN, _SITE = ("run",), ("run", "site")
 
@@ -198,13 +206,24 @@ def of_bus(stats: BusStats) -> Iterator[Sample]:
         labels = {"topic": topic.topic}
         yield Sample("esper_bus_published", topic.published, labels)
         yield Sample("esper_bus_kept_bytes", topic.kept_bytes, labels)
+    lag: Counter[str] = Counter()
     for group in stats.groups:
-        labels = {"group": group.group}
-        yield Sample("esper_bus_delivered", group.delivered, labels)
-        yield Sample("esper_bus_redelivered", group.redelivered, labels)
-        yield Sample("esper_bus_dropped", group.dropped, labels)
-        yield Sample("esper_bus_dead", group.dead, labels)
-        yield Sample("esper_bus_lag_messages", group.pending, labels)
+        name = kind_of(group.group)
+        labels = {"group": name}
+        yield Sample("esper_bus_delivered", group.delivered, labels, group.group)
+        yield Sample("esper_bus_redelivered", group.redelivered, labels, group.group)
+        yield Sample("esper_bus_dropped", group.dropped, labels, group.group)
+        yield Sample("esper_bus_dead", group.dead, labels, group.group)
+        lag[name] += group.pending
+    for name, pending in lag.items():
+        yield Sample("esper_bus_lag_messages", pending, {"group": name})
+
+
+def kind_of(group: str) -> str:
+    """A group's label: its name without the random identifier of those that live as long as one process, of which
+    Prometheus would keep a series each.
+    """
+    return _RANDOM.sub("", group)
 
 
 def of_backlog(backlog: Backlog) -> Iterator[Sample]:
@@ -212,6 +231,33 @@ def of_backlog(backlog: Backlog) -> Iterator[Sample]:
     for state, jobs in (("queued", backlog.queued), ("leased", backlog.leased)):
         for device, num in jobs.items():
             yield Sample("esper_compile_jobs", num, {"device": device, "state": state})
+
+
+class Totals:
+    """What counters came to, as steps for an exporter that only adds.
+
+    A counter that goes back, as steps do when a run is resumed, stands still until it is beyond where it was.
+    """
+
+    def __init__(self) -> None:
+        self._totals: dict[tuple[str, frozenset[tuple[str, str]], str], float] = {}
+
+    def step(self, sample: Sample) -> float:
+        """By how much a counter has risen."""
+        before = self._totals.get(sample.key, 0.0)
+        if sample.value > before:
+            self._totals[sample.key] = sample.value
+        return max(0.0, sample.value - before)
+
+    def forget(self, now: Sequence[Sample]) -> None:
+        """Forgets parts of counters that are gone for good; what they came to stays in the sum. A source that does not
+        answer has no part at all, and nothing of it is forgotten.
+        """
+        parts = {(sample.metric, sample.part) for sample in now if sample.part}
+        answered = {metric for metric, _ in parts}
+        gone = [key for key in self._totals if key[2] and key[0] in answered and (key[0], key[2]) not in parts]
+        for key in gone:
+            del self._totals[key]
 
 
 def vanished(before: Iterable[Sample], after: Iterable[Sample]) -> Iterator[Sample]:

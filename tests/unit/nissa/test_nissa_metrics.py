@@ -15,7 +15,7 @@ from nissa_story import messages
 from esper.leyline.bus import BusStats, GroupStats, TopicStats
 from esper.leyline.catalogue import Backlog
 from esper.nissa.live import Live
-from esper.nissa.metrics import METRICS, Kind, Sample, of_backlog, of_bus, of_run, vanished
+from esper.nissa.metrics import METRICS, Kind, Sample, Totals, of_backlog, of_bus, of_run, vanished
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DASHBOARD, ALERTS = CONFIGS / "grafana" / "esper.json", CONFIGS / "prometheus" / "alerts.yml"
@@ -39,7 +39,7 @@ def by_key(samples):
 
 
 def value(found, name, /, **labels):
-    return found[name, frozenset(labels.items())]
+    return found[name, frozenset(labels.items()), ""]
 
 
 def test_a_run_is_told_in_figures():
@@ -50,10 +50,10 @@ def test_a_run_is_told_in_figures():
     assert value(found, "esper_run_loss", run=run, split="val") == view.last.val_loss
     assert value(found, "esper_run_score", run=run, split="val", metric=view.last.metric_name) == view.last.val_metric
     assert value(found, "esper_run_parameters", run=run) == view.params
-    stages = [number for (metric, _), number in found.items() if metric == "esper_seeds"]
+    stages = [number for (metric, *_), number in found.items() if metric == "esper_seeds"]
     assert sum(stages) == len(view.seeds) > 0
     assert {
-        site for metric, labels in found if metric == "esper_seed_alpha" for key, site in labels if key == "site"
+        site for metric, labels, _ in found if metric == "esper_seed_alpha" for key, site in labels if key == "site"
     } == {seed.site for seed in view.seeds.values()}
 
 
@@ -69,6 +69,34 @@ def test_every_sample_is_of_the_table():
         assert all(isinstance(label, str) for label in sample.labels.values())
         assert math.isfinite(sample.value)
     assert {sample.metric for sample in samples} >= set(METRICS) - {"esper_seed_train_loss"}
+
+
+def test_what_lives_as_long_as_a_process_shares_a_label_and_its_counts_stay():
+    """Listeners come and go without end, and Prometheus keeps every label for ever."""
+
+    def stats(**delivered):
+        groups = [
+            GroupStats(group=f"{name[:-1]}-{name[-1] * 32}", topics=("t",), delivered=num, pending=num)
+            for name, num in delivered.items()
+        ]
+        return [*of_bus(BusStats(num_shards=1, groups=(*groups, GroupStats(group="fixed-1", topics=("t",)))))]
+
+    def delivered(totals, samples):
+        steps = [totals.step(sample) for sample in samples if sample.metric == "esper_bus_delivered"]
+        totals.forget(samples)
+        return sum(steps)
+
+    samples = stats(listenera=5, listenerb=2, nissac=1)
+    assert {sample.labels["group"] for sample in samples} == {"listener", "nissa", "fixed-1"}
+    lags = {s.labels["group"]: s.value for s in samples if s.metric == "esper_bus_lag_messages"}
+    assert lags == {"listener": 7, "nissa": 1, "fixed-1": 0}
+    totals = Totals()
+    assert delivered(totals, samples) == 8
+    assert delivered(totals, stats(listenera=6, listenerb=2, nissac=1)) == 1
+    assert delivered(totals, stats(listenerb=3, listenerd=2)) == 3  # one went with what it had
+    assert delivered(totals, []) == 0  # the bus did not answer
+    assert delivered(totals, stats(listenerb=3, listenerd=2)) == 0
+    assert len([key for key in totals._totals if key[0] == "esper_bus_delivered"]) == 2
 
 
 def test_what_is_gone_is_none_of_what_is_counted_and_unknown_of_what_is_measured():
