@@ -7,6 +7,7 @@ where the shard was spawned, so the shard is pinned there. Imports no torch.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import time
@@ -73,6 +74,7 @@ class OonaShard:
 
     def __init__(self, name: str, directory: str, num_shards: int, config: OonaConfig) -> None:
         log_as(name)
+        gc.set_threshold(100_000, 50, 1000)  # what is kept has no cycles, and looking at all of it again costs much
         self._name = name
         self._num_shards = num_shards
         self._config = config
@@ -132,8 +134,10 @@ class OonaShard:
 
     async def poll(
         self, group: str, member: str, number: int, max_records: int, wait_s: float
-    ) -> list[tuple[int, int, bytes]]:
-        """Long poll: (offset, attempt, data) of the next records, or nothing after `wait_s`."""
+    ) -> tuple[list[int], list[int], list[bytes]]:
+        """Long poll: offsets, attempts and bytes of the next records, or nothing after `wait_s`. Columns: a tuple for
+        each record would cost Ray as much as its bytes.
+        """
         deadline = time.monotonic() + wait_s
         while not self._journal.has_left(member):
             self._check()
@@ -148,10 +152,14 @@ class OonaShard:
                 self._note_write()
             remaining = deadline - now
             if leased or remaining <= 0:
-                return [(record.offset, record.attempt, record.data) for record in leased]
+                return (
+                    [record.offset for record in leased],
+                    [record.attempt for record in leased],
+                    [record.data for record in leased],
+                )
             news = self._news.setdefault(group, asyncio.Event())
             await _happens(news, min(remaining, max(0.0, self._journal.next_expiry - now)))
-        return []
+        return [], [], []
 
     async def ack(self, group: str, offsets: Sequence[int]) -> None:
         """See `Journal.ack`."""
@@ -438,9 +446,9 @@ class RayTransport:
         for ref in ready:
             index, number = asked[ref]
             self._polls[member, index] = (number, None)  # asked again with the same number if this answer is lost
-            records = _get(ref, self._name)
+            columns = _get(ref, self._name)
             self._polls[member, index] = (number + 1, None)
-            received.extend(Received(index, *record) for record in records)
+            received.extend([Received(index, *record) for record in zip(*columns, strict=True)])
         return received
 
     def _ask_to_attend(self, group: str, member: str) -> None:

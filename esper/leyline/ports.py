@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from esper.leyline.blueprints import Blueprint, BlueprintIR
 from esper.leyline.bus import BusStats
@@ -26,13 +26,16 @@ from esper.leyline.summary import BusCounts
 # ---------------------------------------------------------------- Oona
 
 
-class Delivery(Contract):
-    """A message as a consumer gets it. (shard, offset) is the same on redelivery."""
+class Delivery(NamedTuple):
+    """A message as a consumer gets it. (shard, offset) is the same on redelivery.
+
+    There are as many as messages, and they stay in one process: a model would cost as much as half the message.
+    """
 
     shard: int
     offset: int
-    attempt: int = 1
     message: OonaMessage
+    attempt: int = 1
 
 
 class ReadPage(Contract):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from esper.leyline.ports import Delivery
@@ -22,7 +23,7 @@ class Duplicates:
 
     def __init__(self, *, remembered: int = REMEMBERED, positions: Sequence[tuple[int, int]] = ()) -> None:
         self._remembered = remembered
-        self._known: dict[tuple[int, int], None] = {}  # the newest last
+        self._known = OrderedDict[tuple[int, int], None]()  # the newest last; a dict is slow to tell its oldest
         self.num_dropped = 0
         for shard, offset in positions:
             self.add(shard, offset)
@@ -47,7 +48,7 @@ class Duplicates:
         is_new = (shard, offset) not in self._known
         self._known[shard, offset] = None
         if len(self._known) > self._remembered:
-            del self._known[next(iter(self._known))]
+            self._known.popitem(last=False)
         return is_new
 
     @property

@@ -106,16 +106,19 @@ class Publisher:
             UnavailableError: if the buffer is full and the broker does not answer, or the publisher is closed.
             EsperError: if the broker refused an earlier batch.
         """
-        records = [(*self._route(message.topic, message.key), message.key, _to_json(message)) for message in messages]
+        runs = self._runs_of(messages)
         with self._changed:
-            for shard, topic, key, data in records:
-                outbox = self._outboxes[shard]
-                while not self._is_open() or len(outbox.buffered) >= self._limit:
-                    self._wait_for_room(outbox)
-                if not outbox.buffered:
-                    outbox.oldest_at = time.monotonic()
-                outbox.buffered.append(Record(topic, key, data))
-                outbox.num_taken += 1
+            for shard, records in runs:
+                outbox, first = self._outboxes[shard], 0
+                while first < len(records):
+                    while not self._is_open() or len(outbox.buffered) >= self._limit:
+                        self._wait_for_room(outbox)
+                    if not outbox.buffered:
+                        outbox.oldest_at = time.monotonic()
+                    some = records[first : first + self._limit - len(outbox.buffered)]
+                    outbox.buffered.extend(some)
+                    outbox.num_taken += len(some)
+                    first += len(some)
             self._start()
             self._changed.notify_all()
 
@@ -156,6 +159,19 @@ class Publisher:
                 self._thread.join()
 
     # ---- the caller's side, under the lock
+
+    def _runs_of(self, messages: Sequence[OonaMessage]) -> list[tuple[int, list[Record]]]:
+        """Encodes messages: (shard, records) of those that follow each other with the same topic and key."""
+        runs: list[tuple[int, list[Record]]] = []
+        at: tuple[Topic, str] | None = None
+        shard, topic, records = 0, "", list[Record]()
+        for message in messages:
+            here = (message.topic, message.key)
+            if here != at:
+                at, (shard, topic), records = here, self._route(*here), []
+                runs.append((shard, records))
+            records.append(Record(topic, here[1], _to_json(message)))
+        return runs
 
     def _route(self, topic: Topic, key: str) -> tuple[int, str]:
         """The shard of (topic, key), and the topic's name; a producer has few."""

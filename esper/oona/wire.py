@@ -91,7 +91,9 @@ def decode_batch(body: bytes) -> Batch:
         raise TamperedError(f"a batch of {len(body)} bytes cannot be read: {error}") from error
     if end != len(body):
         raise TamperedError(f"a batch of {len(body)} bytes should have {end}")
-    return Batch(producer, seq, base, tuple(records))
+    batch = Batch(producer, seq, base, tuple(records))
+    batch.__dict__["runs"] = [(topic, key, len(sizes)) for topic, key, sizes in runs]  # known already
+    return batch
 
 
 def runs_of(records: Sequence[Record]) -> list[tuple[str, str, int]]:

@@ -185,7 +185,7 @@ class Stream(RuleBasedStateMachine):
         for name, group in self.groups.items():
             told = stats[name]
             assert (told.pending, told.leased) == (len(group.waiting) + len(group.out), len(group.out))
-            for count in ("delivered", "redelivered", "dropped", "dead"):
+            for count in ("delivered", "redelivered", "acknowledged", "dropped", "dead"):
                 assert getattr(told, count) == group.counts[count], count
         for key, counts in self.tallies.items():
             assert self.broker.counts(key) == BusCounts(**counts)
@@ -239,8 +239,8 @@ class Stream(RuleBasedStateMachine):
         group = self.groups[name]
         group.waiting.discard(offset)
         group.out.pop(offset, None)
+        group.counts[how] += 1
         if how != "acknowledged":
-            group.counts[how] += 1
             self.tallies[self.records[offset].key][how] += 1
 
 

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 import pytest
 from bus_conformance import WAIT_S, step
 
-from esper.leyline import StorageError, UnavailableError
+from esper.leyline import TamperedError, UnavailableError
 from esper.oona import decode_batch, shard_of
 from esper.oona import publisher as publisher_module
 from esper.oona.publisher import WINDOW, Publisher
@@ -103,12 +103,12 @@ def test_a_failed_or_refused_batch_is_sent_again_with_its_number(make):
 
 
 def test_a_batch_that_is_refused_for_good_is_reported_to_who_publishes(make):
-    transport = Scripted(answer=lambda _, future: future.set_exception(StorageError("the disk is full")))
+    transport = Scripted(answer=lambda _, future: future.set_exception(TamperedError("the batch is not whole")))
     publisher = make(transport, linger_s=0.0)
     publisher.publish([step(0)])
-    with pytest.raises(StorageError, match="disk is full"):
+    with pytest.raises(TamperedError, match="not whole"):
         publisher.flush(timeout_s=WAIT_S)
-    with pytest.raises(StorageError, match="disk is full"):
+    with pytest.raises(TamperedError, match="not whole"):
         publisher.publish([step(1)])
 
 
