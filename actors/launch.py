@@ -34,7 +34,7 @@ from esper.leyline import (
 )
 from esper.leyline.keys import load_or_create, public_hex
 from esper.leyline.summary import CONFIG_FILE, HISTORY_FILE, REPORT_FILE, SUMMARY_FILE, RunHistory
-from esper.nissa import Follower, LiveView, view_for, write_report
+from esper.nissa import Follower, LiveView, otlp, view_for, write_report
 from esper.storage import Storage
 from esper.tolaria.patience import PatientStorage
 
@@ -98,6 +98,7 @@ def run(
 
     storage = Storage.at(config.storage, config.storage_options)
     storage.check_writable()
+    otlp.check(config.nissa.otlp_endpoint)
     config = _pin_key(config)
     run_id = run_id or new_run_id(config)
     folder = PatientStorage(f"{storage.uri}/runs/{run_id}", storage.options)  # as the trainer's is
@@ -212,7 +213,7 @@ def _lacks_dashboard(config: RunConfig, cluster: Cluster) -> bool:
 def _catch_up(systems: Platform, run_id: str) -> tuple[LiveView | None, tuple[str, ...]]:
     """Lets the view take in what is on the bus; returns its last picture, which is whole then, and what is missing."""
     try:
-        return systems.view.drain(run_id), ()
+        return systems.view.drain(run_id), systems.view.missing()
     except TransientError as error:
         _LOG.warning("view.behind", extra={"reason": str(error)})
         return None, (f"Nissa: its last picture may lack what came last: {error}",)

@@ -18,16 +18,19 @@ from actors.alerts import AlertSender
 from actors.logs import log_as
 from actors.metrics import Reporter
 from actors.page import Keeper, open_page
+from actors.traces import TIMEOUT_S, SpanSender
 from esper.config import PageConfig
 from esper.leyline.alerts import Alert
 from esper.leyline.bus import BusStats
-from esper.leyline.contract import new_id
+from esper.leyline.contract import Contract, new_id
 from esper.leyline.errors import EsperError, UnavailableError
 from esper.leyline.messages import OonaMessage
 from esper.leyline.ports import AssetHub, Bus, Subscription
 from esper.nissa.anomalies import Watch
 from esper.nissa.anomalies.outgoing import Outgoing, message_of
 from esper.nissa.live import TOPICS, Live
+from esper.nissa.otlp import Collector
+from esper.nissa.spans import Span, Spans
 from esper.nissa.viewmodel import LiveView, Note
 from esper.storage import Storage
 
@@ -46,13 +49,15 @@ class NissaActor:
 
     Args:
         bus_factory: connects to the bus; called in the consumer's thread, again after the bus was lost.
+        trace: takes the spans of adaptations as they end; None makes none.
     """
 
     _state = "starting"  # Ray asks for the name of an actor whose construction failed, too
     _page_at = ""
 
-    def __init__(self, bus_factory: Callable[[], Bus]) -> None:
+    def __init__(self, bus_factory: Callable[[], Bus], trace: Callable[[Sequence[Span]], None] | None = None) -> None:
         self._bus_factory = bus_factory
+        self._trace, self._spans = trace, Spans()
         self._live = Live()
         self._watch = Watch()
         self._outgoing = Outgoing()
@@ -195,13 +200,20 @@ class NissaActor:
         if body is None:
             self._outgoing.seen(message.event_id)
         else:
+            # first what is out of the ordinary about it: it may end a trace, in which that has its place
             self._note(self._watch.apply(body, message.timestamp))
+            self._span(body, message.timestamp)
 
     def _note(self, alerts: Sequence[Alert]) -> None:
         """Shows alerts at once, and has them wait for the bus: what is on it already comes back from there."""
-        for message in map(message_of, alerts):
+        for alert, message in zip(alerts, map(message_of, alerts), strict=True):
             if self._live.apply(message):
                 self._outgoing.add(message)
+                self._span(alert, alert.updated_at)
+
+    def _span(self, body: Contract, at: float) -> None:
+        if self._trace is not None and (ended := self._spans.take(body, at)):
+            self._trace(ended)
 
 
 class Nissa(NissaActor):
@@ -211,6 +223,7 @@ class Nissa(NissaActor):
         bus_factory: see `NissaActor`.
         hub_factory: connects to Urza, whose compile queue is among the metrics; None leaves it out.
         metrics_every_s: from one export of the metrics to the next; None exports none.
+        otlp_endpoint: the collector that gets each adaptation as a trace; None sends none.
         storage: where runs lie: each gets its last picture there, and the page shows those that are over.
         page: settings of the live page; None serves none.
     """
@@ -222,9 +235,13 @@ class Nissa(NissaActor):
         metrics_every_s: float | None = METRICS_EVERY_S,
         storage: Storage | None = None,
         page: PageConfig | None = None,
+        otlp_endpoint: str | None = None,
     ) -> None:
         log_as(NAME)
-        super().__init__(bus_factory)
+        self._traces, self._no_traces = None, ""
+        if otlp_endpoint is not None:
+            self._send_traces(otlp_endpoint)
+        super().__init__(bus_factory, None if self._traces is None else self._traces.add)
         self._reporter = (
             Reporter(self.views, bus=bus_factory, hub=hub_factory, every_s=metrics_every_s, alerts=self.platform_alerts)
             if metrics_every_s
@@ -251,10 +268,27 @@ class Nissa(NissaActor):
         else:
             self._page_at = self._page.address
 
+    def _send_traces(self, endpoint: str) -> None:
+        """Opens the way to the collector; a run goes on without it. Its driver has looked for the exporter on its own
+        node, which need not be this one.
+        """
+        try:
+            self._traces = SpanSender(Collector(endpoint, timeout_s=TIMEOUT_S))
+        except EsperError as error:
+            self._no_traces = f"OpenTelemetry: {error}"
+            log.warning("traces.unavailable", extra={"reason": str(error)})
+
+    def missing(self) -> tuple[str, ...]:
+        """What it went without, in words."""
+        lost = self._no_traces if self._traces is None else self._traces.missing()
+        return (lost,) if lost else ()
+
     def stop(self) -> None:
-        """Leaves the bus, ends the consumer, the alerts, the metrics and the page."""
+        """Leaves the bus, ends the consumer, the alerts, the traces, the metrics and the page."""
         super().stop()
         self._sender.stop()
+        if self._traces is not None:
+            self._traces.stop()
         if self._reporter is not None:
             self._reporter.stop()
         if self._keeper is not None:
@@ -286,6 +320,10 @@ class NissaHandle:
     def runs(self) -> tuple[str, ...]:
         """The runs it remembers, the most recently heard of last."""
         return self._call(self.actor.runs.remote(), self._deadline_s)
+
+    def missing(self) -> tuple[str, ...]:
+        """What it went without so far, in words; raises `UnavailableError` without an answer in time."""
+        return self._call(self.actor.missing.remote(), 2 * TIMEOUT_S + self._deadline_s)
 
     def state(self) -> str:
         """What it is doing, in words."""
@@ -325,11 +363,12 @@ def spawn(
     metrics_every_s: float | None = METRICS_EVERY_S,
     storage: Storage | None = None,
     page: PageConfig | None = None,
+    otlp_endpoint: str | None = None,
 ) -> NissaHandle:
     """Starts Nissa, or joins the one of this name. Returns at once; it may take seconds until it answers.
 
-    The first two, `metrics_every_s`, `storage` and `page` are as for `Nissa`. It is placed on this node where that is
-    possible: the page's link is printed here, and on loopback it leads nowhere else.
+    The first two, `metrics_every_s`, `storage`, `page` and `otlp_endpoint` are as for `Nissa`. It is placed
+    on this node where that is possible: the page's link is printed here, and on loopback it leads nowhere else.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -349,7 +388,7 @@ def spawn(
             enable_task_events=False,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=here, soft=True),
         )
-        .remote(bus_factory, hub_factory, metrics_every_s, storage, page)
+        .remote(bus_factory, hub_factory, metrics_every_s, storage, page, otlp_endpoint)
     )
     return NissaHandle(actor)
 

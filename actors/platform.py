@@ -18,6 +18,7 @@ from actors.cluster import NAMESPACE
 from esper.config import RunConfig
 from esper.leyline import Bus, ConflictError, EsperError, NotFoundError, UnavailableError
 from esper.leyline.keys import load, load_or_create, public_hex
+from esper.nissa import otlp
 from esper.oona.log import directory_of
 from esper.storage import Storage
 
@@ -82,8 +83,10 @@ def up(config: RunConfig, *, detached: bool, wait_for_serve: bool = False) -> Pl
             goes on without a gateway.
 
     Raises:
+        ConfigError: if traces are wanted and their exporter is not installed; nothing was started then.
         EsperError: if a system does not come up; what did stays up.
     """
+    otlp.check(config.nissa.otlp_endpoint)
     storage = Storage.at(config.storage, config.storage_options)
     key = load_or_create(config.tezzeret.key_file)
     bus = _oona(storage, config, detached=detached)
@@ -110,6 +113,7 @@ def up(config: RunConfig, *, detached: bool, wait_for_serve: bool = False) -> Pl
         metrics_every_s=config.nissa.metrics_every_s,
         storage=storage,
         page=config.nissa.page,
+        otlp_endpoint=config.nissa.otlp_endpoint,
     )
     if wait_for_serve:
         serving.deploy(storage, http, timeout_s=config.tamiyo.startup_s)

@@ -523,6 +523,8 @@ class NissaConfig(Section):
     """Start Ray's dashboard (on loopback) when the run starts Ray itself."""
     metrics_every_s: PositiveFloat | None = 5.0
     """Seconds between two exports of metrics for Prometheus, through Ray's agents; null exports none."""
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^/\s?#]+[^\s?#]*$")] | None = None
+    """An OpenTelemetry collector (OTLP over HTTP) that gets each adaptation as a trace; null sends none."""
     page: PageConfig = PageConfig()
 
 
