@@ -55,6 +55,7 @@ def open_page(
         UnavailableError: if there is no free port.
     """
     limits = limits_of(config)
+    ending = threading.Event()
 
     def make_app() -> object:
         oona, urza = _Link(bus), _Link(hub) if hub is not None else None
@@ -64,9 +65,9 @@ def open_page(
             bus=partial(oona.ask, _stats),
             backlog=partial(urza.ask, _backlog) if urza is not None else None,
         )
-        return build_app(runs, where=storage.shown, token_digest=limits.token_digest, hosts=limits.hosts)
+        return build_app(runs, where=storage.shown, token_digest=limits.token_digest, hosts=limits.hosts, ending=ending)
 
-    return PageServer(make_app, host=config.host, port=config.port)
+    return PageServer(make_app, host=config.host, port=config.port, ending=ending)
 
 
 def _stats(bus: Bus) -> BusStats:

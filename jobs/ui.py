@@ -6,6 +6,7 @@ A run that goes on is shown from what it writes at the end of each epoch.
 from __future__ import annotations
 
 import json
+import threading
 from typing import Annotated
 
 import typer
@@ -33,12 +34,13 @@ def ui(
     leads_to = f"/runs/{store.resolve(run)}" if run is not None else "/"
     config = PageConfig(host=host, port=port, always_token=always_token)
     limits = limits_of(config)
+    ending = threading.Event()
 
     def make_app() -> object:
-        shown = FolderRuns(store)
-        return build_app(shown, where=store.storage.shown, token_digest=limits.token_digest, hosts=limits.hosts)
+        shown, where = FolderRuns(store), store.storage.shown
+        return build_app(shown, where=where, token_digest=limits.token_digest, hosts=limits.hosts, ending=ending)
 
-    server = PageServer(make_app, host=host, port=port)
+    server = PageServer(make_app, host=host, port=port, ending=ending)
     try:
         address = server.address + leads_to
         if as_json:

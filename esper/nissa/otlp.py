@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from esper.leyline.errors import ConfigError, UnavailableError
@@ -15,6 +15,7 @@ from esper.nissa.spans import Span
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.id_generator import IdGenerator
 
 FIELD = "nissa.otlp_endpoint"
 SERVICE = "esper"
@@ -89,7 +90,11 @@ class Collector:
         resource = Resource.create({"service.name": SERVICE})
         limits = SpanLimits(max_events=1024)
         return TracerProvider(
-            sampler=ALWAYS_ON, resource=resource, id_generator=self._ids, span_limits=limits, shutdown_on_exit=False
+            sampler=ALWAYS_ON,
+            resource=resource,
+            id_generator=cast("IdGenerator", self._ids),
+            span_limits=limits,
+            shutdown_on_exit=False,
         )
 
     def _made(self, span: Span) -> Any:

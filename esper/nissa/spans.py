@@ -85,7 +85,7 @@ class _Way:
 
     def child(self, at: float, why: Mapping[str, Value], error: str | None = None) -> Span:
         """The span of the stage that it leaves."""
-        name, attributes = _word(self.stage), self.attributes | self.entered | why
+        name, attributes = _word(self.stage), {**self.attributes, **self.entered, **why}
         span_id = _digits(16, self.trace_id, name)
         return Span(
             self.trace_id, span_id, self.root_id, name, self.since, max(at, self.since), attributes,

@@ -81,8 +81,11 @@ class Fed:
         self.runs = LiveRuns(self.told, FolderRuns(RunStore(str(root))))
         self.server = self.serve(0)
 
-    def serve(self, port: int) -> PageServer:
-        return PageServer(lambda: build_app(self.runs, where="here", tick_s=0.1), host="127.0.0.1", port=port)
+    def serve(self, port: int, ending: threading.Event | None = None) -> PageServer:
+        def make_app():
+            return build_app(self.runs, where="here", tick_s=0.1, ending=ending)
+
+        return PageServer(make_app, host="127.0.0.1", port=port, ending=ending)
 
     def told(self, run_id):
         with self.lock:
@@ -202,6 +205,24 @@ def test_it_comes_back_after_the_server_was_gone(fed, look):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_says_that_its_server_has_ended_and_keeps_the_last_picture(fed, look, scheme):
+    fed.server.close()
+    fed.server = fed.serve(0, threading.Event())
+    fed.send(Topic.RUN_STARTED, started(3))
+    page = look(f"{fed.server.address}/runs/{RUN}", may_lose=True, color_scheme=scheme)
+    assert not page.is_visible("#over")
+    with fed.lock:  # told right before the end: the last picture has it
+        fed.live.apply(OonaMessage.of(Topic.LIFECYCLE, transition(0), sender_id="trainer", key=RUN))
+    fed.server.close()
+    page.wait_for_selector("#link[data-state=over]", timeout=PATIENCE_MS)
+    assert page.inner_text("#link") == "ended: this is the last picture"
+    assert "esper ui run-large --storage here" in page.inner_text("#over")
+    assert page.locator("#note-1").count() == 1
+    assert page.locator("#network .site").count() == 3
+    assert page.evaluate(_LEAST_CONTRAST) >= 4.5
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_reads_on_a_phone_and_by_keyboard(fed, look, scheme):
     fed.send(Topic.RUN_STARTED, started(6))
     fed.send(Topic.EPOCH, epoch(0), epoch(1))
@@ -275,6 +296,12 @@ def test_a_run_of_the_main_job_is_seen_growing(look, tmp_path):
         assert "system.events.epoch" in page.inner_text("#bus")
         driver.process.send_signal(signal.SIGINT)
         driver.end()
+        # its Ray has ended, and the page with it: it says so, and its last picture stays
+        page.wait_for_selector("#link[data-state=over]", timeout=PATIENCE_MS)
+        assert page.inner_text("#link") == "the run is over (interrupted): this is its last picture"
+        assert page.is_visible("#over")
+        assert page.locator(".network .plant").count()
+        page.screenshot(path=tmp_path / "over.png")
     finally:
         driver.close()
     assert (driver.folder / "view.json").is_file()

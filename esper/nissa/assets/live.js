@@ -1,11 +1,13 @@
 // Keeps the page up to date. The server draws; this puts what it sends in its place, and says whether the line is up.
 
 const MAX_NOTES = 2000; // more than anyone scrolls through; what goes can be asked for again
+const AGAIN_MS = 15000;
 const link = document.getElementById('link');
 const notes = document.getElementById('notes');
 const earlier = document.getElementById('earlier');
 const filter = document.getElementById('filter');
 const news = document.getElementById('news');
+const over = document.getElementById('over');
 
 const say = (state, words) => {
   if (link.dataset.state === state) return;
@@ -51,20 +53,36 @@ const take = body => {
   if (body.news.length) news.textContent = body.news.join('. ');
 };
 
+const live = () => {
+  say('live', 'live');
+  over.hidden = true;
+};
+
 const follow = address => {
   const source = new EventSource(address);
-  source.addEventListener('open', () => say('live', 'live'));
+  source.addEventListener('open', live);
   source.addEventListener('parts', event => {
     for (const [id, html] of Object.entries(JSON.parse(event.data))) replace(id, html);
     document.body.dataset.parts = Number(document.body.dataset.parts || 0) + 1;
-    say('live', 'live');
+    live();
   });
   source.addEventListener('notes', event => take(JSON.parse(event.data)));
   source.addEventListener('trouble', event => say('lost', JSON.parse(event.data).told));
+  source.addEventListener('end', event => { // nobody will answer, unless the run goes on: looked for now and then
+    source.close();
+    const body = JSON.parse(event.data);
+    say('over', body.told);
+    over.innerHTML = body.html; // escaped by the server
+    over.hidden = false;
+    setTimeout(() => follow(address), AGAIN_MS);
+  });
   source.addEventListener('error', () => {
-    say('lost', 'connection lost; trying again. Is the run over? esper ui shows it');
-    if (source.readyState !== EventSource.CLOSED) return; // the browser comes back by itself, with the last id
-    setTimeout(() => follow(address), 3000);
+    const isOver = link.dataset.state === 'over';
+    if (!isOver)
+      say('lost', `connection lost at ${new Date().toLocaleTimeString()}; trying again. This is the last picture`);
+    if (source.readyState !== EventSource.CLOSED && !isOver) return; // the browser comes back by itself, with the last id
+    source.close();
+    setTimeout(() => follow(address), isOver ? AGAIN_MS : 3000);
   });
 };
 

@@ -13,6 +13,7 @@ Who is let in is in `door`, what is streamed in `feed`.
 
 from __future__ import annotations
 
+import threading
 from importlib.resources import files
 from typing import Any
 
@@ -42,6 +43,7 @@ def build_app(
     token_digest: str | None = None,
     hosts: tuple[str, ...] | None = None,
     tick_s: float = 0.5,
+    ending: threading.Event | None = None,
 ) -> Any:
     """Makes the app.
 
@@ -51,8 +53,9 @@ def build_app(
         token_digest: see `Door`.
         hosts: see `Door`.
         tick_s: seconds between two looks for something new, for each who looks.
+        ending: set when the server ends: each stream shows the last picture and says so.
     """
-    pages = _Pages(runs, where, tick_s)
+    pages = _Pages(runs, Feeds(runs, where, tick_s=tick_s, ending=ending), where)
     app = Starlette(
         routes=[
             Route("/", pages.index),
@@ -70,9 +73,8 @@ def build_app(
 
 
 class _Pages:
-    def __init__(self, runs: Runs, where: str, tick_s: float) -> None:
-        self._runs, self._where = runs, where
-        self._feeds = Feeds(runs, where, tick_s=tick_s)
+    def __init__(self, runs: Runs, feeds: Feeds, where: str) -> None:
+        self._runs, self._feeds, self._where = runs, feeds, where
         self._style = (STYLE + PICTURES + (_ASSETS / "live.css").read_text()).encode()
         self._script = (_ASSETS / "live.js").read_bytes()
 

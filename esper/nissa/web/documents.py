@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import html
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from esper.leyline.summary import RunStatus
 from esper.nissa import network
 from esper.nissa.page import MARK
 from esper.nissa.viewmodel import Note
@@ -30,6 +32,7 @@ def run_page(run_id: str, parts: Parts, notes: Sequence[Note], *, num_earlier: i
     body = f"""<header class="top">
 <p class="brand"><a href="/">{MARK}<span>Esper</span></a>
 <span id="link" class="link" role="status" data-state="still">not live: this needs JavaScript</span></p>
+<div id="over" class="notice" role="status" hidden></div>
 {parts["head"]}
 {parts["attention"]}
 {parts["cards"]}
@@ -64,10 +67,42 @@ def run_page(run_id: str, parts: Parts, notes: Sequence[Note], *, num_earlier: i
     return document(run_id, body, data)
 
 
+def over(run_id: str, status: RunStatus | None, where: str) -> Mapping[str, str]:
+    """What a run's page is told when its server ends: `told` in the place of the line's state, `html` as a notice.
+
+    Args:
+        run_id: of the run.
+        status: of the run; None where it cannot be known any more.
+        where: the storage address.
+    """
+    run, storage = html.escape(shlex.quote(run_id)), html.escape(shlex.quote(where))
+    again = f"To see it again: <code>esper ui {run} --storage {storage}</code>"
+    if status is None or status is RunStatus.RUNNING:
+        unless = "and the run had not" if status else "and whether the run has is not known"
+        what = f"<b>What served this page has ended, {unless}.</b> This is the last that was heard of it."
+        return {"told": "ended: this is the last picture", "html": f"{what} {again}"}
+    what = f"<b>The run is over ({status.value}), and the Ray that served this page has ended with it.</b>"
+    kept = "This is its last picture; it stays for as long as this tab is open."
+    told = f"the run is over ({status.value}): this is its last picture"
+    report = f"<code>esper runs report {run} --storage {storage}</code>"
+    return {"told": told, "html": f"{what} {kept} {again}; its report: {report}"}
+
+
+def closed(where: str) -> Mapping[str, str]:
+    """The same for the list of runs."""
+    storage = html.escape(shlex.quote(where))
+    what = "<b>What served this page has ended.</b> This is its last list."
+    return {
+        "told": "ended: this is the last list",
+        "html": f"{what} To see it again: <code>esper ui --storage {storage}</code>",
+    }
+
+
 def runs_page(table: str) -> str:
     """The list of runs."""
     body = f"""<header class="top"><p class="brand">{MARK}<span>Esper</span>
 <span id="link" class="link" role="status" data-state="still">not live: this needs JavaScript</span></p>
+<div id="over" class="notice" role="status" hidden></div>
 <h1>Runs</h1></header>
 <main id="main"><section aria-label="Runs"><div class="card">{table}</div></section></main>
 <footer>Esper serves this page itself; it loads nothing from anywhere else.</footer>"""

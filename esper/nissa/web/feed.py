@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from esper.leyline.contract import new_id
 from esper.leyline.errors import EsperError
 from esper.nissa.viewmodel import LiveView, Note, Tone
-from esper.nissa.web.documents import runs_table
+from esper.nissa.web.documents import closed, over, runs_table
 from esper.nissa.web.parts import CHILDREN, Parts, note_item, parts_of, skeleton
 from esper.nissa.web.source import Picture, PlatformState, Runs
 
@@ -41,10 +42,12 @@ class Feeds:
         runs: what they tell of.
         where: the storage address in words.
         tick_s: seconds between two looks.
+        ending: set when the server ends.
     """
 
-    def __init__(self, runs: Runs, where: str, *, tick_s: float) -> None:
+    def __init__(self, runs: Runs, where: str, *, tick_s: float, ending: threading.Event | None = None) -> None:
         self._runs, self._where, self._tick_s = runs, where, tick_s
+        self._ending = ending or threading.Event()
         self.boot = new_id()[:8]
         self.num_open = 0
 
@@ -56,7 +59,14 @@ class Feeds:
     async def of_run(self, run_id: str, after: str, gone: Gone) -> AsyncIterator[str]:
         """The stream of one run; `after` is the id of the last message that came through."""
         feed = RunFeed(self._runs, run_id, boot=self.boot, after=after)
-        async for text in self._ticking(feed.step, gone):
+
+        def farewell() -> Mapping[str, str]:
+            try:
+                return over(run_id, self._runs.picture(run_id).status, self._where)
+            except EsperError:  # how it ended is not known any more, and this is what is said
+                return over(run_id, None, self._where)
+
+        async for text in self._ticking(feed.step, farewell, gone):
             yield text
 
     async def of_runs(self, gone: Gone) -> AsyncIterator[str]:
@@ -69,25 +79,33 @@ class Feeds:
             is_new, sent = table != sent, table
             return [message("parts", {"runs": table}, self.boot)] if is_new else []
 
-        async for text in self._ticking(step, gone):
+        async for text in self._ticking(step, lambda: closed(self._where), gone):
             yield text
 
-    async def _ticking(self, step: Callable[[float], list[str]], gone: Gone) -> AsyncIterator[str]:
+    async def _ticking(
+        self, step: Callable[[float], list[str]], farewell: Callable[[], Mapping[str, str]], gone: Gone
+    ) -> AsyncIterator[str]:
+        """What `step` says, again and again; when the server ends, what is new and a farewell."""
         self.num_open += 1
         try:
             yield f"retry: {_RETRY_MS}\n\n"
             beat = time.monotonic()
             while not await gone():
+                is_last = self._ending.is_set()
                 try:
                     messages = await run_in_threadpool(step, self.now())
                 except EsperError as error:
                     messages = [message("trouble", {"told": str(error)}, "")]
+                if is_last:
+                    messages.append(message("end", await run_in_threadpool(farewell), ""))
                 if messages:
                     beat = time.monotonic()
                     yield "".join(messages)
                 elif time.monotonic() - beat >= _BEAT_S:
                     beat = time.monotonic()
                     yield ": still here\n\n"
+                if is_last:
+                    return
                 await asyncio.sleep(self._tick_s)
         finally:
             self.num_open -= 1

@@ -80,11 +80,14 @@ def _head(picture: Picture) -> str:
     told += [f"about {words.duration(left)} left"] if left else []
     form = "%H:%M:%S" if status is RunStatus.RUNNING else "%Y-%m-%d %H:%M"
     heard = _time(view.updated_at, form) if view.updated_at else "never"
-    source = "as it happens" if picture.is_followed else "from its folder, which is written at the end of each epoch"
+    source = (
+        ", as it happens" if picture.is_followed else ", from its folder, which is written at the end of each epoch"
+    )
+    source = source if status is RunStatus.RUNNING else ""
     return (
         f'<div id="head"><p class="brand"><b>{html.escape(view.run_id)}</b>'
         f'<span class="status {status.value}">{status.value}</span>'
-        f"<span>{'last heard of' if status is RunStatus.RUNNING else 'ended'} {heard} UTC, {source}</span></p>"
+        f"<span>{'last heard of' if status is RunStatus.RUNNING else 'ended'} {heard} UTC{source}</span></p>"
         f'<h1>{title}</h1><p class="lead">{html.escape(", ".join(part for part in told if part))}</p>'
         f'<progress max="1" value="{view.progress:.3f}" aria-label="Share of the run that is done">'
         f"{view.progress:.0%}</progress></div>"

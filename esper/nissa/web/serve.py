@@ -27,13 +27,17 @@ class PageServer:
         make_app: makes the ASGI app, when somebody first looks.
         host: to listen on.
         port: the first port that is tried; 0 takes any that is free.
+        ending: set when it ends, so that the app can tell those who look.
 
     Raises:
         UnavailableError: if none of the ports can be had.
     """
 
-    def __init__(self, make_app: Callable[[], Any], *, host: str, port: int) -> None:
+    def __init__(
+        self, make_app: Callable[[], Any], *, host: str, port: int, ending: threading.Event | None = None
+    ) -> None:
         self._make_app = make_app
+        self._ending = ending or threading.Event()
         self._socket = _listening(host, port)
         name = socket.gethostname() if host in {"0.0.0.0", "::"} else host  # noqa: S104 - where it is told, not bound
         shown = f"[{name}]" if ":" in name else name
@@ -51,8 +55,11 @@ class PageServer:
             self._thread.join(0.5)  # a join without a limit would not hear Ctrl-C
 
     def close(self) -> None:
-        """Stops listening; open streams end."""
+        """Stops listening; open streams say so and end. Once it is closed this does nothing."""
+        self._ending.set()
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
             if self._server is not None:
                 self._server.should_exit = True
@@ -85,7 +92,7 @@ class PageServer:
             access_log=False,
             lifespan="off",
             server_header=False,
-            timeout_graceful_shutdown=1,
+            timeout_graceful_shutdown=2,
             ws="none",
         )
         server = uvicorn.Server(config)
