@@ -33,8 +33,9 @@ from esper.leyline import (
     now,
 )
 from esper.leyline.keys import load_or_create, public_hex
-from esper.leyline.summary import CONFIG_FILE, HISTORY_FILE, REPORT_FILE, SUMMARY_FILE, RunHistory
+from esper.leyline.summary import CONFIG_FILE, HISTORY_FILE, REPORT_FILE, SUMMARY_FILE, VIEW_FILE, RunHistory
 from esper.nissa import Follower, LiveView, otlp, view_for, write_report
+from esper.nissa.replay import load, with_alerts
 from esper.storage import Storage
 from esper.tolaria.patience import PatientStorage
 
@@ -151,9 +152,9 @@ def _train(
                 _note_failure(folder, error)
                 raise
             if stop() is None:
-                summary = _count(systems, folder, summary, missing)
+                summary = _count(systems, folder, with_alerts(summary, seen), missing)
             # here: `ray job stop` kills 3 s after it has asked, and the rest takes seconds
-            _report(folder, summary, seen)
+            _report(folder, summary, seen or _kept(folder))
             return summary
 
 
@@ -245,10 +246,21 @@ def _note_failure(folder: Storage, error: EsperError) -> None:
         folder.write(SUMMARY_FILE, failed.model_dump_json(indent=2).encode())
 
 
+def _kept(folder: Storage) -> LiveView | None:
+    """The last picture that Nissa kept in the run's folder; None where there is none, or none that can be read."""
+    try:
+        return load(folder.read(VIEW_FILE))
+    except NotFoundError:
+        return None
+    except StorageError as error:
+        _LOG.warning("view.unread", extra={"reason": str(error)})
+        return None
+
+
 def _report(folder: Storage, summary: RunSummary, seen: LiveView | None) -> None:
     history = RunHistory.model_validate_json(folder.read(HISTORY_FILE))
     with tempfile.TemporaryDirectory() as scratch:
-        path = write_report(summary, history, Path(scratch) / REPORT_FILE, seen)
+        path = write_report(with_alerts(summary, seen), history, Path(scratch) / REPORT_FILE, seen)
         folder.write(REPORT_FILE, path.read_bytes())
 
 

@@ -203,7 +203,7 @@ def runs_show(run: RunArg = "latest", storage: Storage = DEFAULT_STORAGE, as_jso
     """Show what a run came to."""
     from jobs.runs import RunStore
 
-    summary = RunStore(storage).summary(run)
+    summary = RunStore(storage).whole_summary(run)
     if as_json:
         typer.echo(summary.model_dump_json(indent=2))
         return

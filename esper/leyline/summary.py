@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from esper.leyline.alerts import Alert
 from esper.leyline.contract import API_VERSION, Contract, Finite, now
 from esper.leyline.native import RungChange
 from esper.leyline.signals import Choice, CircuitState, EpochRecord, FieldReport, LifecycleEvent
@@ -172,6 +173,8 @@ class RunSummary(Contract):
     bus: BusCounts = BusCounts()
     went_without: tuple[str, ...] = ()
     """Systems that did not answer and that the run went on without, in words."""
+    alerts: tuple[Alert, ...] = ()
+    """What Nissa found out of the ordinary in the run and around it, each as it was told last; of many the latest."""
     last_checkpoint: str | None = None
     error: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)

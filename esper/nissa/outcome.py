@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rich import box
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.leyline.native import Rung
+from esper.leyline.signals import Severity
 from esper.leyline.summary import RunStatus, RunSummary
 from esper.nissa import words
 from esper.nissa.adaptations import Adaptation, adaptations
@@ -19,6 +21,7 @@ from esper.nissa.frame import glyphs_for, track
 from esper.nissa.stages import LOOKS, TRACK
 
 _WIDE = 112
+_MAX_ALERTS = 6
 STATUS_STYLES: dict[RunStatus, str] = {
     RunStatus.RUNNING: "cyan",
     RunStatus.FINISHED: "bold green",
@@ -60,10 +63,23 @@ class _Outcome:
             yield Text(f"{glyphs_for(options).marks[2]} {words.rollback(back)}", "yellow")
         for missing in summary.went_without:
             yield Text(f"{glyphs_for(options).marks[2]} went without {missing}", "yellow")
+        yield from _alerts(summary, glyphs_for(options).marks[2])
         if summary.status is RunStatus.INTERRUPTED:
             yield Text(f"resume with: esper train --resume {summary.run_id}", "bold")
         if self.report:
             yield Text.assemble(("report  ", "dim"), (self.report, "bold"), overflow="fold")
+
+
+def _alerts(summary: RunSummary, mark: str) -> Iterable[Text]:
+    """Two lines an alert, the gravest first; of more than a few, how many."""
+    found = words.gravest_first(summary.alerts)
+    for alert in found[:_MAX_ALERTS]:
+        style = "bold red" if alert.severity is Severity.CRITICAL else "yellow"
+        head = f"{mark} {alert.summary} at {alert.place} from {words.alert_since(alert)} to {words.alert_until(alert)}"
+        yield Text(head, style, overflow="fold")
+        yield Text.assemble((f"  {alert.evidence}; look: ", "dim"), (alert.command, "bold"), overflow="fold")
+    if len(found) > _MAX_ALERTS:
+        yield Text(f"and {len(found) - _MAX_ALERTS} more alerts: esper runs report {summary.run_id}", "yellow")
 
 
 def figures(summary: RunSummary) -> list[tuple[str, str]]:

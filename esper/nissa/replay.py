@@ -48,6 +48,15 @@ def load(data: bytes) -> LiveView:
         raise StorageError(f"view.json cannot be read: {error.error_count()} errors") from error
 
 
+def with_alerts(summary: RunSummary, seen: LiveView | None) -> RunSummary:
+    """The summary with the alerts of Nissa's last picture, where it has none of its own: a run that was interrupted, or
+    killed, ended before they were counted in.
+    """
+    if summary.alerts or seen is None or not seen.alerts:
+        return summary
+    return summary.model_copy(update={"alerts": tuple(seen.alerts.values())})
+
+
 def replay(summary: RunSummary, history: RunHistory, seen: LiveView | None = None) -> Told:
     """Tells a run from what it left behind.
 
@@ -115,6 +124,8 @@ def _measured(view: LiveView, seen: LiveView) -> LiveView:
     return replace(
         view,
         seeds=seeds,
+        alerts=seen.alerts,
+        num_alerts=seen.num_alerts,
         policy=seen.policy,
         directory=seen.directory,
         page=seen.page,

@@ -19,7 +19,7 @@ from esper.nissa.charts import charts
 from esper.nissa.page import MARK, PICTURES, SCRIPT, STYLE
 from esper.nissa.palette import TO_DARK
 from esper.nissa.replay import Told, replay
-from esper.nissa.sections import adaptations_table, commands, decisions, epochs_table, facts, footer, section
+from esper.nissa.sections import adaptations_table, alerts, commands, decisions, epochs_table, facts, footer, section
 from esper.nissa.viewmodel import LiveView
 
 _LEARNING = ("metric", "loss")
@@ -67,6 +67,7 @@ def render(summary: RunSummary, history: RunHistory, seen: LiveView | None = Non
             _header(summary, history, lives),
             '<main id="main">',
             _notices(summary),
+            alerts(summary),
             _grown(replay(summary, history, seen)),
             section("How it learned", [drawn[name] for name in _LEARNING if name in drawn], epochs_table(history)),
             section("How it grew", [drawn[name] for name in _SEEDS if name in drawn], adaptations_table(lives)),

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from esper.leyline import NotFoundError, RunHistory, RunSummary, StorageError
 from esper.leyline.errors import UserError
 from esper.leyline.summary import CONFIG_FILE, HISTORY_FILE, REPORT_FILE, SUMMARY_FILE, VIEW_FILE
-from esper.nissa.replay import Told, load, replay
+from esper.nissa.replay import Told, load, replay, with_alerts
 from esper.nissa.viewmodel import LiveView
 from esper.storage import Storage
 
@@ -65,6 +65,10 @@ class RunStore:
     def summary(self, run: str) -> RunSummary:
         return RunSummary.model_validate_json(self._read(run, SUMMARY_FILE))
 
+    def whole_summary(self, run: str) -> RunSummary:
+        """The summary with the alerts of Nissa's last picture, see `with_alerts`."""
+        return with_alerts(self.summary(run), self.seen(run))
+
     def history(self, run: str) -> RunHistory:
         return RunHistory.model_validate_json(self._read(run, HISTORY_FILE))
 
@@ -94,7 +98,7 @@ class RunStore:
         if out is None and "://" in (directory := self.directory(run)):
             raise StorageError(f"{directory} is no local folder", field="out", remedy="give --out report.html")
         path = out or Path(self.directory(run)) / REPORT_FILE
-        write_report(self.summary(run), self.history(run), path, self.seen(run))
+        write_report(self.whole_summary(run), self.history(run), path, self.seen(run))
         return str(path)
 
     def rows(self) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from esper.leyline.alerts import Alert
 from esper.leyline.native import Rung, RungChange
 from esper.leyline.signals import LifecycleEvent
 from esper.leyline.summary import RunHistory, RunStatus, RunSummary
@@ -35,6 +36,29 @@ def _picture(chart: Chart) -> str:
  style="height:{chart.height}px">
 <noscript>This picture needs JavaScript; its figures stand in the tables.</noscript></div>
 </figure>"""
+
+
+def alerts(summary: RunSummary) -> str:
+    """What Nissa found out of the ordinary: what, where, since when, the evidence, and what helps to look into it."""
+    if not summary.alerts:
+        return ""
+    rows = "".join(_alert_row(alert) for alert in words.gravest_first(summary.alerts))
+    return f"""<section><h2 id="alerts">Out of the ordinary</h2>
+<div class="card"><table class="stack" aria-labelledby="alerts"><thead><tr><th scope="col">What</th>
+<th scope="col">Where</th><th scope="col">Since</th><th scope="col">Evidence</th><th scope="col">Look into it</th></tr>
+</thead><tbody>{rows}</tbody></table></div></section>"""
+
+
+def _alert_row(alert: Alert) -> str:
+    count = "seen once" if alert.count == 1 else f"seen {alert.count:,} times"
+    return f"""<tr><th scope="row">{html.escape(alert.summary)}
+<span class="kind">{alert.severity.value}: {html.escape(alert.kind.value.replace("_", " "))}</span></th>
+<td data-label="Where">{html.escape(alert.place)}</td>
+<td data-label="Since">{words.alert_since(alert)}
+<span class="muted">to {html.escape(words.alert_until(alert))}</span></td>
+<td data-label="Evidence" class="reason">{html.escape(alert.evidence)}
+<span class="kind">{count}, {html.escape(alert.detector)}</span></td>
+<td data-label="Look into it"><code>{html.escape(alert.command)}</code></td></tr>"""
 
 
 def adaptations_table(lives: Sequence[Adaptation]) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from esper.leyline.alerts import Alert
 from esper.leyline.native import Rung
-from esper.leyline.signals import CircuitState, Evidence, EvidenceKind
+from esper.leyline.signals import CircuitState, Evidence, EvidenceKind, Severity
 from esper.leyline.summary import Circuit, Rollback, Start
 
 UNKNOWN = "—"
@@ -34,6 +38,26 @@ def start(begun: Start) -> str:
 def rollback(back: Rollback) -> str:
     """`set back at step 1,204 (epoch 7): the loss is nan`."""
     return f"set back at step {back.step:,} (epoch {back.epoch + 1}): {back.reason}"
+
+
+def alert_since(alert: Alert) -> str:
+    """`step 1,204, 21:03:11 UTC`."""
+    clock = f"{datetime.fromtimestamp(alert.since, UTC):%H:%M:%S} UTC"
+    return clock if alert.since_step is None else f"step {alert.since_step:,}, {clock}"
+
+
+def alert_until(alert: Alert) -> str:
+    """`step 1,300, 21:05:00 UTC: as before`, or that it lasts."""
+    if alert.ended_at is None:
+        return "the last that was heard of it"
+    clock = f"{datetime.fromtimestamp(alert.ended_at, UTC):%H:%M:%S} UTC"
+    when = clock if alert.ended_step is None else f"step {alert.ended_step:,}, {clock}"
+    return f"{when}: {alert.ending}" if alert.ending else when
+
+
+def gravest_first(alerts: Iterable[Alert]) -> list[Alert]:
+    """Those that are critical, then by their begin."""
+    return sorted(alerts, key=lambda alert: (alert.severity is not Severity.CRITICAL, alert.since))
 
 
 CIRCUITS = {

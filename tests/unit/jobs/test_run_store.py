@@ -6,9 +6,13 @@ import os
 
 import nissa_story as story
 import pytest
+from typer.testing import CliRunner
 
 from esper.leyline import RunStatus, RunSummary, StorageError
 from esper.leyline.errors import UserError
+from esper.nissa.live import Live
+from esper.nissa.replay import dump
+from jobs.cli import app
 from jobs.runs import RunStore, UnknownRunError, list_table
 
 OLDER, NEWER = "digits-20261119-aaaa", "digits-20261120-bbbb"
@@ -131,3 +135,20 @@ def test_the_home_folder_may_be_abbreviated(tmp_path, monkeypatch):
 def test_an_address_that_nothing_reads_is_refused():
     with pytest.raises(StorageError, match="unknown scheme in carrier-pigeon"):
         RunStore("carrier-pigeon://loft")
+
+
+def test_alerts_of_a_run_that_ended_before_they_were_counted_in_come_from_its_last_picture(tmp_path):
+    folder = lay_down(tmp_path, OLDER, at=1_000, status=RunStatus.INTERRUPTED)
+    live, store = Live(), RunStore(str(tmp_path))
+    assert store.whole_summary(OLDER).alerts == ()
+    alert = story.alert(run_id=OLDER)
+    live.apply(story.told(alert))
+    (folder / "view.json").write_bytes(dump(live.view(OLDER)))
+    assert store.whole_summary(OLDER).alerts == (alert,)
+    assert store.told(OLDER).view.open_alerts == (alert,)
+    said = CliRunner().invoke(app, ["runs", "show", OLDER, "--storage", str(tmp_path)]).stdout
+    assert "the loss jumped" in said
+    assert alert.command in said
+    counted = alert.model_copy(update={"count": 8})
+    (folder / "summary.json").write_text(story.summary(run_id=OLDER, alerts=(counted,)).model_dump_json())
+    assert store.whole_summary(OLDER).alerts == (counted,)

@@ -11,8 +11,10 @@ import nissa_story as story
 import pytest
 from plotly.offline import get_plotlyjs
 
+from esper.leyline.alerts import AlertKind
 from esper.leyline.errors import StorageError
 from esper.leyline.seeds import SeedStage
+from esper.leyline.signals import Severity
 from esper.leyline.summary import CompilerInTrainer, Metrics, Params, Rollback, RunHistory, RunStatus, Start
 from esper.nissa import table, write_report
 from esper.nissa.adaptations import adaptations
@@ -85,6 +87,30 @@ def test_tells_where_the_governor_went_back_and_what_an_upgrade_began_with():
     assert "started at 77.2% validation" in shown
 
 
+def test_alerts_stand_in_the_report_and_in_the_table_with_what_helps():
+    grave = story.alert(
+        alert_id="a2", kind=AlertKind.DEAD_CHANNELS, site="stages.<1>", severity=Severity.CRITICAL, count=4,
+        since=story.STARTED + 20, summary="channels die", evidence="80% of the channels are dead",
+        ended_at=story.STARTED + 30, ended_step=90, ending="12% again", command="esper runs report x",
+    )  # fmt: skip
+    summary = story.summary(alerts=(story.alert(), grave))
+    text, shown = Page(render(summary, story.history())).text, " ".join(table(summary).split())
+    for told in (
+        "channels die", "stages.<1>", "80% of the channels are dead", "step 40", "step 90", "12% again",
+        "the loss jumped",
+        "3.1 where 0.8 is usual: 12 deviations above", "esper runs report x", f"esper runs show {story.RUN}",
+        "the last that was heard of it",
+    ):  # fmt: skip
+        assert told in text, told
+        assert told in shown, told
+    assert "seen 4 times" in text
+    for words in (text, shown):
+        assert words.index("channels die") < words.index("the loss jumped")  # the gravest first
+    many = story.summary(alerts=tuple(story.alert(alert_id=str(i)) for i in range(9)))
+    assert "and 3 more alerts: esper runs report" in " ".join(table(many).split())
+    assert "Out of the ordinary" not in render(story.summary(), story.history())
+
+
 def test_tells_all_that_the_run_came_to(whole):
     text = Page(whole).text
     for told in (
@@ -148,6 +174,7 @@ def test_markup_in_names_and_reasons_stays_text():
     summary = story.summary(
         run_id=evil, task=evil, events=events, error=evil, status=RunStatus.FAILED, went_without=(evil,),
         last_checkpoint=evil, versions={evil: evil, "esper": evil}, metrics=Metrics(extra={evil: 1.0}),
+        alerts=(story.alert(summary=evil, site=evil, evidence=evil, command=evil, ended_at=3e9, ending=evil),),
     )  # fmt: skip
     epochs = tuple(r.model_copy(update={"metric_name": evil}) for r in story.history().epochs)
     history = story.history().model_copy(update={"decisions": ((0, evil),), "epochs": epochs})
