@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from actors import tamiyo, urza
+from actors.logs import log_as
 from esper.config import HttpConfig
 from esper.leyline import ConflictError, UnavailableError
 from esper.storage import Storage
@@ -46,6 +47,7 @@ class Gateway:
     """
 
     def __init__(self, storage_uri: str, limits: Limits) -> None:
+        log_as("urza-http")
         self._storage_uri = storage_uri
         self._limits = limits
         self._hub: urza.UrzaHandle | None = None

@@ -7,11 +7,24 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from esper.leyline import Alert, AssetHub, Bus, EsperError
-from esper.nissa.metrics import METRICS, Kind, Sample, Totals, of_alerts, of_backlog, of_bus, of_run, vanished
+from esper.leyline.kernels import Pipeline
+from esper.nissa.live import Compiled
+from esper.nissa.metrics import (
+    METRICS,
+    Kind,
+    Sample,
+    Totals,
+    of_alerts,
+    of_backlog,
+    of_bus,
+    of_compiled,
+    of_run,
+    vanished,
+)
 from esper.nissa.viewmodel import LiveView
 
 _LOG = logging.getLogger(__name__)
@@ -60,6 +73,7 @@ class Reporter:
         hub: connects to Urza, for the compile queue; None leaves it out.
         every_s: from one export to the next.
         alerts: gives the alerts of the platform as a whole.
+        compiled: gives what came from the compilers.
     """
 
     def __init__(
@@ -70,8 +84,9 @@ class Reporter:
         hub: Callable[[], AssetHub] | None,
         every_s: float,
         alerts: Callable[[], Sequence[Alert]] = tuple,
+        compiled: Callable[[], Mapping[Pipeline, Compiled]] = dict,
     ) -> None:
-        self._views, self._alerts = views, alerts
+        self._views, self._alerts, self._compiled = views, alerts, compiled
         self._connect_bus, self._connect_hub = bus, hub
         self._bus: Bus | None = None
         self._hub: AssetHub | None = None
@@ -93,6 +108,7 @@ class Reporter:
         """All there is to export now."""
         found = [sample for view in self._views() for sample in of_run(view)]
         found += of_alerts("", self._alerts())
+        found += of_compiled(self._compiled())
         found += self._ask("bus", self._of_bus)
         if self._connect_hub is not None:
             found += self._ask("urza", self._of_backlog)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,11 +24,12 @@ from esper.leyline.alerts import Alert
 from esper.leyline.bus import BusStats
 from esper.leyline.contract import Contract, new_id
 from esper.leyline.errors import EsperError, UnavailableError
+from esper.leyline.kernels import Pipeline
 from esper.leyline.messages import OonaMessage
 from esper.leyline.ports import AssetHub, Bus, Subscription
 from esper.nissa.anomalies import Watch
 from esper.nissa.anomalies.outgoing import Outgoing, message_of
-from esper.nissa.live import TOPICS, Live
+from esper.nissa.live import TOPICS, Compiled, Live
 from esper.nissa.otlp import Collector
 from esper.nissa.spans import Span, Spans
 from esper.nissa.viewmodel import LiveView, Note
@@ -108,6 +109,11 @@ class NissaActor:
         """The alerts of no run: those that last, and the last that ended."""
         with self._changed:
             return self._live.platform_alerts()
+
+    def compiled(self) -> Mapping[Pipeline, Compiled]:
+        """What came from the compilers, by pipeline."""
+        with self._changed:
+            return self._live.compiled()
 
     def looked(self, stats: BusStats) -> None:
         """See `Teller`."""
@@ -243,13 +249,20 @@ class Nissa(NissaActor):
             self._send_traces(otlp_endpoint)
         super().__init__(bus_factory, None if self._traces is None else self._traces.add)
         self._reporter = (
-            Reporter(self.views, bus=bus_factory, hub=hub_factory, every_s=metrics_every_s, alerts=self.platform_alerts)
+            Reporter(
+                self.views,
+                bus=bus_factory,
+                hub=hub_factory,
+                every_s=metrics_every_s,
+                alerts=self.platform_alerts,
+                compiled=self.compiled,
+            )
             if metrics_every_s
             else None
         )
         self._sender = AlertSender(self, bus_factory)
         self._keeper = Keeper(self.views, storage) if storage is not None else None
-        self._page = None
+        self._page, self._no_page = None, ""
         if storage is not None and page is not None and page.enabled:
             self._serve(page, storage, bus_factory, hub_factory)
 
@@ -264,6 +277,7 @@ class Nissa(NissaActor):
         try:
             self._page = open_page(self.with_story, storage, page, bus_factory, hub_factory)
         except EsperError as error:
+            self._no_page = f"Nissa: no live page: {error}"
             log.warning("page.unavailable", extra={"reason": str(error)})
         else:
             self._page_at = self._page.address
@@ -281,7 +295,7 @@ class Nissa(NissaActor):
     def missing(self) -> tuple[str, ...]:
         """What it went without, in words."""
         lost = self._no_traces if self._traces is None else self._traces.missing()
-        return (lost,) if lost else ()
+        return tuple(words for words in (self._no_page, lost) if words)
 
     def stop(self) -> None:
         """Leaves the bus, ends the consumer, the alerts, the traces, the metrics and the page."""

@@ -6,14 +6,14 @@ Order holds only within (topic, key), so a fold never assumes that another topic
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from esper.leyline.alerts import Alert
 from esper.leyline.blueprints import Blueprint
 from esper.leyline.contract import Contract
-from esper.leyline.kernels import CompiledKernelArtifact, KernelStatus, SiteSignature
+from esper.leyline.kernels import CompiledKernelArtifact, KernelStatus, Pipeline, SiteSignature
 from esper.leyline.messages import OonaMessage, Topic
 from esper.leyline.native import RungChange
 from esper.leyline.seeds import SeedStage
@@ -69,6 +69,13 @@ MAX_STORY = 12_000
 """Notes of one run that can be asked for; a `LiveView` carries the latest few."""
 
 
+class Compiled(NamedTuple):
+    """Kernels that came from the compilers, and the seconds that they took."""
+
+    kernels: int = 0
+    seconds: float = 0.0
+
+
 class Live:
     """Folds messages of any number of runs. Not thread-safe; its owner serialises calls."""
 
@@ -78,6 +85,7 @@ class Live:
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._kernels: OrderedDict[tuple[str, str], bool] = OrderedDict()  # (blueprint, signature) -> is ready
         self._alerts: OrderedDict[str, Alert] = OrderedDict()  # of the platform as a whole
+        self._compiled: dict[Pipeline, Compiled] = {}
         self._max_runs, self._max_ids, self._max_kernels = max_runs, max_ids, max_kernels
 
     def apply(self, message: OonaMessage) -> bool:
@@ -98,6 +106,8 @@ class Live:
             for target in body.targets:
                 self._kernel(body.blueprint_id, target, ready=False)
         elif isinstance(body, CompiledKernelArtifact):
+            known = self._compiled.get(body.pipeline, Compiled())
+            self._compiled[body.pipeline] = Compiled(known.kernels + 1, known.seconds + body.compile_s)
             if body.status is KernelStatus.VALIDATED:
                 self._kernel(body.blueprint_id, body.signature, ready=True)
         elif isinstance(body, Alert) and not body.run_id:
@@ -117,6 +127,10 @@ class Live:
     def platform_alerts(self) -> tuple[Alert, ...]:
         """The alerts of no run: those that last, and the last ones that ended."""
         return tuple(self._alerts.values())
+
+    def compiled(self) -> Mapping[Pipeline, Compiled]:
+        """What was compiled since the begin of what is still on the bus; the mapping is the caller's own."""
+        return dict(self._compiled)
 
     def story(self, run_id: str) -> Sequence[Note]:
         """The run's notes, the oldest that is kept first; the list is the caller's own."""
@@ -322,7 +336,11 @@ def _on_lifecycle(view: LiveView, body: LifecycleEvent, at: float) -> LiveView:
     text = f"{what}{word(body.from_stage)} → {word(body.to_stage)}"
     if body.refused:
         text = f"{text} refused"
-    view, stage = replace(view, seeds=seeds), None if body.refused else body.to_stage
+    if body.refused:
+        view, stage = replace(view, seeds=seeds, num_refused=view.num_refused + 1), None
+    else:
+        stage = body.to_stage
+        view = replace(view, seeds=seeds, entered={**view.entered, stage: view.entered.get(stage, 0) + 1})
     return _note(view, at, body.epoch, body.step, body.site, text, body.reason, tone=_tone(body), stage=stage)
 
 

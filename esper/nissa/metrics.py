@@ -17,7 +17,9 @@ from typing import NamedTuple
 from esper.leyline.alerts import Alert, AlertKind
 from esper.leyline.bus import BusStats
 from esper.leyline.catalogue import Backlog
+from esper.leyline.kernels import Pipeline
 from esper.leyline.signals import CircuitState
+from esper.nissa.live import Compiled
 from esper.nissa.viewmodel import LiveView, SeedView
 
 
@@ -103,6 +105,19 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             ),
             Metric("esper_seeds", Kind.GAUGE, "Seeds by stage.", ("run", "stage")),
             Metric("esper_adaptations", Kind.COUNTER, "Adaptations that ended, by outcome.", ("run", "outcome")),
+            Metric(
+                "esper_transitions",
+                Kind.COUNTER,
+                "Seeds that entered a stage, by stage; GRAFTING is a graft, CULLED a cull.",
+                ("run", "stage"),
+            ),
+            Metric("esper_refused_transitions", Kind.COUNTER, "Transitions that a gate refused.", _RUN),
+            Metric(
+                "esper_run_cache_lookups",
+                Kind.COUNTER,
+                "Look-ups in the trainer's kernel cache, by result: hit or miss.",
+                ("run", "result"),
+            ),
             Metric("esper_seed_alpha", Kind.GAUGE, "How far a site's seed is blended in, 0 to 1.", _SITE),
             Metric("esper_seed_train_loss", Kind.GAUGE, "Loss of a seed's own training.", _SITE),
             Metric("esper_site_health", Kind.GAUGE, "Health score of a site, 0 to 1.", _SITE),
@@ -119,6 +134,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 ("run", "kind"),
             ),
             Metric("esper_compile_jobs", Kind.GAUGE, "Kernels to be compiled, by device.", ("device", "state")),
+            Metric("esper_compiled_kernels", Kind.COUNTER, "Kernels that were compiled, by pipeline.", ("pipeline",)),
+            Metric("esper_compile_seconds", Kind.COUNTER, "Seconds that they took, by pipeline.", ("pipeline",)),
             Metric("esper_bus_published", Kind.COUNTER, "Messages published, by topic.", ("topic",)),
             Metric("esper_bus_kept_bytes", Kind.GAUGE, "Bytes of messages that can still be read.", ("topic",)),
             Metric("esper_bus_delivered", Kind.COUNTER, "Deliveries to a group.", ("group",)),
@@ -155,6 +172,9 @@ def of_run(view: LiveView) -> Iterator[Sample]:
     yield from of_alerts(view.run_id, view.alerts.values())
     for stage, num in Counter(seed.stage for seed in view.seeds.values()).items():
         yield Sample("esper_seeds", num, {**run, "stage": stage.value})
+    for stage, num in view.entered.items():
+        yield Sample("esper_transitions", num, {**run, "stage": stage.value})
+    yield Sample("esper_refused_transitions", view.num_refused, run)
     for outcome, num in view.outcomes.items():
         yield Sample("esper_adaptations", num, {**run, "outcome": outcome.value})
     for seed in _latest_by_site(view.seeds.values()):
@@ -192,6 +212,8 @@ def _of_last_epoch(view: LiveView, run: Mapping[str, str]) -> Iterator[Sample]:
     yield Sample("esper_run_flops", last.total_flops, run)
     yield Sample("esper_run_urza_circuit", _CIRCUIT[last.urza], run)
     yield Sample("esper_run_sample_flops", last.flops_per_sample, run)
+    yield Sample("esper_run_cache_lookups", last.cache_hits, {**run, "result": "hit"})
+    yield Sample("esper_run_cache_lookups", last.cache_misses, {**run, "result": "miss"})
     for split, loss in (("train", last.train_loss), ("val", last.val_loss)):
         if loss is not None:
             yield Sample("esper_run_loss", loss, {**run, "split": split})
@@ -231,6 +253,13 @@ def of_backlog(backlog: Backlog) -> Iterator[Sample]:
     for state, jobs in (("queued", backlog.queued), ("leased", backlog.leased)):
         for device, num in jobs.items():
             yield Sample("esper_compile_jobs", num, {"device": device, "state": state})
+
+
+def of_compiled(compiled: Mapping[Pipeline, Compiled]) -> Iterator[Sample]:
+    """The samples of what came from the compilers."""
+    for pipeline, done in compiled.items():
+        yield Sample("esper_compiled_kernels", done.kernels, {"pipeline": pipeline.value})
+        yield Sample("esper_compile_seconds", done.seconds, {"pipeline": pipeline.value})
 
 
 class Totals:

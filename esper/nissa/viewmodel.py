@@ -107,6 +107,8 @@ class LiveView:
         kernels_ready, kernels_pending: kernels for the run's sites.
         decision: the controller's last answer in words, waits too; `policy` gave it.
         outcomes: how many adaptations ended which way.
+        entered: how many seeds entered which stage; GRAFTING is a graft.
+        num_refused: transitions that were refused.
         num_notes: notes so far, also those no longer in `notes`.
         alerts: by id, in the order of their begin; those that last, and the last ones that ended.
         num_alerts: alerts so far by kind, also those no longer in `alerts`.
@@ -138,6 +140,8 @@ class LiveView:
     decision: str = ""
     policy: str = ""
     outcomes: Mapping[Outcome, int] = field(default_factory=dict)
+    entered: Mapping[SeedStage, int] = field(default_factory=dict)
+    num_refused: int = 0
     notes: tuple[Note, ...] = ()
     num_notes: int = 0
     alerts: Mapping[str, Alert] = field(default_factory=dict)

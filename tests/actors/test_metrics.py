@@ -108,6 +108,21 @@ def test_ray_exports_what_nissa_knows(endpoint):
     until(exported, seen)
 
 
+def test_ray_exports_cpu_and_memory_of_the_actors(endpoint):
+    """By what the dashboard's panels ask for: Ray names a process after its actor."""
+    actors = ("Nissa", "OonaShard", "UrzaActor")
+
+    def exported():
+        lines = get(f"http://{endpoint}/metrics").splitlines()
+        return all(
+            any(line.startswith(f"ray_component_{figure}{{") and f'Component="ray::{actor}' in line for line in lines)
+            for figure in ("cpu_percentage", "uss_bytes")
+            for actor in actors
+        )
+
+    until(exported, "figures of the actors' processes")
+
+
 @pytest.fixture
 def prometheus(endpoint, tmp_path):
     """The address of a Prometheus that scrapes the node."""

@@ -7,25 +7,32 @@ import math
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from nissa_story import messages
+from nissa_story import events, messages
 
 from esper.leyline.bus import BusStats, GroupStats, TopicStats
 from esper.leyline.catalogue import Backlog
+from esper.leyline.messages import Topic
 from esper.nissa.live import Live
-from esper.nissa.metrics import METRICS, Kind, Sample, Totals, of_backlog, of_bus, of_run, vanished
+from esper.nissa.metrics import METRICS, Kind, Sample, Totals, of_backlog, of_bus, of_compiled, of_run, vanished
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DASHBOARD, ALERTS = CONFIGS / "grafana" / "esper.json", CONFIGS / "prometheus" / "alerts.yml"
 NAME = re.compile(r"ray_esper_[a-z_]+")
 
 
-def told():
+def heard():
     live = Live()
     for message in messages():
         live.apply(message)
+    return live
+
+
+def told():
+    live = heard()
     [run_id] = live.run_ids()
     return live.view(run_id)
 
@@ -50,11 +57,28 @@ def test_a_run_is_told_in_figures():
     assert value(found, "esper_run_loss", run=run, split="val") == view.last.val_loss
     assert value(found, "esper_run_score", run=run, split="val", metric=view.last.metric_name) == view.last.val_metric
     assert value(found, "esper_run_parameters", run=run) == view.params
+    entered = Counter(event.to_stage for event in events() if not event.refused)
+    for stage, number in entered.items():
+        assert value(found, "esper_transitions", run=run, stage=stage.value) == number
+    assert value(found, "esper_refused_transitions", run=run) == sum(event.refused for event in events())
+    hits, misses = (value(found, "esper_run_cache_lookups", run=run, result=name) for name in ("hit", "miss"))
+    assert (hits, misses) == (view.last.cache_hits, view.last.cache_misses)
     stages = [number for (metric, *_), number in found.items() if metric == "esper_seeds"]
     assert sum(stages) == len(view.seeds) > 0
     assert {
         site for metric, labels, _ in found if metric == "esper_seed_alpha" for key, site in labels if key == "site"
     } == {seed.site for seed in view.seeds.values()}
+
+
+def test_kernels_that_were_compiled_are_counted_with_their_seconds_once():
+    live = heard()
+    for message in messages():  # delivered again
+        live.apply(message)
+    kernels = [m.body() for m in messages() if m.topic is Topic.KERNEL_READY]
+    found = by_key(of_compiled(live.compiled()))
+    [pipeline] = {kernel.pipeline.value for kernel in kernels}
+    assert value(found, "esper_compiled_kernels", pipeline=pipeline) == len(kernels) > 0
+    assert value(found, "esper_compile_seconds", pipeline=pipeline) == pytest.approx(sum(k.compile_s for k in kernels))
 
 
 def test_every_sample_is_of_the_table():
@@ -63,7 +87,8 @@ def test_every_sample_is_of_the_table():
         topics=(TopicStats(topic="t", published=3, kept_bytes=5),),
         groups=(GroupStats(group="g", topics=("t",), pending=2, delivered=1),),
     )
-    samples = [*of_run(told()), *of_bus(stats), *of_backlog(Backlog(queued={"cpu": 2}, leased={"cpu": 1}))]
+    backlog = Backlog(queued={"cpu": 2}, leased={"cpu": 1})
+    samples = [*of_run(told()), *of_bus(stats), *of_backlog(backlog), *of_compiled(heard().compiled())]
     for sample in samples:
         assert set(sample.labels) == set(METRICS[sample.metric].labels), sample
         assert all(isinstance(label, str) for label in sample.labels.values())
