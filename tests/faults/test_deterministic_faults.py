@@ -5,11 +5,20 @@ One undisturbed run in a storage of its own is what all others are compared with
 
 from __future__ import annotations
 
+import io
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
 import fault_support as support
 import pytest
+import ray
 from fault_support import KillActors, KillSelf, WriteHashes
 
+from actors.cluster import NAMESPACE
 from esper.leyline import NoFaults, RunStatus
+from esper.nissa import table
 
 pytestmark = [
     pytest.mark.ray,
@@ -56,6 +65,38 @@ def test_a_killed_system_is_waited_for(train, undisturbed, shared, key, tmp_path
     assert faults.marker.read_text()
     assert support.differences(support.final_weights(result.directory), undisturbed) == []
     assert result.summary.went_without == ()
+
+
+@dataclass(frozen=True)
+class EndNissa:
+    """Ends Nissa for good, from within the trainer, once the view has shown the run."""
+
+    name: str
+    marker: Path
+
+    def at(self, place: str, step: int) -> None:
+        if (place, step) == ("step", support.IN_TRAINING) and support.first_at(self.marker):
+            deadline = time.monotonic() + 120
+            while "run without-nissa: " not in sys.stdout.getvalue():
+                assert time.monotonic() < deadline, "no view"
+                time.sleep(0.05)
+            ray.kill(ray.get_actor(self.name, namespace=NAMESPACE), no_restart=True)
+
+
+def test_without_nissa_training_goes_on_to_the_same_weights_and_says_so_once(
+    train, undisturbed, shared, key, tmp_path, monkeypatch
+):
+    faults = EndNissa(f"nissa-{key}", tmp_path / "fired")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    result = train(shared, "without-nissa", faults, nissa__view="plain")
+    said = sys.stdout.getvalue()
+    assert faults.marker.exists()
+    assert result.summary.status is RunStatus.FINISHED
+    assert support.differences(support.final_weights(result.directory), undisturbed) == []
+    assert said.count("the view has no answer from Nissa; training goes on without it") == 1
+    [words] = result.summary.went_without
+    assert words.startswith("Nissa: its last picture may lack what came last")
+    assert "went without Nissa: its last picture" in " ".join(table(result.summary).split())
 
 
 @pytest.mark.soak
