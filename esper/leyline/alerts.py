@@ -19,7 +19,7 @@ class AlertKind(StrEnum):
     SLOW_STEPS = "slow_steps"
     DEAD_CHANNELS = "dead_channels"  # a layer dies
     CORRELATED_CHANNELS = "correlated_channels"  # a layer's channels become one
-    ODD_HEALTH = "odd_health"  # figures of a layer that do not go together, by an isolation forest
+    ODD_HEALTH = "odd_health"  # figures of a layer that do not go together, by an isolation forest or far out in two
     ROLLBACKS = "rollbacks"  # kernels that were taken back
     CACHE_MISSES = "cache_misses"
     BUS_LAG = "bus_lag"

@@ -205,7 +205,7 @@ def test_it_comes_back_after_the_server_was_gone(fed, look):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_says_that_its_server_has_ended_and_keeps_the_last_picture(fed, look, scheme):
+def test_it_says_that_its_server_has_ended_and_keeps_the_last_picture(fed, look, tmp_path, scheme):
     fed.server.close()
     fed.server = fed.serve(0, threading.Event())
     fed.send(Topic.RUN_STARTED, started(3))
@@ -220,6 +220,7 @@ def test_it_says_that_its_server_has_ended_and_keeps_the_last_picture(fed, look,
     assert page.locator("#note-1").count() == 1
     assert page.locator("#network .site").count() == 3
     assert page.evaluate(_LEAST_CONTRAST) >= 4.5
+    assert len(page.screenshot(path=tmp_path / f"over-{scheme}.png")) > 10_000
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -43,10 +43,12 @@ class RateCusum:
         limit: the sum at which it has; e to its power is how much likelier the lower share then is.
         learn: trials from which the usual share is learned first.
         lowest: a usual share below it is not watched: there is nothing to lose.
+        sure: deviations by which the share that is taken for usual lies below the one that was seen (Wilson 1927): few
+            trials say little of it, and a share that was lucky at first would fall by chance.
     """
 
-    def __init__(self, *, limit: float = 7.0, learn: int = 24, lowest: float = 0.3) -> None:
-        self._limit, self._learn, self._lowest = limit, learn, lowest
+    def __init__(self, *, limit: float = 7.0, learn: int = 24, lowest: float = 0.3, sure: float = 1.0) -> None:
+        self._limit, self._learn, self._lowest, self._sure = limit, learn, lowest, sure
         self._hits, self._trials = 0, 0
         self.total = 0.0
 
@@ -64,6 +66,7 @@ class RateCusum:
         if usual < self._lowest:
             self._take(hits, misses)
             return False
+        usual = _wilson(usual, self._trials, self._sure)
         lower = usual / 2
         moved = hits * math.log(lower / usual) + misses * math.log((1 - lower) / (1 - usual))
         self.total = min(max(0.0, self.total + moved), 2 * self._limit)
@@ -75,3 +78,9 @@ class RateCusum:
         self._hits, self._trials = self._hits + hits, self._trials + hits + misses
         if self._trials > 1 << 12:  # the far past weighs less
             self._hits, self._trials = self._hits // 2, self._trials // 2
+
+
+def _wilson(share: float, trials: int, sure: float) -> float:
+    """The lower end of Wilson's interval of a share."""
+    spread = sure * math.sqrt(share * (1 - share) / trials + (sure / (2 * trials)) ** 2)
+    return (share + sure * sure / (2 * trials) - spread) / (1 + sure * sure / trials)

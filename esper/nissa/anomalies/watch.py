@@ -26,8 +26,8 @@ from esper.leyline.signals import (
 )
 from esper.nissa.anomalies.book import Book, Place
 from esper.nissa.anomalies.cache import CacheStream
-from esper.nissa.anomalies.findings import EVENTS, FOREST, Found, Over, Said
-from esper.nissa.anomalies.forest import HealthForest
+from esper.nissa.anomalies.findings import EVENTS, FOREST, Z_SCORE, Found, Over, Said
+from esper.nissa.anomalies.forest import HealthForest, Odd
 from esper.nissa.anomalies.health import TWICE, HealthStream
 from esper.nissa.anomalies.lag import LagStream
 from esper.nissa.anomalies.loss import LossStream
@@ -164,26 +164,29 @@ class _Run:
                 self.sites[site].learn(signal)
             else:
                 known.append((site, vector))
-        scores = self.forest.see([vector for _, vector in known])
-        for (site, vector), score in zip(known, scores, strict=True):
+        found = self.forest.see([vector for _, vector in known])
+        for (site, vector), odd in zip(known, found, strict=True):
             place = Place(self.run_id, site)
-            if score is None:
+            if odd is None:
                 self.sites[site].learn(reports[site])
                 if self._odd.pop(site, 0) >= TWICE:
                     yield place, Over(AlertKind.ODD_HEALTH, "its figures go together again"), step
                 continue
             self._odd[site] = self._odd.get(site, 0) + 1
             if self._odd[site] >= TWICE:
-                yield place, _odd(vector, score), step
+                yield place, _odd(vector, odd), step
 
 
-def _odd(vector: Sequence[float], score: float) -> Found:
+def _odd(vector: Sequence[float], odd: Odd) -> Found:
     names = ("variance", "gradient_norm", "grow_potential", "dead", "correlation")
     factors = [f"{name.replace('_', ' ')} {math.exp(v):.2g} times" for name, v in zip(names[:3], vector, strict=False)]
     shares = [f"{name} {v:+.0%}" for name, v in zip(names[3:], vector[3:], strict=True)]
-    evidence = f"against what is usual here: {', '.join([*factors, *shares])}; isolation {score:.2f}"
-    figures = {"score": score, **dict(zip(names, vector, strict=True))}
-    return Found(AlertKind.ODD_HEALTH, "figures of a layer do not go together", evidence, FOREST, figures)
+    why = [f"{odd.num_far} figures far out"] if odd.num_far > 1 else []
+    why += [f"isolation {odd.score:.2f}"] if odd.score is not None else []
+    evidence = f"against what is usual here: {', '.join([*factors, *shares])}; {', '.join(why)}"
+    figures = {**({} if odd.score is None else {"score": odd.score}), **dict(zip(names, vector, strict=True))}
+    detector = Z_SCORE if odd.num_far > 1 else FOREST
+    return Found(AlertKind.ODD_HEALTH, "figures of a layer do not go together", evidence, detector, figures)
 
 
 _FOLDS: Mapping[type, Callable[[_Run, Any], Told]] = {

@@ -15,7 +15,7 @@ from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import EpochRecord, LifecycleEvent, RunStarted, Severity, StepBatch
 from esper.nissa.anomalies import Watch
 from esper.nissa.anomalies.change import Cusum, RateCusum
-from esper.nissa.anomalies.forest import KEEP, HealthForest
+from esper.nissa.anomalies.forest import FIRST_LOOK, KEEP, HealthForest, Odd
 from esper.nissa.anomalies.outgoing import Outgoing, message_of
 from esper.nissa.anomalies.robust import FAR, TO_SIGMA, Window
 
@@ -100,8 +100,31 @@ def test_a_forest_fits_when_it_is_needed_keeps_little_and_names_the_odd_one():
         found += forest.see([odd, [0.0] * 5, odd])
         assert forest.num_fits == 1
     assert found[:2] == [found[2], None]
-    assert found[0] is not None
+    assert found[0].score > 0.5
     assert found[3:] == found[:3]  # the same seed
+
+
+def test_two_figures_far_out_are_odd_before_there_is_a_forest_and_one_is_not():
+    rng = np.random.default_rng(0)
+    forest = HealthForest()
+    pair, single, small = [3.0, -2.5, 0.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 0.0, 0.0, 0.0]
+    forest.see((0.1 * rng.standard_normal((FIRST_LOOK - 1, 5))).tolist())
+    assert forest.see([pair]) == [None]  # that is one too few, and it is learned from
+    assert forest.see([pair, single, small]) == [Odd(None, 2), None, None]
+    assert forest.num_fits == 0
+    wild = HealthForest()
+    wild.see((2.0 * rng.standard_normal((2 * FIRST_LOOK, 5))).tolist())
+    assert wild.see([pair]) == [None]  # where that is usual
+
+
+def test_a_share_that_was_lucky_at_first_does_not_fall_by_chance():
+    rng = np.random.default_rng(0)
+    fallen = 0
+    for _ in range(200):
+        rate = RateCusum()
+        rate.add(21, 3)  # 0.88 where 0.6 is true
+        fallen += any(rate.add(hits, 3 - hits) for hits in rng.binomial(3, 0.6, 40).tolist())
+    assert fallen <= 40
 
 
 # ---------------------------------------------------------------- alerts
