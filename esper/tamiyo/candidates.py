@@ -102,12 +102,15 @@ def find_candidates(
     room = room_of(state, packet)
     found: list[Candidate] = []
     excluded: dict[str, str] = {}
+    ready: dict[str, list[KernelOption]] = {}  # gone through once: ten thousand sites have a hundred thousand options
+    for option in packet.options:
+        ready.setdefault(option.site, []).append(option)
     for layer in packet.layers:
         seeds = _resting_seeds(layer, packet)
         if isinstance(seeds, str):
             excluded[layer.layer_id] = seeds
             continue
-        options = _usable(layer.layer_id, state, packet, config, room, blueprint)
+        options = _usable(layer.layer_id, ready.get(layer.layer_id, []), state, packet, config, room, blueprint)
         if isinstance(options, str):
             excluded[layer.layer_id] = options
         else:
@@ -133,14 +136,14 @@ def _resting_seeds(layer: LayerHealthReport, packet: SystemStatePacket) -> list[
 
 def _usable(
     site: str,
+    ready: list[KernelOption],
     state: TamiyoState,
     packet: SystemStatePacket,
     config: TamiyoConfig,
     room: Room,
     blueprint: str | None,
 ) -> tuple[KernelOption, ...] | str:
-    """The kernels for this site that nothing forbids, or why there are none."""
-    ready = [option for option in packet.options if option.site == site]
+    """The kernels for this site that nothing forbids of those that are `ready`, or why there are none."""
     if blueprint is not None:
         ready = [option for option in ready if blueprint in {option.blueprint, *option.aliases}]
     if not ready:

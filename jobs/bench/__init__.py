@@ -1,6 +1,6 @@
 """Benchmarks: `esper bench NAME [--json]`. Each is a module here with `main(arguments, progress) -> BenchResult`.
 
-A benchmark is found by its file's name and imported only when it is asked for.
+A benchmark is found by its file's name (with dashes for underscores) and imported only when it is asked for.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ class _Benchmarks(Mapping[str, Benchmark]):
     def __getitem__(self, name: str) -> Benchmark:
         if name not in set(self):
             raise KeyError(name)
-        return importlib.import_module(f"{__name__}.{name}").main
+        return importlib.import_module(f"{__name__}.{name.replace('-', '_')}").main
 
     def __iter__(self) -> Iterator[str]:
-        return (module.name for module in pkgutil.iter_modules(__path__) if module.name not in SUPPORT)
+        modules = (module.name for module in pkgutil.iter_modules(__path__))
+        return (name.replace("_", "-") for name in modules if name not in SUPPORT)
 
     def __len__(self) -> int:
         return len(list(iter(self)))
