@@ -343,10 +343,22 @@ class KasminaConfig(Section):
     of the run. It is pinned in the run's saved configuration and never read from the storage."""
 
 
+class BanditConfig(Section):
+    """The `bandit` policy: when and where are the heuristic's, the kernel is chosen by what its design came to."""
+
+    choice: Literal["thompson", "ucb", "epsilon_greedy", "weighted"] = "thompson"
+    exploration: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Of ucb: how many errors of its mean an arm is given in advance, at first."""
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Of epsilon_greedy: how often any kernel is as good as any other."""
+    rent: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
+    """Share of the loss that a kernel must gain to pay for all that is left of the budget."""
+
+
 class TamiyoConfig(Section):
     """The controller."""
 
-    policy: Literal["heuristic", "none", "random", "schedule"] = "heuristic"
+    policy: Literal["heuristic", "bandit", "none", "random", "schedule"] = "heuristic"
     warmup_epochs: Annotated[int, Field(ge=0)] = 3
     """No growth before."""
     plateau_window: PositiveInt = 3
@@ -371,6 +383,8 @@ class TamiyoConfig(Section):
     person may still veto."""
     schedule: tuple[ScheduledGraft, ...] = ()
     """For the `schedule` policy."""
+    bandit: BanditConfig = BanditConfig()
+    """For the `bandit` policy."""
     deadline_s: PositiveFloat = 5.0
     """Outside deterministic mode training goes on without an answer after so long."""
     startup_s: PositiveFloat = 60.0

@@ -59,6 +59,7 @@ from esper.leyline.ports import (
 )
 from esper.leyline.seeds import ENDED, NEXT, TRANSITIONS, SeedStage, advance
 from esper.leyline.signals import (
+    PAIRED,
     Action,
     AdaptationSignal,
     BlendStrategy,
@@ -95,12 +96,14 @@ from esper.leyline.summary import (
     Seconds,
     StepTimes,
 )
+from esper.leyline.track import TrackRecord
 
 __all__ = [
     "API_VERSION",
     "ENDED",
     "INPUT",
     "NEXT",
+    "PAIRED",
     "PAYLOADS",
     "TRANSITIONS",
     "Action",
@@ -185,6 +188,7 @@ __all__ = [
     "TamperedError",
     "Topic",
     "TopicStats",
+    "TrackRecord",
     "TransientError",
     "UnavailableError",
     "UserError",

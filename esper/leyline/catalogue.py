@@ -19,6 +19,7 @@ from esper.leyline.kernels import (
     SiteSignature,
 )
 from esper.leyline.signals import Outcome
+from esper.leyline.track import TrackRecord
 
 MAX_PAGE = 1000
 """Most records that one answer holds."""
@@ -136,7 +137,8 @@ class KernelBrief(NamedTuple):
     There is one of each kernel, however many blueprints of the same IR share it: so a kernel is counted once, and
     chosen as often as any other. `blueprint` is the one it was made from, as its signed container says; that name is
     what a seed shows, and what failures and embargoes are kept by, so a design cannot escape them under another name.
-    `aliases` are the other blueprints' names, by which it may be asked for; `tags` are of all of them.
+    `aliases` are the other blueprints' names, by which it may be asked for; `tags` are of all of them. `record` is what
+    kernels of its `blueprint` came to at sites of its kind, of any size; None where nothing was reported.
     """
 
     kernel_id: str
@@ -150,6 +152,7 @@ class KernelBrief(NamedTuple):
     tags: tuple[str, ...]
     risk: float | None
     aliases: tuple[str, ...] = ()
+    record: TrackRecord | None = None
 
     @classmethod
     def of(cls, kernel: CompiledKernelArtifact) -> KernelBrief:

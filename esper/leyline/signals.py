@@ -11,6 +11,7 @@ from esper.leyline.contract import API_VERSION, Contract, Finite, Fraction, Name
 from esper.leyline.kernels import SiteSignature, ValidationReport
 from esper.leyline.seeds import SeedStage
 from esper.leyline.steering import PersonsWord
+from esper.leyline.track import TrackRecord
 
 # ---------------------------------------------------------------- evidence
 
@@ -22,6 +23,10 @@ class EvidenceKind(StrEnum):
     HARM = "harm"  # validation against the pre-graft band; says nothing of worth
     FORK = "fork"  # paired against a run that does not grow
     NONE = "none"  # no evidence was taken (`direct`)
+
+
+PAIRED = frozenset({EvidenceKind.SHADOW, EvidenceKind.FORK})
+"""Kinds that compare with not growing, and so can say what growth is worth."""
 
 
 class Evidence(Contract):
@@ -134,7 +139,7 @@ class LayerHealthReport(Contract):
 class KernelOption(Contract):
     """A kernel that fits a site and is ready, as Tamiyo sees it. Costs are per sample, forward.
 
-    `risk` is Urabrask's `risk_score`, None where there is none. `blueprint` and `aliases`: see `KernelBrief`.
+    `risk` is Urabrask's `risk_score`, None where there is none. `blueprint`, `aliases` and `record`: see `KernelBrief`.
     """
 
     site: str
@@ -147,6 +152,7 @@ class KernelOption(Contract):
     tags: tuple[str, ...] = ()
     risk: Fraction | None = None
     aliases: tuple[str, ...] = ()
+    record: TrackRecord | None = None
 
 
 class BudgetState(Contract):
@@ -211,6 +217,7 @@ class SystemStatePacket(Contract):
         embargoed: `site` or `site:blueprint` keys that must not be grown at present.
         missing: systems the run goes without at present, in words.
         words: what people said of adaptations, the newest of each.
+        ended: what became of the run's adaptations so far, in their order.
     """
 
     api_version: int = API_VERSION
@@ -223,6 +230,7 @@ class SystemStatePacket(Contract):
     governor: str = "ok"
     missing: tuple[str, ...] = ()
     words: tuple[PersonsWord, ...] = ()
+    ended: tuple[FieldReport, ...] = ()
 
 
 # ---------------------------------------------------------------- commands
@@ -374,6 +382,24 @@ class FieldReport(Contract):
     flops: Annotated[int, Field(ge=0)] = 0
     seconds: Finite = 0.0
     failure_reason: str = ""
+
+    @property
+    def value(self) -> float | None:
+        """What the adaptation was worth: its paired gain as a share of the larger of both losses, in [-1, 1].
+
+        A kernel that was taken off the live path again is worth nothing at best, whatever it promised behind the host.
+        None where nothing paired was measured, and where nothing was decided (cancelled, or the run ended first): what
+        the host gained by itself meanwhile is nobody's.
+        """
+        evidence = self.evidence
+        if evidence is None or evidence.kind not in PAIRED or not evidence.num_pairs:
+            return None
+        if self.outcome in {Outcome.CANCELLED, Outcome.UNFINISHED}:
+            return None
+        size = max(abs(evidence.baseline), abs(evidence.candidate), abs(evidence.gain))
+        share = evidence.gain / size if size else 0.0
+        was_live = self.outcome is Outcome.ROLLED_BACK or any(span.stage.is_blended for span in self.stages)
+        return min(0.0, share) if was_live and self.outcome is not Outcome.FOSSILIZED else share
 
 
 class KernelCharacterized(Contract):

@@ -60,10 +60,9 @@ from typing import Any
 
 import numpy as np
 
-from esper.leyline import EvidenceKind, HealthSignal, LayerHealthReport, SeedStage, SiteKind, SystemStatePacket
+from esper.leyline import PAIRED, EvidenceKind, HealthSignal, LayerHealthReport, SeedStage, SiteKind, SystemStatePacket
 
 GOVERNOR_OK = "ok"
-PAIRED = frozenset({EvidenceKind.SHADOW, EvidenceKind.FORK})
 
 SITE_FEATURES = (
     "is_vector", "is_feature_map", "is_sequence", "is_causal", "channels", "positions", "depth", "is_fresh",

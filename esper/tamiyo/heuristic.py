@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from esper.config import TamiyoConfig
-from esper.leyline import BlendStrategy, KernelOption, SystemStatePacket
+from esper.leyline import BlendStrategy, KernelOption, SiteKind, SystemStatePacket
 from esper.tamiyo.candidates import Candidate, find_candidates, reason_to_wait
 from esper.tamiyo.memory import TamiyoState
 from esper.tamiyo.orders import Order, Proposal
@@ -36,11 +38,74 @@ EQUAL = 0.001
 """Kernels whose value per cost differs by less than this share of the best are of equal promise."""
 
 
-class HeuristicGrowth:
-    """Grows at a plateau; one adaptation a decision."""
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """A kernel that was chosen.
 
-    def __init__(self, config: TamiyoConfig) -> None:
+    Attributes:
+        words: why, beside its price; may be empty.
+        num_draws: random numbers that were used.
+    """
+
+    option: KernelOption
+    words: str = ""
+    num_draws: int = 0
+
+
+class Chooser(Protocol):
+    """Says which of the kernels that fit a site is tried there, and may learn from what they came to."""
+
+    def learn(self, state: TamiyoState, packet: SystemStatePacket) -> TamiyoState:
+        """See `Policy.learn`."""
+        ...
+
+    def pick(
+        self,
+        options: Sequence[KernelOption],
+        kind: SiteKind,
+        channels: int,
+        room: Room,
+        state: TamiyoState,
+        number: int,
+    ) -> Pick:
+        """Returns one of `options`, of which there is one at least; `number`: draws of this proposal so far."""
+        ...
+
+
+class LargestWorth:
+    """The heuristic's choice: the largest expected value per cost. Learns nothing."""
+
+    def learn(self, state: TamiyoState, packet: SystemStatePacket) -> TamiyoState:
+        """Returns the memory as it is."""
+        del packet
+        return state
+
+    def pick(
+        self,
+        options: Sequence[KernelOption],
+        kind: SiteKind,
+        channels: int,
+        room: Room,
+        state: TamiyoState,
+        number: int,
+    ) -> Pick:
+        """Returns the least risky of those that promise most."""
+        del kind, state, number
+        return Pick(choose(options, channels, room))
+
+
+class PlateauGrowth:
+    """Grows at a plateau, at the site with the largest growth potential, by a kernel of `chooser`; one adaptation a
+    decision.
+    """
+
+    def __init__(self, config: TamiyoConfig, chooser: Chooser) -> None:
         self._config = config
+        self._chooser = chooser
+
+    def learn(self, state: TamiyoState, packet: SystemStatePacket) -> TamiyoState:
+        """Lets the chooser learn."""
+        return self._chooser.learn(state, packet)
 
     def propose(self, state: TamiyoState, packet: SystemStatePacket) -> Proposal:
         """Waits while the host still learns, then names a site and a kernel."""
@@ -61,29 +126,41 @@ class HeuristicGrowth:
         potential, best = ranked[0]
         if potential <= 0.0:
             return Proposal(reason=f"{plateau}, but no site shows growth potential (all measured 0)")
-        option = choose(best.options, best.signature.channels, found.room)
+        pick = self._pick(best, best.options, found.room, state, 0)
+        option = pick.option
         runner_up = f", next {ranked[1][0]:.2g}" if len(ranked) > 1 else ""
         lead = "the largest" if len(ranked) > 1 else "the only measured"
         reason = (
             f"{plateau}; site {best.site} has {lead} growth potential ({potential:.2g}{runner_up}):"
-            f" germinating {option.blueprint}, {_price(option, found.room)}"
+            f" germinating {option.blueprint}, {_price(pick, found.room)}"
         )
-        orders = (best.germinate(option, self._config, reason), *self._rivals(best, option, found.room))
-        return Proposal("; ".join(order.reason for order in orders), orders)
+        rivals = list(self._rivals(best, pick, found.room, state))
+        orders = (best.germinate(option, self._config, reason), *(order for order, _ in rivals))
+        num_draws = pick.num_draws + sum(drawn for _, drawn in rivals)
+        return Proposal("; ".join(order.reason for order in orders), orders, num_draws=num_draws)
 
-    def _rivals(self, site: Candidate, first: KernelOption, room: Room) -> Iterator[Order]:
-        """The next best designs that the budget still holds, one for each seed that rests beside the first."""
+    def _pick(
+        self, site: Candidate, options: Sequence[KernelOption], room: Room, state: TamiyoState, number: int
+    ) -> Pick:
+        return self._chooser.pick(options, site.signature.kind, site.signature.channels, room, state, number)
+
+    def _rivals(self, site: Candidate, first: Pick, room: Room, state: TamiyoState) -> Iterator[tuple[Order, int]]:
+        """The next best designs that the budget still holds, one for each seed that rests beside the first, with the
+        random numbers that each took.
+        """
         if self._config.strategy == BlendStrategy.DIRECT:  # takes no evidence, so there is nothing to race for
             return
-        left, taken = site.options, first
+        left, taken, number = site.options, first, first.num_draws
         for seed in site.others:
-            room = room.after(taken)
-            left = tuple(o for o in left if o.blueprint != taken.blueprint and room.refuses(o) is None)
+            room = room.after(taken.option)
+            left = tuple(o for o in left if o.blueprint != taken.option.blueprint and room.refuses(o) is None)
             if not left:
                 return
-            taken = choose(left, site.signature.channels, room)
-            words = f"{taken.blueprint} races with {first.blueprint} at {site.site}, {_price(taken, room)}"
-            yield site.germinate(taken, self._config, words, seed=seed)
+            taken = self._pick(site, left, room, state, number)
+            number += taken.num_draws
+            name = taken.option.blueprint
+            words = f"{name} races with {first.option.blueprint} at {site.site}, {_price(taken, room)}"
+            yield site.germinate(taken.option, self._config, words, seed=seed), taken.num_draws
 
     def _judge_plateau(self, state: TamiyoState, packet: SystemStatePacket) -> tuple[str, bool]:
         """Returns what the validation loss says, and whether the host has stopped learning."""
@@ -119,16 +196,22 @@ def choose(options: Sequence[KernelOption], channels: int, room: Room) -> Kernel
 def worth(option: KernelOption, channels: int, room: Room) -> tuple[float, int, str]:
     """Returns the expected value per cost (see the module's text), then what breaks ties: the cheaper, by name."""
     value = math.log2(1.0 + option.num_parameters / channels**2)
-    share = max(_share(option.num_parameters, room.params), _share(option.flops_per_sample, room.flops))
-    return value / (FIXED_COST + share), -option.num_parameters, option.blueprint
+    return value / (FIXED_COST + share_of(option, room)), -option.num_parameters, option.blueprint
+
+
+def share_of(option: KernelOption, room: Room) -> float:
+    """The larger share of what is left of the budget, in parameters or FLOPs, that a kernel would use up."""
+    return max(_share(option.num_parameters, room.params), _share(option.flops_per_sample, room.flops))
 
 
 def _share(cost: int, left: int | None) -> float:
     return 0.0 if not left else cost / left
 
 
-def _price(option: KernelOption, room: Room) -> str:
+def _price(pick: Pick, room: Room) -> str:
+    option = pick.option
     risk = "" if option.risk is None else f", risk {option.risk:.2f}"
+    why = f" ({pick.words})" if pick.words else ""
     if room.params is None:
-        return f"{option.num_parameters:,} parameters, no limit set{risk}"
-    return f"{option.num_parameters:,} parameters of {room.params:,} left in the budget{risk}"
+        return f"{option.num_parameters:,} parameters, no limit set{risk}{why}"
+    return f"{option.num_parameters:,} parameters of {room.params:,} left in the budget{risk}{why}"

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from esper.config import TamiyoConfig
 from esper.leyline import BlendStrategy, ConflictError, Contract, HealthSignal, SeedStage, SystemStatePacket
 from esper.leyline.contract import Finite
+from esper.leyline.track import TrackRecord
 
 
 class Attempt(Contract):
@@ -39,6 +40,18 @@ class Attempt(Contract):
     vetoed: bool = False
 
 
+class BanditMemory(Contract):
+    """What the bandit remembers (see `bandit`).
+
+    Attributes:
+        arms: what each came to, by `kind:blueprint`.
+        counted: trace ids of the run's reports that are in it, or were in the records that it began with.
+    """
+
+    arms: dict[str, TrackRecord] = Field(default_factory=dict)
+    counted: tuple[str, ...] = ()
+
+
 class TamiyoState(Contract):
     """The memory of one run.
 
@@ -51,6 +64,7 @@ class TamiyoState(Contract):
         under_way: adaptations that have begun and not ended.
         failed: `site:blueprint` of adaptations that ended without a fossil; they are not tried again.
         schedule_done: entries of the schedule that were carried out or given up, by position.
+        bandit: None under policies that do not learn.
     """
 
     version: Literal[1] = 1
@@ -66,6 +80,7 @@ class TamiyoState(Contract):
     under_way: tuple[Attempt, ...] = ()
     failed: tuple[str, ...] = ()
     schedule_done: tuple[int, ...] = ()
+    bandit: BanditMemory | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the memory as plain JSON values."""

@@ -56,8 +56,12 @@ class Proposal:
 
 
 class Policy(Protocol):
-    """Decides where and when to grow. Pure: the same arguments give the same proposal."""
+    """Decides where and when to grow. Pure: the same arguments give the same answers."""
+
+    def learn(self, state: TamiyoState, packet: SystemStatePacket) -> TamiyoState:
+        """Returns the memory after what the policy itself remembers of `packet`, which `state` has already seen."""
+        ...
 
     def propose(self, state: TamiyoState, packet: SystemStatePacket) -> Proposal:
-        """Returns what to do after `packet`, which `state` has already seen."""
+        """Returns what to do after `packet`, which `state` has already learned from."""
         ...

@@ -1,4 +1,4 @@
-"""The simple policies: `none`, `random` and `schedule`. The heuristic has its own module.
+"""The simple policies: `none`, `random` and `schedule`. The heuristic and the bandit have modules of their own.
 
 A policy says only where and when to grow. Seeds under way are tended in `tending`, alike for all policies, and every
 order of any policy passes `safety`.
@@ -6,13 +6,12 @@ order of any policy passes `safety`.
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections.abc import Sequence
 
 from esper.config import ScheduledGraft, TamiyoConfig
 from esper.leyline import SystemStatePacket
 from esper.tamiyo.candidates import find_candidates, reason_to_wait
+from esper.tamiyo.draws import generator
 from esper.tamiyo.memory import TamiyoState
 from esper.tamiyo.orders import Order, Policy, Proposal
 from esper.tamiyo.safety import growth_is_blocked, growth_is_over, last_growth_epoch
@@ -20,7 +19,16 @@ from esper.tamiyo.safety import growth_is_blocked, growth_is_over, last_growth_e
 __all__ = ["NoGrowth", "Order", "Policy", "Proposal", "RandomGrowth", "ScheduledGrowth"]
 
 
-class NoGrowth:
+class Unlearning:
+    """What remembers nothing of its own."""
+
+    def learn(self, state: TamiyoState, packet: SystemStatePacket) -> TamiyoState:
+        """Returns the memory as it is."""
+        del packet
+        return state
+
+
+class NoGrowth(Unlearning):
     """Never grows: the control group."""
 
     def propose(self, state: TamiyoState, packet: SystemStatePacket) -> Proposal:
@@ -29,7 +37,7 @@ class NoGrowth:
         return Proposal(reason="policy none: the host does not grow")
 
 
-class RandomGrowth:
+class RandomGrowth(Unlearning):
     """Grows at random epochs, uniform over eligible pairs of site and kernel: what any policy must beat.
 
     Each epoch begins an adaptation with probability (adaptations left) / (epochs left in which one may begin), so
@@ -47,7 +55,7 @@ class RandomGrowth:
         last = last_growth_epoch(packet.epoch.num_epochs, self._config.last_epoch_fraction)
         num_epochs_left = last - packet.epoch.epoch + 1
         chance = min(1.0, (self._config.max_adaptations - state.num_adaptations) / num_epochs_left)
-        draw = _generator(state)
+        draw = generator(state)
         if draw.random() >= chance:
             return Proposal(reason=f"random policy: a coin with {chance:.0%} for growth said wait", num_draws=1)
         found = find_candidates(state, packet, self._config)
@@ -61,7 +69,7 @@ class RandomGrowth:
         return Proposal(reason, orders=(order,), num_draws=1)
 
 
-class ScheduledGrowth:
+class ScheduledGrowth(Unlearning):
     """Grows as `TamiyoConfig.schedule` says.
 
     An entry is due at the decision that closes its epoch. One that cannot be done then stays due, with a veto that
@@ -126,9 +134,3 @@ class ScheduledGrowth:
         free = [seed for seed in (candidate.seed, *candidate.others) if seed.seed_id not in taken]
         # without a free seed the safety gates say what stands in the way
         return candidate.germinate(option, entry, reason, entry=i, seed=free[0] if free else None)
-
-
-def _generator(state: TamiyoState) -> random.Random:
-    """A generator that depends on the run's seed, the epoch and the draws so far, and on nothing else."""
-    text = f"tamiyo/{state.seed}/{state.epoch}/{state.rng_counter}"
-    return random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))

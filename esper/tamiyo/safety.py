@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from esper.config import TamiyoConfig
 from esper.leyline import (
     NEXT,
+    PAIRED,
     TRANSITIONS,
     Action,
     BlendStrategy,
-    EvidenceKind,
     HealthSignal,
     KernelOption,
     SeedStage,
@@ -29,7 +29,6 @@ GOVERNOR_OK = "ok"
 GOVERNOR_CRITICAL = "critical"
 """`SystemStatePacket.governor` begins with this word when the trainer must roll back."""
 
-_PAIRED = frozenset({EvidenceKind.SHADOW, EvidenceKind.FORK})
 _NOT_YET_LIVE = frozenset({SeedStage.GERMINATED, SeedStage.TRAINING})
 
 
@@ -167,7 +166,7 @@ def _why_not_advance(seed: HealthSignal, packet: SystemStatePacket) -> str | Non
     if seed.stage is SeedStage.GRAFTING and seed.alpha < 1.0:
         return f"it is blended in to {seed.alpha:.2f} only"
     if seed.stage is SeedStage.TRAINING and not (
-        seed.evidence is not None and seed.evidence.kind in _PAIRED and seed.evidence.num_pairs > 0
+        seed.evidence is not None and seed.evidence.kind in PAIRED and seed.evidence.num_pairs > 0
     ):
         return "no paired evidence came with its health, and unmeasured is not better"
     joins_or_stays = to in {SeedStage.GRAFTING, SeedStage.FOSSILIZED} or seed.stage is SeedStage.GERMINATED

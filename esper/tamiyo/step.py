@@ -19,7 +19,8 @@ from esper.leyline import (
     Severity,
     SystemStatePacket,
 )
-from esper.tamiyo.heuristic import HeuristicGrowth
+from esper.tamiyo.bandit import Bandit
+from esper.tamiyo.heuristic import LargestWorth, PlateauGrowth
 from esper.tamiyo.memory import Attempt, TamiyoState, observe, read_state
 from esper.tamiyo.orders import Order, Policy, Proposal
 from esper.tamiyo.policies import NoGrowth, RandomGrowth, ScheduledGrowth
@@ -31,7 +32,9 @@ def policy_for(config: TamiyoConfig) -> Policy:
     """Returns the policy that the configuration names."""
     match config.policy:
         case "heuristic":
-            return HeuristicGrowth(config)
+            return PlateauGrowth(config, LargestWorth())
+        case "bandit":
+            return PlateauGrowth(config, Bandit(config.bandit))
         case "none":
             return NoGrowth()
         case "random":
@@ -56,9 +59,10 @@ def step(
     Raises:
         ConflictError: if `state` is not a state of this version.
     """
-    seen = observe(read_state(state), packet, config)
+    policy = policy_for(config)
+    seen = policy.learn(observe(read_state(state), packet, config), packet)
     care = tend(seen, packet, config)
-    proposal = policy_for(config).propose(seen, packet)
+    proposal = policy.propose(seen, packet)
     verdict = judge(seen, packet, config, (*care.orders, *proposal.orders))
     vetoes = (*proposal.vetoes, *verdict.vetoes)
     signal = AdaptationSignal(

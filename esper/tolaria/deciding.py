@@ -11,7 +11,7 @@ from typing import Any
 from esper.leyline.errors import UnavailableError
 from esper.leyline.kernels import Pipeline, SiteSignature
 from esper.leyline.ports import AssetHub
-from esper.leyline.signals import AdaptationSignal, EpochRecord, LayerHealthReport, SystemStatePacket
+from esper.leyline.signals import AdaptationSignal, EpochRecord, FieldReport, LayerHealthReport, SystemStatePacket
 from esper.tolaria.commands import CommandLog, LoggedDecision
 from esper.tolaria.course import Course
 from esper.tolaria.packet import HostSize, budget_state, kernel_options
@@ -63,6 +63,7 @@ class Deciding:
         host: HostSize,
         embargoed: Sequence[str],
         governor: str,
+        ended: Sequence[FieldReport],
     ) -> AdaptationSignal | None:
         """Returns the answer on every rank; None if there is no controller, or none that answers. Collective.
 
@@ -72,11 +73,12 @@ class Deciding:
             host: size of the host before it grew.
             embargoed: `site` or `site:blueprint` that must not grow.
             governor: its words.
+            ended: what became of the run's adaptations so far.
         """
         course = self._course
         answer = None
         if course.is_first:
-            answer = self._replay() or self._ask(record, reports, host, embargoed, governor)
+            answer = self._replay() or self._ask(record, reports, host, embargoed, governor, ended)
         answer = course.ports.ranks.broadcast(answer)
         if answer is None:
             return None
@@ -132,6 +134,7 @@ class Deciding:
         host: HostSize,
         embargoed: Sequence[str],
         governor: str,
+        ended: Sequence[FieldReport],
     ) -> tuple[dict[str, Any], AdaptationSignal] | None:
         course, controller = self._course, self._course.ports.controller
         if controller is None:
@@ -147,6 +150,7 @@ class Deciding:
             governor=governor,
             missing=self._reach.missing,
             words=() if self._steering is None else self._steering.heard(),
+            ended=tuple(ended),
         )
         answer = self._reach.ask("Tamiyo", lambda: controller.decide(self.memory, packet))
         if answer is not None and self._commands is not None:

@@ -74,6 +74,7 @@ def kernel_options(
             tags=kernel.tags,
             risk=kernel.risk,
             aliases=kernel.aliases,
+            record=kernel.record,
         )
         for site, signature in sites.items()
         for kernel in kernels[signature]

@@ -380,6 +380,7 @@ class Session:
                     host=self.host_size,
                     embargoed=embargoed,
                     governor=guard.words,
+                    ended=self.recorder.reports,
                 )
                 self._obey(signal)
                 self._optimizing.look()

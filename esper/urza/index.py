@@ -20,6 +20,7 @@ from esper.leyline import (
     NotFoundError,
     Outcome,
     Pipeline,
+    SiteKind,
     SiteSignature,
 )
 from esper.leyline.catalogue import (
@@ -32,6 +33,7 @@ from esper.leyline.catalogue import (
     KernelStatistics,
 )
 from esper.leyline.kernels import check_kernel_transition, merged_tags
+from esper.leyline.track import TrackRecord
 
 KEPT_BENCHMARKS = 8
 """The last so many of a kernel are kept at hand; the log keeps all."""
@@ -54,6 +56,7 @@ class KernelIndex:
         self._statistics: dict[str, KernelStatistics] = {}
         self._benchmarks: dict[str, tuple[BenchmarkResult, ...]] = {}
         self._counted: _Ids = {}  # reports and benchmarks
+        self._records: dict[tuple[SiteKind, str], TrackRecord] = {}  # by blueprint
 
     def __len__(self) -> int:
         return len(self._kernels)
@@ -73,6 +76,7 @@ class KernelIndex:
             "_statistics",
             "_benchmarks",
             "_counted",
+            "_records",
         ):
             setattr(other, flat, dict(getattr(self, flat)))
         for nested in ("_by_signature", "_by_tag", "_by_status"):
@@ -134,6 +138,9 @@ class KernelIndex:
             before = old.mean_gain or 0.0
             changes |= {"num_gains": number, "mean_gain": before + (report.evidence.gain - before) / number}
         self._statistics[report.kernel_id] = old.model_copy(update=changes)
+        if report.value is not None and report.kernel_id in self._briefs:
+            design = (self._kernels[report.kernel_id].signature.kind, self._briefs[report.kernel_id].blueprint)
+            self._records[design] = self._records.get(design, TrackRecord()).count(report.value)
 
     def count_uses(self, counts: Mapping[str, int]) -> None:
         """Adds fetches by kernel."""
@@ -172,6 +179,9 @@ class KernelIndex:
         """Of a signature's validated kernels, by one pipeline or by any, oldest first."""
         validated = self._by_status[KernelStatus.VALIDATED]
         found = [self._briefs[id_] for id_ in self.by_signature(signature) if id_ in validated]
+        if any(kind is signature.kind for kind, _ in self._records):
+            records = [self._records.get((signature.kind, brief.blueprint)) for brief in found]
+            found = [b if r is None else b._replace(record=r) for b, r in zip(found, records, strict=True)]
         return found if pipeline is None else [brief for brief in found if brief.pipeline is pipeline]
 
     def ids(self) -> Iterable[str]:

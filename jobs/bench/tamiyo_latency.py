@@ -31,7 +31,7 @@ from esper.tamiyo.graph import GraphBuilder
 from jobs.bench.harness import BenchResult, machine
 
 SEEDS = (20, 200, 2_000, 10_000)
-POLICIES = ("heuristic",)
+POLICIES = ("heuristic", "bandit")
 _RUN = "paper"
 
 

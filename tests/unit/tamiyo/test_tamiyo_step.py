@@ -193,7 +193,7 @@ def test_a_critical_governor_asks_for_rollback_and_nothing_else():
     )
 
 
-@pytest.mark.parametrize("policy", ["heuristic", "random", "schedule"])
+@pytest.mark.parametrize("policy", ["heuristic", "bandit", "random", "schedule"])
 def test_nothing_grows_while_the_governor_is_not_ok(policy):
     config = TamiyoConfig(
         policy=policy, warmup_epochs=0, schedule=(ScheduledGraft(epoch=0, site="a", blueprint="conv"),)
@@ -300,7 +300,7 @@ def hosts(draw):
         )
     )
     config = TamiyoConfig(
-        policy=draw(st.sampled_from(("heuristic", "random", "schedule", "none"))),
+        policy=draw(st.sampled_from(("heuristic", "bandit", "random", "schedule", "none"))),
         warmup_epochs=draw(st.integers(0, 3)),
         plateau_window=draw(st.integers(1, 4)),
         max_concurrent=draw(st.integers(1, 3)),

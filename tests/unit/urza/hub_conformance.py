@@ -593,6 +593,20 @@ class HubConformance:
         assert statistics.mean_gain == pytest.approx(sum(gains) / 2)
         assert statistics.num_fetches >= 1
 
+    def test_a_design_has_one_record_for_sites_of_a_kind_of_any_size(self, hub):
+        small, other = compiled(hub, "adapter"), compiled(hub, "other")
+        hub.submit_blueprint(hub.blueprint(small.blueprint_id).ir, name="adapter", targets=[WIDE])
+        job = hub.claim("w", fingerprint=BUILD)
+        wide = hub.complete(job, *artifact_of(job))
+        for kernel, gain in ((small, 0.2), (wide, 0.4)):
+            evidence = Evidence(kind=EvidenceKind.SHADOW, gain=gain, baseline=1.0, candidate=1.0 - gain, num_pairs=10)
+            hub.report(report_of(kernel, evidence=evidence))
+        hub.report(report_of(other, Outcome.UNFINISHED, evidence=evidence))  # nothing was decided: not counted
+        records = {brief.kernel_id: brief.record for each in (VECTOR, WIDE) for brief in hub.kernel_briefs(each)}
+        assert records[other.kernel_id] is None
+        assert records[small.kernel_id] == records[wide.kernel_id]
+        assert (records[wide.kernel_id].num, records[wide.kernel_id].mean) == (2, pytest.approx(0.3))
+
     def test_the_outlook_counts_what_comes_before(self, hub):
         hub.submit_blueprint(design(2), name="before", targets=[VECTOR, WIDE], priority=5)
         mine = hub.submit_blueprint(design(3), name="mine", targets=[VECTOR], priority=5)
