@@ -70,6 +70,7 @@ from esper.leyline.signals import (
     Evidence,
     EvidenceKind,
     FieldReport,
+    Gate,
     HealthSignal,
     KasminaControlCommand,
     KernelCharacterized,
@@ -82,6 +83,8 @@ from esper.leyline.signals import (
     StageSpan,
     StepBatch,
     SystemStatePacket,
+    Veto,
+    VetoRecord,
 )
 from esper.leyline.summary import (
     BusCounts,
@@ -142,6 +145,7 @@ __all__ = [
     "FencedError",
     "FieldReport",
     "Flops",
+    "Gate",
     "GroupStats",
     "HealthSignal",
     "IllegalTransitionError",
@@ -193,6 +197,8 @@ __all__ = [
     "UnavailableError",
     "UserError",
     "ValidationReport",
+    "Veto",
+    "VetoRecord",
     "advance",
     "compile_key",
     "device_for",

@@ -284,6 +284,44 @@ class KasminaControlCommand(Contract):
     reason: Annotated[str, Field(min_length=1)]
 
 
+class Gate(StrEnum):
+    """What stands between a policy's wish and a command; every veto names one."""
+
+    GOVERNOR = "governor"  # it is not ok, or asks for a rollback
+    STAGE = "stage"  # the seed cannot take this order where it stands
+    EVIDENCE = "evidence"  # its gate is shut, or nothing paired was measured
+    TIME = "time"  # too late in the run, or all adaptations are spent
+    CONCURRENCY = "concurrency"  # others are under way
+    EMBARGO = "embargo"
+    BUDGET = "budget"  # of parameters or FLOPs
+    KERNEL = "kernel"  # it is not ready, or does not suit the strategy
+    SCHEDULE = "schedule"  # an entry cannot be carried out at present, or never
+
+
+class Veto(Contract):
+    """An order that a policy gave and that was not passed on.
+
+    Attributes:
+        what: the order, in words.
+        reason: why not.
+        seed_id: empty where no seed was chosen yet.
+        blueprint: of the kernel; None for orders to a seed that has one.
+    """
+
+    gate: Gate
+    action: Action
+    site: str
+    seed_id: str = ""
+    blueprint: str | None = None
+    what: str
+    reason: Annotated[str, Field(min_length=1)]
+
+    @property
+    def in_words(self) -> str:
+        """Order and reason."""
+        return f"{self.what}: {self.reason}"
+
+
 class AdaptationSignal(Contract):
     """Tamiyo's answer to one packet. No commands means: wait; `reason` says why."""
 
@@ -294,7 +332,7 @@ class AdaptationSignal(Contract):
     policy: str
     severity: Severity = Severity.INFO
     commands: tuple[KasminaControlCommand, ...] = ()
-    vetoes: tuple[str, ...] = ()
+    vetoes: tuple[Veto, ...] = ()
     reason: Annotated[str, Field(min_length=1)]
 
 
@@ -341,6 +379,27 @@ class Choice(Contract):
     policy: str
     health: HealthSignal
     reason: str
+    timestamp: Finite = Field(default_factory=now)
+
+
+class VetoRecord(Contract):
+    """A veto as a run remembers it. The same veto at one decision after the other is one record.
+
+    Attributes:
+        policy: whose order it was.
+        trace_id: of the adaptation that was to be advanced or removed; empty for one that was to begin.
+        epoch, step, timestamp: of the first time.
+        last_epoch: of the last time.
+        num: how often.
+    """
+
+    veto: Veto
+    policy: str
+    trace_id: str = ""
+    epoch: Annotated[int, Field(ge=0)]
+    step: Annotated[int, Field(ge=0)]
+    last_epoch: Annotated[int, Field(ge=0)]
+    num: Annotated[int, Field(ge=1)] = 1
     timestamp: Finite = Field(default_factory=now)
 
 

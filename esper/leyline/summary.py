@@ -10,7 +10,7 @@ from pydantic import Field
 from esper.leyline.alerts import Alert
 from esper.leyline.contract import API_VERSION, Contract, Finite, now
 from esper.leyline.native import RungChange
-from esper.leyline.signals import Choice, CircuitState, EpochRecord, FieldReport, LifecycleEvent
+from esper.leyline.signals import Choice, CircuitState, EpochRecord, FieldReport, LifecycleEvent, VetoRecord
 
 SUMMARY_FILE = "summary.json"
 HISTORY_FILE = "history.json"
@@ -166,6 +166,8 @@ class RunSummary(Contract):
     """When a kernel began to run from native code, or had to run from its IR, and why."""
     field_reports: tuple[FieldReport, ...] = ()
     rollbacks: tuple[Rollback, ...] = ()
+    vetoes: tuple[VetoRecord, ...] = ()
+    """What policies wanted and the safety gates did not let through, with the reason."""
     urza: Circuit = Circuit()
     ledger: Ledger = Ledger()
     steps: StepTimes = StepTimes()

@@ -11,7 +11,7 @@ from typing import Any
 from esper.leyline.kernels import CompiledKernelArtifact
 from esper.leyline.native import Rung
 from esper.leyline.seeds import SeedStage
-from esper.leyline.signals import Choice, HealthSignal, LifecycleEvent
+from esper.leyline.signals import Choice, HealthSignal, LifecycleEvent, VetoRecord
 from esper.leyline.summary import RunHistory, RunSummary
 from esper.nissa import words
 
@@ -90,6 +90,7 @@ def way_of(
         for change in summary.rungs
         if change.trace_id == trace_id
     ]
+    stops += [_of_veto(record) for record in summary.vetoes if record.trace_id == trace_id]
     if kernel is not None:
         stops.append(_of_kernel(kernel))
     report = next((report for report in summary.field_reports if report.trace_id == trace_id), None)
@@ -124,6 +125,12 @@ def _of_event(event: LifecycleEvent) -> Stop:
 def _of_choice(choice: Choice) -> Stop:
     why = f"{choice.reason}; {_seen(choice.health)}"
     return Stop(choice.timestamp, "Tamiyo", choice.step, f"chosen by {choice.policy}", why)
+
+
+def _of_veto(record: VetoRecord) -> Stop:
+    often = "" if record.num == 1 else f" ({record.num} times, until epoch {record.last_epoch})"
+    what = f"vetoed by the {record.veto.gate.value} gate{often}"
+    return Stop(record.timestamp, "Tamiyo", record.step, what, f"{record.policy}: {record.veto.in_words}")
 
 
 def _of_kernel(kernel: CompiledKernelArtifact) -> Stop:

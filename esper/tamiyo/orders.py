@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from esper.leyline import Action, BlendStrategy, KernelOption, SystemStatePacket
+from esper.leyline import Action, BlendStrategy, KernelOption, SystemStatePacket, Veto
 from esper.tamiyo.memory import TamiyoState
 
 
@@ -43,14 +43,14 @@ class Proposal:
     Attributes:
         reason: why, in words; for a wait as well.
         orders: none means wait.
-        vetoes: what it was asked for and cannot do, in words (`schedule`).
+        vetoes: what it was asked for and cannot do (`schedule`).
         given_up: entries of the schedule that can never be done, by position.
         num_draws: random numbers it used.
     """
 
     reason: str
     orders: tuple[Order, ...] = ()
-    vetoes: tuple[str, ...] = ()
+    vetoes: tuple[Veto, ...] = ()
     given_up: tuple[int, ...] = ()
     num_draws: int = 0
 

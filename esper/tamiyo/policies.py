@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from esper.config import ScheduledGraft, TamiyoConfig
-from esper.leyline import SystemStatePacket
+from esper.leyline import Action, Gate, SystemStatePacket, Veto
 from esper.tamiyo.candidates import find_candidates, reason_to_wait
 from esper.tamiyo.draws import generator
 from esper.tamiyo.memory import TamiyoState
@@ -85,17 +85,17 @@ class ScheduledGrowth(Unlearning):
         waiting = [(i, entry) for i, entry in enumerate(self._config.schedule) if i not in state.schedule_done]
         due = [(i, entry) for i, entry in waiting if entry.epoch <= epoch]
         orders: list[Order] = []
-        vetoes: list[str] = []
+        vetoes: list[Veto] = []
         given_up: list[int] = []
         for i, entry in due:
             never = self._why_never(entry, state, packet)
             if never is not None:
                 given_up.append(i)
-                vetoes.append(f"schedule gives up {entry.blueprint} at {entry.site}: {never}")
+                vetoes.append(_veto(entry, "schedule gives up", never))
                 continue
             planned = self._plan(i, entry, state, packet, taken=[order.seed_id for order in orders])
             if isinstance(planned, str):
-                vetoes.append(f"schedule, epoch {entry.epoch}, {entry.blueprint} at {entry.site}: {planned}")
+                vetoes.append(_veto(entry, f"schedule, epoch {entry.epoch},", planned))
             else:
                 orders.append(planned)
         if orders:
@@ -134,3 +134,14 @@ class ScheduledGrowth(Unlearning):
         free = [seed for seed in (candidate.seed, *candidate.others) if seed.seed_id not in taken]
         # without a free seed the safety gates say what stands in the way
         return candidate.germinate(option, entry, reason, entry=i, seed=free[0] if free else None)
+
+
+def _veto(entry: ScheduledGraft, who: str, reason: str) -> Veto:
+    return Veto(
+        gate=Gate.SCHEDULE,
+        action=Action.GERMINATE,
+        site=entry.site,
+        blueprint=entry.blueprint,
+        what=f"{who} {entry.blueprint} at {entry.site}",
+        reason=reason,
+    )

@@ -17,10 +17,12 @@ from esper.leyline import (
     TRANSITIONS,
     Action,
     BlendStrategy,
+    Gate,
     HealthSignal,
     KernelOption,
     SeedStage,
     SystemStatePacket,
+    Veto,
 )
 from esper.tamiyo.memory import TamiyoState, failure_key
 from esper.tamiyo.orders import Order
@@ -103,12 +105,16 @@ def growth_is_blocked(
     return None
 
 
+Held = tuple[Gate, str]
+"""The gate that is shut, and why, in words."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What passed the gates, and what did not and why."""
 
     accepted: tuple[Order, ...]
-    vetoes: tuple[str, ...]
+    vetoes: tuple[Veto, ...]
 
 
 def judge(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig, orders: Sequence[Order]) -> Verdict:
@@ -116,24 +122,23 @@ def judge(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig, o
     seeds = {(seed.layer_id, seed.seed_id): seed for layer in packet.layers for seed in layer.seeds}
     ordered: set[tuple[str, str]] = set()
     accepted: list[Order] = []
-    vetoes: list[str] = []
+    vetoes: list[Veto] = []
     room = room_of(state, packet)
     begun: set[str] = set()
     for order in orders:
         key = (order.site, order.seed_id)
-        reason: str | None
+        held: Held | None
         if packet.governor.startswith(GOVERNOR_CRITICAL):
             # after a rollback the seed may not even have its kernel any more
-            reason = "the governor asks for a rollback, which comes first"
+            held = Gate.GOVERNOR, "the governor asks for a rollback, which comes first"
         elif key in ordered:
-            reason = "the seed already got an order"
+            held = Gate.STAGE, "the seed already got an order"
         else:
-            reason = _why_illegal(order, seeds.get(key), packet)
-        if reason is None and order.action is Action.GERMINATE:
-            reason = _why_no_growth(order, state, packet, config, room, len(begun - {order.site}))
-        if reason is not None:
-            what = f"{order.option.blueprint} at {order.site}" if order.option else f"{order.site}/{order.seed_id}"
-            vetoes.append(f"{order.action} {what}: {reason}")
+            held = _why_illegal(order, seeds.get(key), packet)
+        if held is None and order.action is Action.GERMINATE:
+            held = _why_no_growth(order, state, packet, config, room, len(begun - {order.site}))
+        if held is not None:
+            vetoes.append(_veto(order, *held))
             continue
         ordered.add(key)
         accepted.append(order)
@@ -143,35 +148,49 @@ def judge(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig, o
     return Verdict(tuple(accepted), tuple(vetoes))
 
 
-def _why_illegal(order: Order, seed: HealthSignal | None, packet: SystemStatePacket) -> str | None:
+def _veto(order: Order, gate: Gate, reason: str) -> Veto:
+    what = f"{order.option.blueprint} at {order.site}" if order.option else f"{order.site}/{order.seed_id}"
+    return Veto(
+        gate=gate,
+        action=order.action,
+        site=order.site,
+        seed_id=order.seed_id,
+        blueprint=order.option.blueprint if order.option else None,
+        what=f"{order.action} {what}",
+        reason=reason,
+    )
+
+
+def _why_illegal(order: Order, seed: HealthSignal | None, packet: SystemStatePacket) -> Held | None:
     """Why the seed cannot take this order as it stands; None if it can."""
     if seed is None:
-        return "no health came from this seed"
+        return Gate.STAGE, "no health came from this seed"
     if order.action is Action.ADVANCE:
         return _why_not_advance(seed, packet)
     if order.action is Action.GERMINATE:
-        return None if seed.stage is SeedStage.DORMANT else f"the seed is {seed.stage}, not DORMANT"
+        return None if seed.stage is SeedStage.DORMANT else (Gate.STAGE, f"the seed is {seed.stage}, not DORMANT")
     if order.action is Action.CULL:
-        return None if SeedStage.CULLED in TRANSITIONS[seed.stage] else f"a seed in {seed.stage} cannot be culled"
+        may_go = SeedStage.CULLED in TRANSITIONS[seed.stage]
+        return None if may_go else (Gate.STAGE, f"a seed in {seed.stage} cannot be culled")
     may_retire = seed.stage.is_blended and seed.stage is not SeedStage.FOSSILIZED
-    return None if may_retire else f"a seed in {seed.stage} has nothing on the live path to retire"
+    return None if may_retire else (Gate.STAGE, f"a seed in {seed.stage} has nothing on the live path to retire")
 
 
-def _why_not_advance(seed: HealthSignal, packet: SystemStatePacket) -> str | None:
+def _why_not_advance(seed: HealthSignal, packet: SystemStatePacket) -> Held | None:
     if seed.stage is SeedStage.DORMANT or seed.stage not in NEXT:
-        return f"a seed in {seed.stage} cannot advance"
+        return Gate.STAGE, f"a seed in {seed.stage} cannot advance"
     if not seed.is_ready_for_transition:
-        return f"its gate is shut: {seed.gate or 'the gate gave no reason'}"
+        return Gate.EVIDENCE, f"its gate is shut: {seed.gate or 'the gate gave no reason'}"
     to = NEXT[seed.stage]
     if seed.stage is SeedStage.GRAFTING and seed.alpha < 1.0:
-        return f"it is blended in to {seed.alpha:.2f} only"
+        return Gate.STAGE, f"it is blended in to {seed.alpha:.2f} only"
     if seed.stage is SeedStage.TRAINING and not (
         seed.evidence is not None and seed.evidence.kind in PAIRED and seed.evidence.num_pairs > 0
     ):
-        return "no paired evidence came with its health, and unmeasured is not better"
+        return Gate.EVIDENCE, "no paired evidence came with its health, and unmeasured is not better"
     joins_or_stays = to in {SeedStage.GRAFTING, SeedStage.FOSSILIZED} or seed.stage is SeedStage.GERMINATED
     if packet.governor != GOVERNOR_OK and joins_or_stays:
-        return f"the governor reports {packet.governor}: nothing new joins the host or becomes permanent"
+        return Gate.GOVERNOR, f"the governor reports {packet.governor}: nothing new joins the host or becomes permanent"
     return None
 
 
@@ -182,20 +201,27 @@ def _why_no_growth(
     config: TamiyoConfig,
     room: Room,
     num_begun: int,
-) -> str | None:
+) -> Held | None:
     """Why this adaptation may not begin, after `num_begun` others of the same decision; None if it may."""
     counted = state.model_copy(update={"num_adaptations": state.num_adaptations + num_begun})
-    held = growth_is_over(counted, packet, config) or growth_is_blocked(state, packet, config, num_begun=num_begun)
-    if held is not None:
-        return held
+    if (over := growth_is_over(counted, packet, config)) is not None:
+        return Gate.TIME, over
+    if (blocked := growth_is_blocked(state, packet, config, num_begun=num_begun)) is not None:
+        return Gate.CONCURRENCY if packet.governor == GOVERNOR_OK else Gate.GOVERNOR, blocked
+    return _why_not_this_kernel(order, state, packet, room)
+
+
+def _why_not_this_kernel(order: Order, state: TamiyoState, packet: SystemStatePacket, room: Room) -> Held | None:
+    """Why this kernel may not be used at this site; None if it may."""
     option = order.option
     if option is None or option not in packet.options or option.site != order.site:
-        return "its kernel is not among those that are ready for this site"
+        return Gate.KERNEL, "its kernel is not among those that are ready for this site"
     if any(attempt.site == order.site for attempt in state.under_way):
-        return "another adaptation is under way at this site"
+        return Gate.CONCURRENCY, "another adaptation is under way at this site"
     for key in (order.site, failure_key(order.site, option.blueprint)):
         if key in packet.embargoed:
-            return f"{key} is under embargo"
+            return Gate.EMBARGO, f"{key} is under embargo"
     if order.strategy is BlendStrategy.DIRECT and not option.zero_at_birth:
-        return "the direct strategy needs a kernel that is exactly zero at birth"
-    return room.refuses(option)
+        return Gate.KERNEL, "the direct strategy needs a kernel that is exactly zero at birth"
+    too_dear = room.refuses(option)
+    return None if too_dear is None else (Gate.BUDGET, too_dear)

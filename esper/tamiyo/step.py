@@ -18,6 +18,7 @@ from esper.leyline import (
     SeedStage,
     Severity,
     SystemStatePacket,
+    Veto,
 )
 from esper.tamiyo.bandit import Bandit
 from esper.tamiyo.heuristic import LargestWorth, PlateauGrowth
@@ -129,7 +130,7 @@ def _reason(
     accepted: Sequence[Order],
     notes: Sequence[str],
     proposal: Proposal,
-    vetoes: Sequence[str],
+    vetoes: Sequence[Veto],
 ) -> str:
     """One line for a person: what is done and why, what is waited for, what was refused."""
     if packet.governor.startswith(GOVERNOR_CRITICAL):
@@ -140,7 +141,7 @@ def _reason(
     if proposal.orders or not parts:
         parts.append(proposal.reason)
     if vetoes:
-        parts.append("vetoed: " + "; ".join(vetoes))
+        parts.append("vetoed: " + "; ".join(veto.in_words for veto in vetoes))
     return "; ".join(parts)
 
 

@@ -11,11 +11,13 @@ from esper.leyline.native import RungChange
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import (
     Action,
+    AdaptationSignal,
     Choice,
     KasminaControlCommand,
     LayerHealthReport,
     LifecycleEvent,
     Outcome,
+    VetoRecord,
 )
 from esper.tolaria.course import Course
 from esper.tolaria.outbox import Outbox
@@ -100,6 +102,23 @@ class Chronicle:
                 )
             )
 
+    def refused(self, signal: AdaptationSignal, reports: Sequence[LayerHealthReport]) -> None:
+        """Keeps what the policy wanted and Tamiyo's gates did not let through."""
+        traces = {seed.seed_id: seed.trace_id for report in reports for seed in report.seeds} if signal.vetoes else {}
+        for veto in signal.vetoes:
+            begins = veto.action is Action.GERMINATE
+            record = VetoRecord(
+                veto=veto,
+                policy=signal.policy,
+                trace_id="" if begins else traces.get(veto.seed_id, ""),
+                epoch=self._course.epoch,
+                step=self._course.step,
+                last_epoch=self._course.epoch,
+            )
+            self.recorder.veto(record)
+            if self._course.is_first:
+                log.info("order.vetoed", extra=_fields_of_veto(record, signal.run_id))
+
     def tell(self, event: LifecycleEvent) -> None:
         """Records and publishes an event; one that ends an adaptation also makes its field report."""
         self.recorder.event(event)
@@ -157,4 +176,16 @@ def _fields(happened: LifecycleEvent | RungChange) -> dict[str, object]:
         "step": happened.step,
         "trace": happened.trace_id,
         "reason": happened.reason,
+    }
+
+
+def _fields_of_veto(record: VetoRecord, run_id: str) -> dict[str, object]:
+    return {
+        "run": run_id,
+        "site": record.veto.site,
+        "seed": record.veto.seed_id,
+        "step": record.step,
+        "trace": record.trace_id,
+        "gate": record.veto.gate.value,
+        "reason": record.veto.in_words,
     }

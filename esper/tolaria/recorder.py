@@ -13,7 +13,7 @@ from typing import Any
 from esper.leyline.contract import now
 from esper.leyline.growth import SeedView
 from esper.leyline.native import RungChange
-from esper.leyline.signals import Choice, EpochRecord, FieldReport, LifecycleEvent, Outcome
+from esper.leyline.signals import Choice, EpochRecord, FieldReport, LifecycleEvent, Outcome, VetoRecord
 from esper.leyline.summary import (
     BusCounts,
     Circuit,
@@ -66,6 +66,7 @@ class Recorder:
         self._rungs: list[RungChange] = []
         self._rollbacks: list[Rollback] = []
         self._reports: list[FieldReport] = []
+        self._vetoes: list[VetoRecord] = []
         self._spent: dict[str, tuple[int, float]] = {}
 
     @property
@@ -112,6 +113,16 @@ class Recorder:
         """Adds what an adaptation began with; of a decision that is carried out again, the first time counts."""
         if choice.trace_id not in {known.trace_id for known in self._choices}:
             self._choices.append(choice)
+
+    def veto(self, record: VetoRecord) -> None:
+        """Adds a veto; one that was given at the last decision already is counted there."""
+        for place, known in enumerate(self._vetoes):
+            if (known.veto, known.trace_id) == (record.veto, record.trace_id) and known.last_epoch >= record.epoch - 1:
+                if known.last_epoch < record.epoch:  # of a decision that is carried out again, the first time counts
+                    again = {"last_epoch": record.epoch, "num": known.num + 1}
+                    self._vetoes[place] = known.model_copy(update=again)
+                return
+        self._vetoes.append(record)
 
     def event(self, event: LifecycleEvent) -> None:
         """Adds a transition."""
@@ -197,6 +208,7 @@ class Recorder:
             rungs=tuple(self._rungs),
             field_reports=tuple(self._reports),
             rollbacks=tuple(self._rollbacks),
+            vetoes=tuple(self._vetoes),
             ledger=ledger,
             steps=step_times(self._step_ms, self._graft_steps),
             compiler_in_trainer=_compiler_since(self._compiler_before),
@@ -217,6 +229,7 @@ class Recorder:
             "rungs": [change.model_dump(mode="json") for change in self._rungs],
             "reports": [report.model_dump(mode="json") for report in self._reports],
             "rollbacks": [rollback.model_dump(mode="json") for rollback in self._rollbacks],
+            "vetoes": [veto.model_dump(mode="json") for veto in self._vetoes],
             "spent": {seed: [flops, seconds] for seed, (flops, seconds) in self._spent.items()},
         }
 
@@ -233,6 +246,7 @@ class Recorder:
         self._events = [LifecycleEvent.model_validate(event) for event in state["events"]]
         self._rungs = [RungChange.model_validate(change) for change in state.get("rungs", ())]
         self._rollbacks = [Rollback.model_validate(rollback) for rollback in state.get("rollbacks", ())]
+        self._vetoes = [VetoRecord.model_validate(veto) for veto in state.get("vetoes", ())]
         self._reports = [FieldReport.model_validate(report) for report in state["reports"]]
         self._spent = {seed: (int(flops), float(seconds)) for seed, (flops, seconds) in state["spent"].items()}
 

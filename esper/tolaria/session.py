@@ -563,6 +563,7 @@ class Session:
             self.recorder.decision(course.epoch, f"no decision: {words}")
             return
         self.recorder.decision(course.epoch, signal.reason)
+        self._chronicle.refused(signal, self._boundary.reports if self._boundary else ())
         self.outbox.publish(Topic.KASMINA_COMMANDS, signal)
         self._guard.words = "ok"
         if signal.severity is Severity.CRITICAL:

@@ -9,10 +9,11 @@ import pytest
 from tolaria_support import BLUEPRINT, SITE, config, kernel_hub, train
 from typer.testing import CliRunner
 
-from esper.leyline import Action, RunHistory, SeedStage
+from esper.leyline import Action, Gate, RunHistory, SeedStage
 from esper.leyline.messages import Topic
 from esper.nissa.trace import traces, way_of
 from esper.oona.memory import MemoryBus
+from esper.tamiyo.controller import LocalController
 from jobs.cli import app
 from jobs.trace import told
 
@@ -66,6 +67,32 @@ def test_the_command_takes_an_id_a_beginning_of_one_or_a_run(ran):
     assert way["trace_id"] == trace_id
     assert way["stops"][0]["system"] == "Tamiyo"  # no catalogue lies here
     assert Action.GERMINATE not in way["stops"][0]["what"]
+
+
+class Watchful(LocalController):
+    """Takes the governor for worried in two epochs, as after a rollback amid a step."""
+
+    def decide(self, state, packet):
+        worried = packet.epoch.epoch in {2, 3}
+        return super().decide(state, packet.model_copy(update={"governor": "a spike"}) if worried else packet)
+
+
+def test_vetoes_stand_in_the_summary_and_on_the_way(tmp_path):
+    """A seed that has proven itself may not join the host while the governor worries: said once, and how often."""
+    summary, _ = train(tmp_path / "run", config(), controller=Watchful(config().tamiyo, seed=0))
+    [record] = summary.vetoes
+    [trace_id] = traces(summary)
+    assert (record.trace_id, record.policy, record.veto.gate) == (trace_id, "schedule", Gate.GOVERNOR)
+    assert (record.epoch, record.last_epoch, record.num) == (2, 3, 2)
+    assert record.veto.in_words == (
+        f"advance {SITE}/s0: the governor reports a spike: nothing new joins the host or becomes permanent"
+    )
+    history = RunHistory.model_validate_json((tmp_path / "run" / "history.json").read_bytes())
+    assert f"vetoed: {record.veto.in_words}" in dict(history.decisions)[2]
+    [stop] = [stop for stop in way_of(trace_id, summary, history).stops if stop.what.startswith("vetoed")]
+    assert stop.what == "vetoed by the governor gate (2 times, until epoch 3)"
+    assert stop.why == f"schedule: {record.veto.in_words}"
+    assert (tmp_path / "run" / "summary.json").read_text().count('"gate": "governor"') == 1
 
 
 def test_messages_and_lines_of_the_log_carry_it(tmp_path, caplog):

@@ -68,6 +68,11 @@ def packet(epoch, *layers, val_loss=1.0, num_epochs=30, options=(), budget=None,
     )
 
 
+def told(signal):
+    """A signal's vetoes in words, each with its gate."""
+    return [(veto.gate.value, veto.in_words) for veto in signal.vetoes]
+
+
 @dataclass
 class PaperHost:
     """Runs epochs; `script` maps a site to (ready, cull, gate) by stage, by default every gate opens after an epoch."""

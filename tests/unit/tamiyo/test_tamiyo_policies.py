@@ -3,7 +3,7 @@ from __future__ import annotations
 import collections
 
 import pytest
-from tamiyo_story import PaperHost, layer, option, packet
+from tamiyo_story import PaperHost, layer, option, packet, told
 
 from esper.config import ScheduledGraft, TamiyoConfig
 from esper.leyline import SeedStage
@@ -89,7 +89,10 @@ def test_a_schedule_may_name_a_kernel_by_any_name_of_its_design():
     assert host.signals[1].reason == expected
     asked = packet(1, layer("a", 1), options=options, embargoed=("a:conv",))
     _, signal = step(initial_state(config, 0), asked, config)
-    assert (signal.commands, signal.vetoes) == ((), ("schedule, epoch 1, mine at a: conv is under embargo there",))
+    assert (signal.commands, told(signal)) == (
+        (),
+        [("schedule", "schedule, epoch 1, mine at a: conv is under embargo there")],
+    )
 
 
 def test_a_scheduled_graft_that_must_wait_is_vetoed_until_it_can_be_done():
@@ -97,9 +100,9 @@ def test_a_scheduled_graft_that_must_wait_is_vetoed_until_it_can_be_done():
     host = PaperHost(config, OPTIONS, {"a": 1.0, "b": 1.0}, FLAT)
     host.run()
     assert host.germinated == [(2, "a", "conv"), (9, "b", "conv")]
-    assert host.signals[3].vetoes == (
-        "schedule, epoch 3, conv at b: conv at a (GERMINATED) under way, and one adaptation at a time",
-    )
+    assert told(host.signals[3]) == [
+        ("schedule", "schedule, epoch 3, conv at b: conv at a (GERMINATED) under way, and one adaptation at a time")
+    ]
     assert [bool(signal.vetoes) for signal in host.signals[:11]] == [False] * 3 + [True] * 6 + [False] * 2
 
 
@@ -120,10 +123,10 @@ def test_a_scheduled_graft_that_cannot_be_done_is_a_veto_with_its_reason(entry, 
     state = host.run()
     assert host.germinated == []
     vetoes = [veto for signal in host.signals for veto in signal.vetoes]
-    assert words in vetoes[0]
+    assert words in vetoes[0].in_words
     assert (len(vetoes) == 1) == is_final
     assert state["schedule_done"] == [0]  # given up at the latest when growth is over
-    assert vetoes[-1].startswith("schedule gives up")
+    assert vetoes[-1].what.startswith("schedule gives up")
     assert words in host.signals[entry.epoch].reason
 
 

@@ -90,7 +90,7 @@ def test_the_schedule_lets_kernels_race_that_it_names_for_one_epoch_and_site():
     assert state["schedule_done"] == [0, 1]
     _, alone = decide(site(9, resting()), config=config)
     assert orders(alone) == [(Action.GERMINATE, "s0", "mid")]
-    assert any("already got an order" in veto for veto in alone.vetoes)
+    assert any("already got an order" in veto.reason for veto in alone.vetoes)
 
 
 def test_the_best_evidence_wins_and_the_losers_go_first():

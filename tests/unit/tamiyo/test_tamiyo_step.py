@@ -5,7 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tamiyo_story import SHADOW, PaperHost, layer, option, packet
+from tamiyo_story import SHADOW, PaperHost, layer, option, packet, told
 
 from esper.config import ScheduledGraft, TamiyoConfig
 from esper.leyline import (
@@ -16,6 +16,7 @@ from esper.leyline import (
     ConflictError,
     Evidence,
     EvidenceKind,
+    Gate,
     KernelOption,
     SeedStage,
     Severity,
@@ -130,13 +131,15 @@ def test_no_graft_without_paired_evidence(evidence):
     ready = stage_packet(SeedStage.TRAINING, is_ready_for_transition=True, gate="open", evidence=evidence)
     _, signal = step(initial_state(CONFIG, 0), ready, CONFIG)
     assert signal.commands == ()
-    assert signal.vetoes == ("advance a/s0: no paired evidence came with its health, and unmeasured is not better",)
+    assert told(signal) == [
+        ("evidence", "advance a/s0: no paired evidence came with its health, and unmeasured is not better")
+    ]
 
 
 def test_no_stabilising_before_alpha_is_one():
     half = stage_packet(SeedStage.GRAFTING, is_ready_for_transition=True, gate="open", alpha=0.5)
     _, signal = step(initial_state(CONFIG, 0), half, CONFIG)
-    assert signal.vetoes == ("advance a/s0: it is blended in to 0.50 only",)
+    assert told(signal) == [("stage", "advance a/s0: it is blended in to 0.50 only")]
 
 
 def test_missing_or_stale_health_leaves_a_seed_as_it_is():
@@ -214,7 +217,7 @@ def test_nothing_joins_or_becomes_permanent_while_the_governor_is_not_ok(stage):
     ready = layer("a", 5, stage=stage, alpha=1.0, is_ready_for_transition=True, evidence=SHADOW, gate="open")
     _, signal = step(initial_state(CONFIG, 0), packet(5, ready, governor="warning"), CONFIG)
     assert signal.commands == ()
-    assert "nothing new joins the host or becomes permanent" in signal.vetoes[0]
+    assert "nothing new joins the host or becomes permanent" in signal.vetoes[0].reason
 
 
 # ---------------------------------------------------------------- the gates, against orders no policy of ours gives
@@ -246,18 +249,27 @@ def test_orders_that_make_no_sense_are_dropped_with_a_reason():
     seen = packet(5, layer("a", 5), layer("b", 5), options=(kernel,), embargoed=("b",))
     state = read_state(initial_state(CONFIG, 0))
 
-    def veto(*orders):
-        return judge(state, seen, CONFIG, orders).vetoes
+    def veto(*orders, begun=state, config=CONFIG):
+        return told(judge(begun, seen, config, orders))
+
+    def refused(*orders, **rest):
+        [(gate, words)] = veto(*orders, **rest)
+        return gate, words.split(": ", 1)[1]
 
     good = Order(Action.GERMINATE, "a", "s0", "why", kernel)
-    assert veto(good) == ()
-    assert "already got an order" in veto(good, good)[0]
-    assert "no health came" in veto(Order(Action.CULL, "zz", "s0", "why"))[0]
-    assert "not among those that are ready" in veto(Order(Action.GERMINATE, "b", "s0", "why", kernel))[0]
-    assert "not among those that are ready" in veto(Order(Action.GERMINATE, "b", "s0", "why", option("b", "x")))[0]
-    assert "not among those that are ready" in veto(Order(Action.GERMINATE, "a", "s0", "why"))[0]
-    seen = seen.model_copy(update={"embargoed": ("a:conv",)})
-    assert veto(good) == ("germinate conv at a: a:conv is under embargo",)
+    not_ready = ("kernel", "its kernel is not among those that are ready for this site")
+    assert veto(good) == []
+    assert refused(good, good) == ("stage", "the seed already got an order")
+    assert refused(Order(Action.CULL, "zz", "s0", "why")) == ("stage", "no health came from this seed")
+    assert refused(Order(Action.GERMINATE, "b", "s0", "why", kernel)) == not_ready
+    assert refused(Order(Action.GERMINATE, "b", "s0", "why", option("b", "x"))) == not_ready
+    assert refused(Order(Action.GERMINATE, "a", "s0", "why")) == not_ready
+    spent = state.model_copy(update={"num_adaptations": CONFIG.max_adaptations})
+    assert refused(good, begun=spent) == ("time", "all 4 adaptations of this run are spent")
+    seen = seen.model_copy(update={"governor": "spike"})
+    assert refused(good) == ("governor", "the governor reports spike: nothing grows until it is ok")
+    seen = seen.model_copy(update={"governor": "ok", "embargoed": ("a:conv",)})
+    assert veto(good) == [("embargo", "germinate conv at a: a:conv is under embargo")]
 
 
 def test_the_last_growth_epoch_is_exact():
@@ -391,4 +403,5 @@ def test_costs_of_a_kernel_that_somebody_else_loaded_are_reserved():
     seen = packet(0, stranger, layer("b", 0), options=(kernel, option("b", "mlp", params=2_000)))
     _, signal = step(initial_state(config, 0), seen, config)
     assert signal.commands == ()
-    assert "2,000 parameters exceed the 1,812 left in the budget" in signal.vetoes[0]
+    assert "2,000 parameters exceed the 1,812 left in the budget" in signal.vetoes[0].reason
+    assert signal.vetoes[0].gate is Gate.BUDGET
