@@ -422,7 +422,15 @@ class StageSpan(Contract):
 
 
 class FieldReport(Contract):
-    """What became of one adaptation, for Urza's statistics and for learning. `trace_id` is that of its events."""
+    """What became of one adaptation, for Urza's statistics and for learning. `trace_id` is that of its events.
+
+    Attributes:
+        blueprint_id: empty where the kernel was refused or never came: it is known by name alone then.
+        stages: those it went through, the last of them up to its end.
+        evidence: of its worth, as it was last measured; None where nothing was.
+        flops, seconds: of all that was computed for it behind the host.
+        failure_reason: why it ended, in words; empty for a fossil.
+    """
 
     api_version: int = API_VERSION
     report_id: str = Field(default_factory=new_id)

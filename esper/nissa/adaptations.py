@@ -67,7 +67,7 @@ class Adaptation:
     @property
     def num_parameters(self) -> int | None:
         """Of the kernel, where a report said so."""
-        return None if self.report is None else self.report.num_parameters
+        return self.report.num_parameters if self.report is not None and self.report.blueprint_id else None
 
     @property
     def motive(self) -> str:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
+from esper.leyline.errors import NotFoundError
 from esper.leyline.growth import SeedView
 from esper.leyline.messages import Topic
 from esper.leyline.native import RungChange
+from esper.leyline.ports import AssetHub
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import (
     Action,
     AdaptationSignal,
     Choice,
+    FieldReport,
     KasminaControlCommand,
     LayerHealthReport,
     LifecycleEvent,
     Outcome,
+    StageSpan,
     VetoRecord,
 )
 from esper.tolaria.course import Course
@@ -155,16 +160,38 @@ class Chronicle:
         return False
 
     def _report(self, seed_id: str, outcome: Outcome, reason: str) -> None:
-        now, before = self._course.seed(seed_id), self._seen.pop(seed_id, None)
-        view = now if now is not None and now.blueprint_id is not None else before
-        if view is None or view.blueprint_id is None or view.kernel_id is None:
-            return  # its kernel never came: there is nothing to say of it
-        report = self.recorder.report(view, outcome, reason=reason)
+        views = [view for view in (self._course.seed(seed_id), self._seen.pop(seed_id, None)) if view is not None]
+        # as it stands, unless it has lost its kernel already (a rollback); one whose kernel never came had none
+        with_kernel = [view for view in views if view.blueprint_id is not None]
+        view = next((view for view in (*with_kernel, *views) if view.kernel_id is not None), None)
+        if view is None:
+            return  # nobody chose a kernel for it: there is nothing to say
+        report = self.recorder.report(replace(view, spans=self._spans(view)), outcome, reason=reason)
         hub = self._course.ports.hub
         if self._course.is_first:
             self.outbox.publish(Topic.FIELD_REPORTS, report, trace_id=report.trace_id)
             if hub is not None:
-                self._reach.ask("Urza", lambda: hub.report(report))
+                self._reach.ask("Urza", lambda: _report_to(hub, report))
+
+    def _spans(self, seed: SeedView) -> tuple[StageSpan, ...]:
+        """The stages that a seed went through, and that in which it stands, which only its end closes."""
+        entered = (
+            event
+            for event in reversed(self.recorder.events)
+            if (event.seed, event.to_stage) == (seed.seed_id, seed.stage) and not event.refused
+        )
+        event = next(entered, None) if seed.stage.is_active else None
+        if event is None:
+            return seed.spans
+        epochs, steps = self._course.epoch - event.epoch, self._course.step - event.step
+        return (*seed.spans, StageSpan(stage=seed.stage, epochs=max(0, epochs), steps=max(0, steps)))
+
+
+def _report_to(hub: AssetHub, report: FieldReport) -> None:
+    try:
+        hub.report(report)
+    except NotFoundError:  # it refused the kernel because Urza has none such: there is no record to add to
+        log.warning("report.unknown_kernel", extra={"kernel": report.kernel_id, "trace": report.trace_id})
 
 
 def _fields(happened: LifecycleEvent | RungChange) -> dict[str, object]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tolaria_support import BLUEPRINT, SITE, Crash, CrashAt, config, equal, kernel_hub, train, workload
+from tolaria_support import BLUEPRINT, SIGNATURE, SITE, Crash, CrashAt, config, equal, kernel_hub, train, workload
 
 from esper.leyline import (
     ConfigError,
@@ -119,7 +119,12 @@ def test_without_growth_the_host_is_the_host(tmp_path):
     chosen = config(tolaria__epochs=4, kasmina__evidence_z=1e9, kasmina__max_training_epochs=50)
     summary, weights = train(tmp_path, chosen)
     assert summary.events[-1].to_stage is SeedStage.TRAINING
-    assert [report.outcome for report in summary.field_reports] == [Outcome.UNFINISHED]
+    [report] = summary.field_reports
+    assert report.outcome is Outcome.UNFINISHED
+    entered = summary.events[-1]
+    last = report.stages[-1]
+    assert (last.stage, last.steps) == (SeedStage.TRAINING, summary.steps.count - entered.step)
+    assert last.epochs == 4 - entered.epoch
     problem = workload(chosen)
     plain, optimizer = problem.model, optimizer_factory(chosen.tolaria.optimizer)(list(problem.model.parameters()))
     scheduler = problem.scheduler(optimizer, 12)
@@ -174,6 +179,18 @@ def test_a_run_that_waits_can_be_stopped(tmp_path):
     summary, _ = train(tmp_path, controller=Deaf(), stop=lambda: "SIGTERM" if next(calls) >= 3 else None)
     assert summary.status is RunStatus.INTERRUPTED
     assert summary.last_checkpoint == "checkpoints/epoch-000000"
+
+
+def test_a_kernel_that_is_refused_has_its_report_too(tmp_path):
+    hub, _ = kernel_hub()
+    summary, _ = train(tmp_path, config(tolaria__epochs=3), public_key=bytes(32))
+    assert summary.events[1].to_stage is SeedStage.CANCELLED
+    [report] = [report for report in summary.field_reports if report.trace_id == summary.events[0].trace_id]
+    assert (report.outcome, report.blueprint, report.value) == (Outcome.CANCELLED, BLUEPRINT, None)
+    assert report.failure_reason.startswith("kernel refused")
+    assert [span.stage for span in report.stages] == [SeedStage.DORMANT, SeedStage.GERMINATED]
+    [brief] = hub.kernel_briefs(SIGNATURE)
+    assert report.kernel_id == brief.kernel_id
 
 
 def test_signals_reach_the_bus_in_batches(tmp_path):
