@@ -17,6 +17,7 @@ from esper.leyline.errors import EsperError, UserError
 from jobs.alerts import alerts
 from jobs.blueprints import blueprints_app
 from jobs.bus import bus_app
+from jobs.gains import gains
 from jobs.kernels import kernels_app
 from jobs.options import DEFAULT_STORAGE, Json, RunArg, Storage, complete_run, print_json
 from jobs.steering import approve, veto
@@ -286,6 +287,7 @@ def runs_export(
     print_json({"to": to, "where": where}) if as_json else typer.echo(f"{where}\nsee it: {hint}")
 
 
+runs_app.command("gains")(gains)
 runs_app.command("approve")(approve)
 runs_app.command("veto")(veto)
 
