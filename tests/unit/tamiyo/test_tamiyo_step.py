@@ -266,7 +266,10 @@ def test_orders_that_make_no_sense_are_dropped_with_a_reason():
     assert refused(Order(Action.GERMINATE, "a", "s0", "why")) == not_ready
     spent = state.model_copy(update={"num_adaptations": CONFIG.max_adaptations})
     assert refused(good, begun=spent) == ("time", "all 4 adaptations of this run are spent")
-    seen = seen.model_copy(update={"governor": "spike"})
+    full = BudgetState(params_used=10, params_limit=15, flops_used=10)
+    seen, roomy = seen.model_copy(update={"budget": full}), seen
+    assert refused(good) == ("budget", "600 parameters exceed the 5 left in the budget")
+    seen = roomy.model_copy(update={"governor": "spike"})
     assert refused(good) == ("governor", "the governor reports spike: nothing grows until it is ok")
     seen = seen.model_copy(update={"governor": "ok", "embargoed": ("a:conv",)})
     assert veto(good) == [("embargo", "germinate conv at a: a:conv is under embargo")]
@@ -404,4 +407,4 @@ def test_costs_of_a_kernel_that_somebody_else_loaded_are_reserved():
     _, signal = step(initial_state(config, 0), seen, config)
     assert signal.commands == ()
     assert "2,000 parameters exceed the 1,812 left in the budget" in signal.vetoes[0].reason
-    assert signal.vetoes[0].gate is Gate.BUDGET
+    assert signal.vetoes[0].gate is Gate.SCHEDULE

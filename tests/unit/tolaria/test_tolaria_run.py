@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import wait
 
 import pytest
 import torch
 from tolaria_support import BLUEPRINT, SIGNATURE, SITE, Crash, CrashAt, config, equal, kernel_hub, train, workload
 
+from esper.kasmina.loader import KernelLoader
 from esper.leyline import (
     ConfigError,
     Outcome,
@@ -181,9 +183,27 @@ def test_a_run_that_waits_can_be_stopped(tmp_path):
     assert summary.last_checkpoint == "checkpoints/epoch-000000"
 
 
-def test_a_kernel_that_is_refused_has_its_report_too(tmp_path):
+class WhenLoaded:
+    """Waits at each decision for the loader: a kernel on its way has come by then, or was refused."""
+
+    def __init__(self, monkeypatch):
+        self.futures, request = [], KernelLoader.request
+
+        def noted(loader, *given, **named):
+            self.futures.append(request(loader, *given, **named))
+            return self.futures[-1]
+
+        monkeypatch.setattr(KernelLoader, "request", noted)
+
+    def at(self, place, step):
+        if place == "control":
+            assert not wait(self.futures, timeout=60.0).not_done
+
+
+def test_a_kernel_that_is_refused_has_its_report_too(tmp_path, monkeypatch):
     hub, _ = kernel_hub()
-    summary, _ = train(tmp_path, config(tolaria__epochs=3), public_key=bytes(32))
+    chosen = config(tolaria__epochs=3, deterministic="false")
+    summary, _ = train(tmp_path, chosen, public_key=bytes(32), faults=WhenLoaded(monkeypatch))
     assert summary.events[1].to_stage is SeedStage.CANCELLED
     [report] = [report for report in summary.field_reports if report.trace_id == summary.events[0].trace_id]
     assert (report.outcome, report.blueprint, report.value) == (Outcome.CANCELLED, BLUEPRINT, None)
