@@ -201,7 +201,7 @@ def check_log(hub, storage, submitted) -> str:
     return f"{dict(verdicts)}, {lost} leases lost"
 
 
-@pytest.mark.parametrize("seed", [1, 2, pytest.param(3, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_every_blueprint_ends_once_whoever_is_killed(platform, tmp_path, seed):
     hub, compilers = platform
     run_plan(hub, compilers, Storage.at(str(tmp_path / "store")), seed)
