@@ -21,6 +21,7 @@ def test_a_second_run_is_refused_and_ctrl_c_ends_the_first_cleanly(tmp_path):
     command = [
         Path(sys.executable).with_name("esper"), "train", REPOSITORY / "configs" / "digits.yaml", f"storage={store}",
         f"tezzeret.key_file={tmp_path / 'key.pem'}", "tolaria.epochs=5000", "nissa.view=plain", "nissa.dashboard=false",
+        "tezzeret.optimize=never",
     ]  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     log = tmp_path / "first.log"
