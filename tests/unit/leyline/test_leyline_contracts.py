@@ -8,7 +8,7 @@ import pickle
 import types
 from collections.abc import Callable
 from enum import Enum
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -144,7 +144,9 @@ def _instances(draw: st.DrawFn, contract: type[Contract]) -> Contract:
     return contract.model_validate(fields)
 
 
-def instances(contract: type[Contract]) -> st.SearchStrategy[Any]:
+def instances(contract: type) -> st.SearchStrategy[Any]:
+    if issubclass(contract, tuple):  # a NamedTuple: its fields by their annotations
+        return st.builds(contract, **{name: values_of(kind, []) for name, kind in get_type_hints(contract).items()})
     return signatures() if contract is SiteSignature else _instances(contract)
 
 
