@@ -6,7 +6,7 @@ CONFIG ?= configs/digits.yaml
 
 export RAY_AUTH_MODE ?= token
 
-.PHONY: help install train test test-unit test-ray check format soak clean
+.PHONY: help install train test test-unit test-integration test-ray check format soak clean
 
 help:            ## what can be done here
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -23,14 +23,17 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP)  ## train and grow a small network on the digits, then print where its report lies
 	$(BIN)/esper train $(CONFIG)
 
-test: test-unit test-ray  ## the whole test suite, with a coverage report
+test: test-unit test-integration test-ray  ## the whole test suite, with a coverage report
 
 test-unit: $(STAMP)  ## the library's tests; Ray is hidden from them
 	@$(BIN)/coverage erase
 	ESPER_TEST_WITHOUT_RAY=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report= tests/unit -m "not soak"
 
+test-integration: $(STAMP)  ## the longer tests that start no Ray, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-append --cov-report= tests/architecture tests/integration tests/faults -m "not ray and not soak"
+
 test-ray: $(STAMP)  ## the tests that start Ray
-	$(BIN)/coverage run -m pytest tests/architecture tests/actors tests/integration tests/faults -m "not soak"
+	$(BIN)/coverage run -m pytest tests/architecture tests/actors tests/integration tests/faults -m "ray and not soak"
 	@$(BIN)/coverage combine --quiet --append && $(BIN)/coverage report
 
 soak: $(STAMP)  ## the long tests; the kills keep their results in ESPER_SOAK_DIR (.soak) and go on there

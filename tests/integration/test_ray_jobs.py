@@ -25,7 +25,7 @@ host: {type: cnn, channels: [4], blocks_per_stage: 1}
 budget: {params: 20.0, flops: 20.0}
 kasmina: {sites: [stages.0.0], evidence_z: 0.0, min_training_epochs: 1, harm_tolerance: 5.0}
 tamiyo: {policy: schedule, schedule: [{epoch: 0, site: stages.0.0, blueprint: residual_conv}]}
-tezzeret: {blueprints: [residual_conv], max_workers: 1}
+tezzeret: {blueprints: [residual_conv], max_workers: 1, optimize: never}
 nissa: {view: plain}
 """
 
