@@ -7,8 +7,9 @@ from jobs.bench.stall import _goals, _row
 
 def test_a_stall_is_the_worst_step_against_that_of_the_control():
     control = [10.0] * 99 + [20.0]
-    row = _row("cnn", "graft", [10.0] * 99 + [50.0], [10.0] * 9 + [30.0], control)
-    assert (row["stall"], row["worst"], row["steps"]) == (1.5, 3.0, 100)
+    row = _row("cnn", "graft", [10.0] * 99 + [50.0], [20.0] * 9 + [30.0], control)
+    assert (row["stall"], row["worst"], row["steps"]) == (1.25, 2.5, 100), "over the median after grafts"
+    assert (row["window worst"], row["window"]) == (1.5, 10)
     assert _row("cnn", "control", control, [], control)["stall"] == 1.0
 
 
