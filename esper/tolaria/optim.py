@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,6 +43,15 @@ SUPPORTED_SCHEDULERS: tuple[type[LRScheduler], ...] = (
     lr_scheduler.SequentialLR,
 )
 
+UNSUITED: Mapping[type[Optimizer], str] = MappingProxyType(
+    {
+        torch.optim.LBFGS: "it calls the model again and again within one step, and takes one group of parameters",
+        torch.optim.SparseAdam: "it takes sparse gradients only",
+        torch.optim.Muon: "it takes matrices only, and a kernel may bring a bias, a norm or a convolution",
+    }
+)
+"""Optimizers of torch that cannot follow a network that grows, and why."""
+
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
@@ -54,12 +64,19 @@ class Optimization:
         scaler: of losses in float16; it leaves out the steps whose gradients overflow.
 
     Raises:
-        ConfigError: for a scheduler that cannot grow.
+        ConfigError: for an optimizer or a scheduler that cannot grow.
     """
 
     def __init__(
         self, optimizer: Optimizer, scheduler: LRScheduler | None = None, scaler: GradScaler | None = None
     ) -> None:
+        for kind, words in UNSUITED.items():
+            if isinstance(optimizer, kind):
+                raise ConfigError(
+                    f"{kind.__name__} cannot follow a network that grows: {words}",
+                    field="optimizer",
+                    remedy="use AdamW, SGD or another of torch.optim",
+                )
         if scheduler is not None:
             require_supported(scheduler)
         self.optimizer = optimizer

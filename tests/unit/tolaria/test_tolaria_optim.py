@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW, lr_scheduler
 
 from esper.config import OptimizerConfig, Optimizers, SchedulerConfig
 from esper.leyline import ConfigError, ConflictError
-from esper.tolaria.optim import SEED_KEY, Optimization, clip_norms
+from esper.tolaria.optim import SEED_KEY, UNSUITED, Optimization, clip_norms
 from esper.tolaria.schedules import RateCurve, optimizer_factory, scheduler_factory
 from esper.tolaria.tree import flatten, unflatten
 
@@ -106,7 +106,7 @@ CLASSES = {
     for name, kind in vars(torch.optim).items()
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
 }
-SUITED = sorted(set(CLASSES) - {"LBFGS", "SparseAdam"})
+SUITED = sorted(set(CLASSES) - {kind.__name__ for kind in UNSUITED})
 
 
 def test_every_optimizer_of_torch_that_suits_has_its_name():
@@ -121,7 +121,15 @@ def made_by(name):
     return lambda parameters, lr: optimizer_factory(OptimizerConfig(type=name, lr=lr))(parameters)
 
 
-@pytest.mark.parametrize("name", [name for name in SUITED if name != "Muon"])  # which takes matrices only
+@pytest.mark.parametrize("kind", UNSUITED, ids=lambda kind: kind.__name__)
+def test_an_optimizer_that_cannot_grow_is_refused_by_name(kind):
+    with pytest.raises(ConfigError, match=f"{kind.__name__} cannot follow") as caught:
+        Optimization(kind([nn.Parameter(torch.zeros(2, 2))]))
+    assert caught.value.field == "optimizer"
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("name", SUITED)
 def test_any_optimizer_of_torch_grows_and_resumes(name):
     plain, grower = Grower("wsd", made_by(name)), Grower("wsd", made_by(name.lower()))
     plain.steps(0, STEPS)
