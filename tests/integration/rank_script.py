@@ -35,6 +35,18 @@ HOSTS: dict[str, tuple[Host, tuple[int, ...], str, str]] = {
 }
 
 
+SETTINGS: dict[str, dict[str, object]] = {
+    "mlp, bf16 in parts": {"tolaria__precision": "bf16", "tolaria__accumulate": 2},
+    "gpt, bf16 in parts": {"tolaria__precision": "bf16", "tolaria__accumulate": 2},
+}
+"""What else is told of a run of HOSTS; its name up to the comma is that of its host."""
+PLAIN: dict[str, tuple[Host, tuple[int, ...], str, str]] = {
+    "vit": (VitHost(width=8, depth=1, heads=2, patch=4, dropout=0.0), (1, 8, 8), "blocks.0", "mlp_adapter"),
+    "gpt": (GptHost(width=8, depth=1, heads=2, dropout=0.0), (6,), "blocks.0", "mlp_adapter"),
+}
+"""Hosts in which a batch's samples do not meet, and nothing is drawn."""
+
+
 class Saved:
     """Keeps the weights of one step."""
 
@@ -218,7 +230,20 @@ def racing(ranks, folder: Path) -> dict:
 
 
 def plain(ranks, folder: Path) -> dict:
-    """Twenty steps across a graft, on a host in which a batch's samples do not meet."""
+    """Twenty steps across a graft, on hosts in which a batch's samples do not meet."""
+    found = {"layers": plain_layers(ranks, folder)}
+    for name, host in PLAIN.items():
+        chosen, problem, given = problem_of(*host)
+        saved = Saved(problem.model, 20)
+        summary, _ = train(
+            folder / f"{name}-{ranks.world}", chosen, problem=problem, ranks=ranks, faults=saved, **given
+        )
+        graft = next(event.step for event in summary.events if event.to_stage is SeedStage.GRAFTING)
+        found[name] = {"weights": saved.weights, "graft": graft}
+    return found
+
+
+def plain_layers(ranks, folder: Path) -> dict:
     torch.manual_seed(1)
     host = nn.Sequential(nn.Linear(8, 12), nn.Sequential(nn.Linear(12, 12), nn.ReLU()), nn.Linear(12, 3))
     site = {"kasmina__sites": "['1']", "tamiyo__schedule": f"[{{epoch: 0, site: '1', blueprint: {BLUEPRINT}}}]"}
@@ -230,9 +255,8 @@ def plain(ranks, folder: Path) -> dict:
     return {"weights": saved.weights, "graft": graft}
 
 
-def epochs_of(name: str, ranks, folder: Path) -> dict:
-    """Hashes of all tensors, seeds' too, after each epoch."""
-    host_config, shape, site, blueprint = HOSTS[name]
+def problem_of(host_config: Host, shape: tuple[int, ...], site: str, blueprint: str, **settings):
+    """The configuration of a run of one graft, its problem, and its hub with the signer's key."""
     is_text = isinstance(host_config, GptHost)
     host = build_host(host_config, input_shape=shape, num_outputs=11, seed=3)
     generator = torch.Generator().manual_seed(5)
@@ -244,7 +268,7 @@ def epochs_of(name: str, ranks, folder: Path) -> dict:
     y = (x + 1) % 11 if is_text else x.flatten(1)[:, :11].argmax(1)
     graft = f"[{{epoch: 0, site: '{site}', blueprint: {blueprint}}}]"
     chosen = config(
-        kasmina__sites=f"['{site}']", tamiyo__schedule=graft, tezzeret__blueprints=f"[{blueprint}]", tolaria__epochs=6
+        kasmina__sites=f"['{site}']", tamiyo__schedule=graft, tezzeret__blueprints=f"[{blueprint}]", **settings
     )
     problem = Workload(
         model=host, example=(x[:2],), train=(x[:120], y[:120]), val=(x[120:], y[120:]), scheduler=None,
@@ -252,10 +276,17 @@ def epochs_of(name: str, ranks, folder: Path) -> dict:
         optimizer=optimizer_factory(chosen.tolaria.optimizer),
     )  # fmt: skip
     hub, key = local_hub(find_sites(host, (x[:2],), sites=(site,), causal=is_text).values(), chosen, private_key=KEY)
+    return chosen, problem, {"hub": hub, "public_key": key}
+
+
+def epochs_of(name: str, ranks, folder: Path) -> dict:
+    """Hashes of all tensors, seeds' too, after each epoch."""
+    host = HOSTS[name.partition(",")[0]]
+    chosen, problem, given = problem_of(*host, tolaria__epochs=6, **SETTINGS.get(name, {}))
     seen: list[dict[str, str]] = []
     summary, _ = train(
-        folder / name, chosen, problem=problem, ranks=ranks, hub=hub, public_key=key,
-        on_epoch=lambda record: seen.append(digests(host.state_dict())),
+        folder / name, chosen, problem=problem, ranks=ranks, **given,
+        on_epoch=lambda record: seen.append(digests(problem.model.state_dict())),
     )  # fmt: skip
     stages = [event.to_stage.value for event in summary.events if not event.refused]
     return {"digests": json.dumps(seen), "stages": stages}
@@ -281,7 +312,7 @@ def seen_by(what: str, rank: int, ranks, folder: Path) -> dict:
         "straying": lambda: straying(rank, ranks, folder),
         "racing": lambda: racing(ranks, folder),
         "plain": lambda: plain(ranks, folder),
-        "hosts": lambda: {name: epochs_of(name, ranks, folder) for name in HOSTS},
+        "hosts": lambda: {name: epochs_of(name, ranks, folder) for name in (*HOSTS, *SETTINGS)},
     }
     return scenes[what]()
 

@@ -29,10 +29,11 @@ EXPORTER = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
 
 
 class Receiver:
-    """Takes traces on a port; `is_up` false refuses them."""
+    """Takes traces on a port; `is_up` false refuses them with `status`."""
 
     def __init__(self) -> None:
         self.resources, self.headers, self.num_refused = [], [], 0
+        self.status = 401  # which may be over soon, and which the exporter does not repeat by itself
         self.is_up, self.came, self.refused = True, threading.Condition(), threading.Event()
         outer = self
 
@@ -40,7 +41,7 @@ class Receiver:
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["content-length"]))
                 is_ours = self.path == "/v1/traces" and self.headers["content-type"] == "application/x-protobuf"
-                status = 404 if not is_ours else 200 if outer.is_up else 400
+                status = 404 if not is_ours else 200 if outer.is_up else outer.status
                 if status == 200:
                     request = ExportTraceServiceRequest.FromString(body)
                     with outer.came:
@@ -177,6 +178,19 @@ def test_without_its_collector_nissa_goes_on_says_so_once_and_delivers_when_it_i
     assert nissa.sender.missing() == ""
 
 
+def test_spans_that_the_collector_will_never_take_do_not_hold_up_those_behind_them(receiver, watch):
+    now = time.time()
+    receiver.is_up, receiver.status = False, 413
+    nissa = watch(receiver.address)
+    nissa.tell(Topic.LIFECYCLE, moved(S.DORMANT, S.GERMINATED, now), moved(S.GERMINATED, S.TRAINING, now + 1))
+    assert receiver.refused.wait(30)
+    assert "1 spans were not delivered" in nissa.sender.missing()
+    receiver.is_up = True
+    nissa.tell(Topic.LIFECYCLE, moved(S.TRAINING, S.GRAFTING, now + 2))
+    assert [span.name for span in receiver.wait_for(1)] == ["training"]
+    assert nissa.sender.missing() == "", "it was told"
+
+
 def test_a_collector_that_is_not_there_holds_nothing_up(receiver, watch):
     receiver.server.server_close()  # nobody listens at its port any more
     nissa = watch(receiver.address)
@@ -226,7 +240,9 @@ def test_the_standard_path_is_added_where_there_is_none(given, asked):
     collector.close()
 
 
-@pytest.mark.parametrize("bad", ["127.0.0.1:4318", "ftp://there", "http://", "http://there?x=1"])
+@pytest.mark.parametrize(
+    "bad", ["127.0.0.1:4318", "ftp://there", "http://", "http://there?x=1", "http://me:secret@there"]
+)
 def test_what_is_no_address_is_refused_by_the_configuration(bad):
     with pytest.raises(ConfigError, match="otlp_endpoint"):
         load_config("configs/digits.yaml", [f"nissa.otlp_endpoint={bad}"])

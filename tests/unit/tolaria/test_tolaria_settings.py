@@ -28,6 +28,29 @@ class Diary:
             self.weights[step] = dict(self.module.named_parameters())["0.weight"].detach().clone()
 
 
+def test_kernels_in_training_see_the_share_of_batches_that_is_asked_for_and_the_ledger_tells_its_cost(tmp_path):
+    spent = {}
+    for every in (1, 3, 9):
+        chosen = config(kasmina__shadow_every=every, kasmina__min_training_epochs=3, tolaria__epochs=5)
+        summary, _ = train(tmp_path / str(every), chosen)
+        steps = {event.to_stage: event.step for event in summary.events}
+        assert steps[SeedStage.GRAFTING] - steps[SeedStage.TRAINING] == 9
+        spent[every] = summary.ledger.flops.shadow  # paired validation is in it too, the same for all
+    assert spent[1] - spent[3] == 3 * (spent[3] - spent[9]) > 0
+
+
+def test_health_is_sampled_less_often_where_it_costs_more_than_its_share(tmp_path):
+    spent = []
+    for share in ("1.0", "1e-9"):
+        chosen = config(
+            deterministic=False, tamiyo__policy="none", kasmina__telemetry_every=2, kasmina__telemetry_share=share,
+            tolaria__epochs=2, tolaria__batch_size=4,
+        )  # fmt: skip
+        summary, _ = train(tmp_path / share, chosen)
+        spent.append(summary.ledger.flops.telemetry)
+    assert 0 < 2 * spent[1] < spent[0]
+
+
 def test_a_frozen_host_stands_still_from_graft_to_fossil_only(tmp_path):
     chosen = config(tolaria__freeze_host="true")
     problem = workload(chosen)
