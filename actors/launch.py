@@ -214,10 +214,14 @@ def _lacks_dashboard(config: RunConfig, cluster: Cluster) -> bool:
 def _catch_up(systems: Platform, run_id: str) -> tuple[LiveView | None, tuple[str, ...]]:
     """Lets the view take in what is on the bus; returns its last picture, which is whole then, and what is missing."""
     try:
-        return systems.view.drain(run_id), systems.view.missing()
+        picture = systems.view.drain(run_id)
     except TransientError as error:
         _LOG.warning("view.behind", extra={"reason": str(error)})
         return None, (f"Nissa: its last picture may lack what came last: {error}",)
+    try:
+        return picture, systems.view.missing()
+    except TransientError as error:
+        return picture, (f"Nissa: it did not say what it could not deliver: {error}",)
 
 
 def _count(systems: Platform, folder: Storage, summary: RunSummary, missing: tuple[str, ...]) -> RunSummary:

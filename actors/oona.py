@@ -233,7 +233,7 @@ class OonaShard:
     def _check(self) -> None:
         if self._fault is not None:
             raise self._fault
-        if self._tidying is None:
+        if self._tidying is None or self._tidying.done():
             self._tidying = asyncio.create_task(self._tidy())
 
     async def _tidy(self) -> None:
@@ -244,6 +244,9 @@ class OonaShard:
                 self._journal.tidy(time.monotonic(), time.time())
             except UnavailableError as error:
                 logger.warning("oona.tidy.failed", extra={"shard": self._name, "reason": str(error)})
+            except Exception:
+                logger.exception("oona.tidy.ended", extra={"shard": self._name})
+                raise  # begun again with the next call
             self._tell_all()
 
     def _leave(self, group: str, member: str) -> None:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
-from esper.leyline import EsperError
+from esper.leyline import ConflictError, EsperError
 from esper.nissa.spans import Span
 
 _LOG = logging.getLogger("esper.nissa")
@@ -28,7 +28,7 @@ class Receiver(Protocol):
     """Where spans go."""
 
     def send(self, spans: Sequence[Span]) -> None:
-        """Hands them over; raises `UnavailableError` if they were not taken."""
+        """Hands them over; raises `UnavailableError` if they were not taken, `ConflictError` if they never will be."""
         ...
 
     def close(self) -> None:
@@ -69,10 +69,10 @@ class SpanSender:
                 self._num_dropped += 1
 
     def missing(self) -> str:
-        """Sends what waits; what could not be delivered, in words; empty where all was."""
+        """Sends what waits; what could not be delivered since it was last asked, in words; empty where all was."""
         self._send()
         with self._lock:
-            lost = len(self._waiting) + self._num_dropped
+            lost, self._num_dropped = len(self._waiting) + self._num_dropped, 0
         return f"OpenTelemetry: {lost} spans were not delivered: {self._reason}" if lost else ""
 
     def stop(self) -> None:
@@ -96,6 +96,13 @@ class SpanSender:
                     return
                 try:
                     self._receiver.send(batch)
+                except ConflictError as error:  # it would refuse them again, and all behind them would wait
+                    _LOG.warning("traces.refused", extra={"num": len(batch), "reason": str(error)})
+                    self._reason, self._num_dropped = str(error), self._num_dropped + len(batch)
+                    with self._lock:
+                        for _ in range(min(len(batch), len(self._waiting))):
+                            self._waiting.popleft()
+                    continue
                 except EsperError as error:
                     if not self._is_silent:
                         _LOG.warning("traces.undelivered", extra={"reason": str(error)})

@@ -177,11 +177,9 @@ Host = Annotated[
 
 
 Optimizers = Literal[
-    "adamw", "sgd", "adadelta", "adafactor", "adagrad", "adam", "adamax", "asgd", "muon", "nadam", "radam", "rmsprop",
-    "rprop",
+    "adamw", "sgd", "adadelta", "adafactor", "adagrad", "adam", "adamax", "asgd", "nadam", "radam", "rmsprop", "rprop",
 ]  # fmt: skip
-"""The classes of torch.optim, without LBFGS, which calls the model again and again within one step, and SparseAdam,
-which takes sparse gradients only."""
+"""The classes of torch.optim, but for those that cannot follow a network that grows (`tolaria.optim.UNSUITED`)."""
 
 
 class OptimizerConfig(Section):
@@ -537,8 +535,9 @@ class NissaConfig(Section):
     """Start Ray's dashboard (on loopback) when the run starts Ray itself."""
     metrics_every_s: PositiveFloat | None = 5.0
     """Seconds between two exports of metrics for Prometheus, through Ray's agents; null exports none."""
-    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^/\s?#]+[^\s?#]*$")] | None = None
-    """An OpenTelemetry collector (OTLP over HTTP) that gets each adaptation as a trace; null sends none."""
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^/\s?#@]+(/[^\s?#]*)?$")] | None = None
+    """An OpenTelemetry collector (OTLP over HTTP) that gets each adaptation as a trace; null sends none. Who sends is
+    told by `OTEL_EXPORTER_OTLP_HEADERS`, never in the address."""
     page: PageConfig = PageConfig()
 
 

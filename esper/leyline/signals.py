@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from esper.leyline.contract import API_VERSION, Contract, Finite, Fraction, Name, new_id, now
 from esper.leyline.kernels import SiteSignature, ValidationReport
@@ -334,6 +334,14 @@ class AdaptationSignal(Contract):
     commands: tuple[KasminaControlCommand, ...] = ()
     vetoes: tuple[Veto, ...] = ()
     reason: Annotated[str, Field(min_length=1)]
+
+    @field_validator("vetoes", mode="before")
+    @classmethod
+    def _not_words(cls, vetoes: Any) -> Any:
+        """Leaves out vetoes that are words alone, as they were told before gates had names: `reason` has them too."""
+        return (
+            tuple(veto for veto in vetoes if not isinstance(veto, str)) if isinstance(vetoes, list | tuple) else vetoes
+        )
 
 
 # ---------------------------------------------------------------- events and reports

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from esper.leyline.errors import ConfigError, UnavailableError
+from esper.leyline.errors import ConfigError, ConflictError, UnavailableError
 from esper.nissa.spans import Span
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ FIELD = "nissa.otlp_endpoint"
 SERVICE = "esper"
 _EXPORTER = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
 _PATH = "/v1/traces"
+_REFUSED = re.compile(r"\bcode: (400|413|415|422)\b")
+"""In the exporter's words: what a collector says of spans that it will never take."""
 
 
 def check(endpoint: str | None) -> None:
@@ -70,10 +73,19 @@ class Collector:
         """Hands spans over.
 
         Raises:
-            UnavailableError: if the collector did not take them.
+            UnavailableError: if the collector did not take them, and may later.
+            ConflictError: if it refused them for good: it will refuse them again.
         """
-        if self._exporter.export([self._made(span) for span in spans]) is not self._done:
-            raise UnavailableError(f"{self.address} did not take them: {self._words.last}")
+        made = [self._made(span) for span in spans]
+        try:
+            is_done = self._exporter.export(made) is self._done
+        except Exception as error:  # some versions of the exporter let a lost connection through
+            raise UnavailableError(f"{self.address} did not take them: {error}") from error
+        if is_done:
+            return
+        if _REFUSED.search(self._words.last):
+            raise ConflictError(f"{self.address} refused them: {self._words.last}")
+        raise UnavailableError(f"{self.address} did not take them: {self._words.last}")
 
     def close(self) -> None:
         """Ends what it may be repeating."""

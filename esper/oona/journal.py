@@ -284,9 +284,9 @@ class Journal:
 
     def _roll(self, at: float) -> None:
         retain_s = self._broker.kept.retain_s
-        self._roll_at = math.inf if retain_s is None else max(at, self._broker.kept.newest_at) + retain_s / 8
         snapshot = json.dumps(self._broker.snapshot(), separators=(",", ":")).encode()
         self._log.roll(self._broker.next_offset, Kind.SNAPSHOT, snapshot)
+        self._roll_at = math.inf if retain_s is None else max(at, self._broker.kept.newest_at) + retain_s / 8
         self._log.drop_below(self._broker.first_offset)
 
     def _replay(self, now: float) -> None:

@@ -29,6 +29,7 @@ RETRY_S = 0.2
 """First pause before a batch is sent again to a shard that is not there; it doubles up to `MAX_RETRY_S`."""
 
 MAX_RETRY_S = 5.0
+_MOST_DOUBLINGS = 16  # far beyond it; an outage may last for thousands
 
 MAX_ROUTES = 4096
 """Of (topic, key) whose shard is remembered."""
@@ -276,7 +277,7 @@ class Publisher:
                 call.waiting_since = call.due_at = now  # the broker is there and full
             elif isinstance(error, UnavailableError):
                 logger.warning("oona.publish.retried", extra={"shard": shard, "seq": call.seq, "error": str(error)})
-                call.due_at = now + min(MAX_RETRY_S, RETRY_S * 2**call.num_failures)
+                call.due_at = now + min(MAX_RETRY_S, RETRY_S * 2 ** min(call.num_failures, _MOST_DOUBLINGS))
                 call.num_failures += 1
             else:
                 self._failure = error if isinstance(error, EsperError) else EsperError(f"publishing failed: {error!r}")

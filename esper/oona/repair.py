@@ -57,7 +57,7 @@ def repair(directory: Path) -> list[Cut]:
 
 def _repair(path: Path, *, is_last: bool) -> list[Cut]:
     data = path.read_bytes()
-    original = path.with_suffix(DAMAGED)
+    original = _free(path.with_suffix(DAMAGED))
     pieces: list[bytes] = []
     cuts: list[Cut] = []
     at = 0
@@ -78,13 +78,22 @@ def _repair(path: Path, *, is_last: bool) -> list[Cut]:
     return cuts
 
 
+def _free(path: Path) -> Path:
+    """A name that nothing has: what an earlier repair set aside stays."""
+    number = 2
+    free = path
+    while free.exists():
+        free = path.with_suffix(f"{DAMAGED}-{number}")
+        number += 1
+    return free
+
+
 def _replace(path: Path, data: bytes, original: Path) -> None:
     mended = path.with_suffix(".new")
     with mended.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    original.unlink(missing_ok=True)
     os.link(path, original)
     mended.rename(path)
     sync_directory(path.parent)

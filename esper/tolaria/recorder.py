@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import platform
 import statistics
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from esper.leyline.contract import now
+from esper.leyline.contract import new_id, now
 from esper.leyline.growth import SeedView
 from esper.leyline.native import RungChange
 from esper.leyline.signals import Choice, EpochRecord, FieldReport, LifecycleEvent, Outcome, VetoRecord
@@ -151,6 +152,7 @@ class Recorder:
         """
         flops, seconds = self._spent.pop(view.seed_id, (0, 0.0))
         report = FieldReport(
+            report_id=_report_id(self._head["run_id"], view.trace_id, outcome),
             run_id=self._head["run_id"],
             trace_id=view.trace_id,
             site=view.site,
@@ -297,6 +299,13 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _report_id(run_id: str, trace_id: str, outcome: Outcome) -> str:
+    """The same where an adaptation ends once more, in a run that was resumed from before its end: it counts once."""
+    if not trace_id:
+        return new_id()
+    return hashlib.sha256(f"{run_id}\n{trace_id}\n{outcome}".encode()).hexdigest()[:32]
 
 
 def _compiler_counts() -> tuple[int, int]:

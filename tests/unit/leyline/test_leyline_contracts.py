@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from esper import leyline
 from esper.leyline import (
     PAYLOADS,
+    AdaptationSignal,
     BlueprintStatus,
     ConflictError,
     Contract,
@@ -347,3 +348,14 @@ def test_json_without_a_number_is_refused():
     broken = json.loads(record.model_dump_json()) | {"value": "NaN"}
     with pytest.raises(ValidationError, match="finite"):
         leyline.Check.model_validate(broken)
+
+
+def test_a_signal_from_before_gates_had_names_is_read_without_its_vetoes():
+    old = {
+        "run_id": "r",
+        "epoch": 1,
+        "policy": "heuristic",
+        "vetoes": ["stages.0: the budget"],
+        "reason": "vetoed: ...",
+    }
+    assert AdaptationSignal.model_validate_json(json.dumps(old)).vetoes == ()

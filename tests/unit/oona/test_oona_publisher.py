@@ -102,6 +102,22 @@ def test_a_failed_or_refused_batch_is_sent_again_with_its_number(make):
     assert len({batch.records for _, batch, _ in transport.sent}) == 1
 
 
+def test_an_outage_may_last_for_thousands_of_tries(make, monkeypatch):
+    monkeypatch.setattr(publisher_module, "MAX_RETRY_S", 0.0)
+
+    def answer(count, future):
+        if count <= 1100:  # 2.0**1024 is no number
+            future.set_exception(UnavailableError("no space"))
+        else:
+            future.set_result(True)
+
+    transport = Scripted(answer=answer)
+    publisher = make(transport, linger_s=0.0)
+    publisher.publish([step(0)])
+    publisher.flush(timeout_s=WAIT_S)
+    assert len(transport.sent) == 1101
+
+
 def test_a_batch_that_is_refused_for_good_is_reported_to_who_publishes(make):
     transport = Scripted(answer=lambda _, future: future.set_exception(TamperedError("the batch is not whole")))
     publisher = make(transport, linger_s=0.0)

@@ -135,6 +135,20 @@ def test_a_segment_that_is_damaged_all_through_is_set_aside(tmp_path):
     journal.close()
 
 
+def test_what_one_repair_set_aside_stays_at_the_next(tmp_path):
+    write(tmp_path)
+    path = sorted(tmp_path.glob("*.log"))[1]
+    originals = []
+    for _ in range(2):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        (cut,) = repair(tmp_path)
+        originals.append((cut.original, bytes(data)))
+    assert len({original for original, _ in originals}) == 2
+    assert all(original.read_bytes() == data for original, data in originals)
+
+
 def test_a_log_that_tells_no_offsets_is_not_guessed_at(tmp_path):
     log = SegmentLog(tmp_path)
     log.roll(0, Kind.SNAPSHOT, b'{"next_offset":0,"producers":{},"counts":{},"groups":[]}')
