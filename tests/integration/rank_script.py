@@ -233,7 +233,9 @@ def plain(ranks, folder: Path) -> dict:
     """Twenty steps across a graft, on hosts in which a batch's samples do not meet."""
     found = {"layers": plain_layers(ranks, folder)}
     for name, host in PLAIN.items():
-        chosen, problem, given = problem_of(*host)
+        # direct: whatever it would have shown behind the host. SGD: the loss does not depend on a key's bias, and Adam
+        # makes whole steps of the rounding that is its gradient
+        chosen, problem, given = problem_of(*host, strategy="direct", tolaria__optimizer__type="sgd")
         saved = Saved(problem.model, 20)
         summary, _ = train(
             folder / f"{name}-{ranks.world}", chosen, problem=problem, ranks=ranks, faults=saved, **given
@@ -255,7 +257,7 @@ def plain_layers(ranks, folder: Path) -> dict:
     return {"weights": saved.weights, "graft": graft}
 
 
-def problem_of(host_config: Host, shape: tuple[int, ...], site: str, blueprint: str, **settings):
+def problem_of(host_config: Host, shape: tuple[int, ...], site: str, blueprint: str, *, strategy="ramp", **settings):
     """The configuration of a run of one graft, its problem, and its hub with the signer's key."""
     is_text = isinstance(host_config, GptHost)
     host = build_host(host_config, input_shape=shape, num_outputs=11, seed=3)
@@ -266,7 +268,7 @@ def problem_of(host_config: Host, shape: tuple[int, ...], site: str, blueprint: 
         else torch.randn(160, *shape, generator=generator)
     )
     y = (x + 1) % 11 if is_text else x.flatten(1)[:, :11].argmax(1)
-    graft = f"[{{epoch: 0, site: '{site}', blueprint: {blueprint}}}]"
+    graft = f"[{{epoch: 0, site: '{site}', blueprint: {blueprint}, strategy: {strategy}}}]"
     chosen = config(
         kasmina__sites=f"['{site}']", tamiyo__schedule=graft, tezzeret__blueprints=f"[{blueprint}]", **settings
     )
