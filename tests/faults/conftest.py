@@ -33,12 +33,16 @@ def cluster():
 def train(cluster):
     """Trains on the module's Ray: `train(storage, run_id, faults=None, resume=False, **settings)`.
 
-    What is detached ends with the module.
+    What is detached ends with the module, or when a run wants another platform: two of them and two workers are more
+    than a small Ray has CPUs for.
     """
     storages = set()
 
     def start(storage: Path, run_id: str, faults: FaultPlan | None = None, *, resume: bool = False, **settings: object):
         config = support.config(storage, **settings)
+        for other in storages - {config.storage}:
+            platform.down(other)
+        storages.clear()
         storages.add(config.storage)
         support.forget_watched()
         return run(support.WatchedWorkload(config), config, run_id=run_id, faults=faults, resume=resume)
