@@ -15,6 +15,7 @@ from tolaria_support import BLUEPRINT, SITE, config, data, equal, kernel_hub, mo
 from esper import kasmina
 from esper.config import GovernorConfig
 from esper.leyline import ConfigError, NonFiniteError, Outcome, SeedStage
+from esper.leyline.contract import new_id
 from esper.tamiyo.controller import LocalController
 from esper.tolaria import snapshot
 from esper.tolaria.course import Ports
@@ -180,7 +181,7 @@ class Loop:
             TASKS["classification"],
             example=(x[:2],),
             config=chosen,
-            run_id="run",
+            run_id=f"run-{new_id()}",  # the hub is that of all tests, and counts an adaptation of a run once
             ports=Ports(hub=hub, controller=LocalController(chosen.tamiyo)),
             val=evaluation_batches((x[120:160], y[120:160]), batch_size=40),
             steps_per_epoch=3,
@@ -454,6 +455,17 @@ def test_blame_reaches_urza_as_the_outcome_of_the_kernel(loop):
     assert hub.outcomes(kernel_id) - before == Counter({Outcome.ROLLED_BACK: 1})
     report = loop.session.recorder.reports[-1]
     assert (report.outcome, report.failure_reason) == (Outcome.ROLLED_BACK, "the loss is nan")
+
+
+def test_an_adaptation_that_ends_again_in_a_resumed_run_counts_once(loop):
+    loop.until(SeedStage.GRAFTING)
+    hub, kernel_id = loop.session.course.ports.hub, loop.host.seeds()[0].kernel_id
+    view, before = loop.host.seeds()[0], hub.outcomes(kernel_id)
+    recorder = loop.session.recorder
+    for _ in range(2):  # what a run does that died after the report and before its next checkpoint
+        hub.report(recorder.report(view, Outcome.CULLED, reason="no gain"))
+    hub.report(recorder.report(view, Outcome.UNFINISHED, reason="the run was interrupted"))
+    assert hub.outcomes(kernel_id) - before == Counter({Outcome.CULLED: 1, Outcome.UNFINISHED: 1})
 
 
 def test_a_kernel_that_retires_after_a_rollback_is_reported_once(loop):
