@@ -28,10 +28,12 @@ from esper.hosts import build_host
 from esper.leyline import (
     Action,
     AdaptationSignal,
+    AssetHub,
     BlendStrategy,
     HealthSignal,
     KasminaControlCommand,
     SeedStage,
+    SiteSignature,
     SystemStatePacket,
 )
 from esper.tolaria import snapshot
@@ -55,6 +57,8 @@ BLUEPRINT = "mlp_2x"
 STEPS_PER_EPOCH = 2
 WATCHED = 10
 """Steps after a graft on which the governor looks at the weights' norm."""
+STEPS_OF_A_GRAFT = 6 * WATCHED
+"""More than from one graft to the next: a kernel that is refused again and again is told, not waited for."""
 PARTS = ("check", "attach", "group", "agree", "rebuild", "count")
 
 
@@ -310,11 +314,11 @@ def grafts_of(job: GraftJob, ranks: Ranks) -> Grafts:
     found = Grafts(params=sum(tensor.numel() for tensor in tensors), tensors=len(tensors))
     host = kasmina.wrap(module, example=(x,), sites="1")
     [signature] = host.sites.values()
-    hub, key = local_hub([signature], _config(tezzeret={"blueprints": [BLUEPRINT]}))
+    hub, key, kernel_id = _shared_hub(signature, ranks)
     host.attach(hub, key, wait=True, native=False)
     seconds: dict[str, float] = {}
     optimizer = torch.optim.SGD([p for _, p in host.live_parameters()], lr=1e-4)
-    controller = Cycle(hub.kernel_briefs(signature)[0].kernel_id)
+    controller = Cycle(kernel_id)
     timed_ranks = Timed(ranks, {"agree": "agree", "broadcast": "agree", "parallel": "rebuild"}, seconds)
     session = Session(
         cast("Any", Timed(host, {"check": "check", "apply": "attach"}, seconds)),
@@ -330,6 +334,8 @@ def grafts_of(job: GraftJob, ranks: Ranks) -> Grafts:
     session.begin()
     since, steps = WATCHED + 1, 0
     while len(found.whole) < job.grafts or since <= WATCHED or steps % STEPS_PER_EPOCH:
+        if steps > (job.grafts + 2) * STEPS_OF_A_GRAFT:
+            raise RuntimeError(f"{len(found.whole)} grafts in {steps} steps, {job.grafts} were asked for")
         began = time.perf_counter()
         session.step((x, y), _step(session.course.model, optimizer, x, y))
         milliseconds = 1e3 * (time.perf_counter() - began)
@@ -362,6 +368,27 @@ def grafts_of(job: GraftJob, ranks: Ranks) -> Grafts:
         found.snapshots.append(1e3 * (time.perf_counter() - began))
     host.close()
     return found
+
+
+def _shared_hub(signature: SiteSignature, ranks: Ranks) -> tuple[AssetHub, bytes, str]:
+    """A hub of one kernel, its signer's key and the kernel's id, which rank 0 built for all. Collective."""
+    hub, key = local_hub([signature], _config(tezzeret={"blueprints": [BLUEPRINT]}))
+    kernel_id = hub.kernel_briefs(signature)[0].kernel_id
+    container, key, kernel_id = ranks.broadcast((bytes(hub.fetch(kernel_id)), key, kernel_id))
+    return cast("AssetHub", _OneKernel(hub, container)), key, kernel_id
+
+
+class _OneKernel:
+    """A hub that gives out one container, whichever is asked for."""
+
+    def __init__(self, hub: AssetHub, container: bytes) -> None:
+        self._hub, self._container = hub, container
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._hub, name)
+
+    def fetch(self, kernel_id: str) -> bytes:  # noqa: ARG002 - there is one
+        return self._container
 
 
 def _config(**sections: dict[str, Any]) -> RunConfig:
