@@ -57,6 +57,11 @@ class Arrivals:
     def __len__(self) -> int:
         return len(self._loading)
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether a kernel, or native code, is under way."""
+        return bool(self._loading) or len(self._natives) > 0
+
     def device(self) -> torch.device:
         """Where the host's weights lie."""
         parameter = next(self._module.parameters(), None)

@@ -151,6 +151,11 @@ class Host:
     def topology_version(self) -> int:
         return self._life.version
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether kernels, or their native code, are being loaded in the background."""
+        return self._life.arrivals.is_loading
+
     def seeds(self) -> list[SeedView]:
         """All seeds, site by site in forward order, oldest first at each."""
         return [seed.view(layer.signature) for layer in all_layers(self._layers) for seed in layer.seeds]

@@ -20,6 +20,7 @@ from torch import nn
 
 from esper.kasmina.cache import KernelCache
 from esper.kasmina.native import open_checked
+from esper.kasmina.rests import Rest, Rests, never
 from esper.kasmina.seed import KernelFacts
 from esper.kasmina.warm_up import warm_up
 from esper.leyline.canonical import canonical_hash
@@ -65,8 +66,10 @@ class KernelLoader:
         self._cache = cache
         self._pool: ThreadPoolExecutor | None = None
 
-    def load(self, kernel_id: str, signature: SiteSignature, device: torch.device) -> LoadedKernel:
-        """Loads a kernel in the calling thread.
+    def load(
+        self, kernel_id: str, signature: SiteSignature, device: torch.device, *, rest: Rest = never
+    ) -> LoadedKernel:
+        """Loads a kernel in the calling thread, with rests between pieces of the work.
 
         Raises:
             NotFoundError: if the hub has no such kernel.
@@ -75,16 +78,20 @@ class KernelLoader:
             KernelRejectedError: if the kernel does not fit the site, or fails its warm-up.
         """
         kernel = self._verified(kernel_id, signature)
+        rest()
         module = build(kernel.manifest, kernel.weights).to(device)
-        warm_up(module, kernel.manifest.memory_bytes, signature, device)
+        rest()
+        warm_up(module, kernel.manifest.memory_bytes, signature, device, rest=rest)
         if kernel.manifest.pipeline is Pipeline.FAST:
             return LoadedKernel(_facts(kernel), module)
         try:
-            return LoadedKernel(_facts(kernel), module, self._native(kernel, module, device))
+            return LoadedKernel(_facts(kernel), module, self._native(kernel, lambda: module, device, rest))
         except KernelRejectedError as refusal:
             return LoadedKernel(_facts(kernel), module, no_native=str(refusal))
 
-    def load_native(self, kernel_id: str, facts: KernelFacts, device: torch.device) -> NativeKernel:
+    def load_native(
+        self, kernel_id: str, facts: KernelFacts, device: torch.device, *, rest: Rest = never
+    ) -> NativeKernel:
         """Loads the native code of another kernel of the same design and signature, in the calling thread.
 
         Raises:
@@ -92,17 +99,18 @@ class KernelLoader:
             KernelRejectedError: if it is of another design, or its code may not or need not run here.
         """
         kernel = self._verified(kernel_id, facts.signature)
+        rest()
         if kernel.manifest.ir_hash != canonical_hash(facts.ir):
             raise KernelRejectedError(f"kernel {kernel_id[:12]} is of another design")
-        return self._native(kernel, build(kernel.manifest, kernel.weights).to(device), device)
+        return self._native(kernel, lambda: build(kernel.manifest, kernel.weights).to(device), device, rest)
 
     def request_native(self, kernel_id: str, facts: KernelFacts, device: torch.device) -> Future[NativeKernel]:
         """Loads native code in the background; the future raises what `load_native` raises."""
-        return self._submit(lambda: self.load_native(kernel_id, facts, device))
+        return self._submit(lambda: self.load_native(kernel_id, facts, device, rest=Rests()))
 
     def request(self, kernel_id: str, signature: SiteSignature, device: torch.device) -> Future[LoadedKernel]:
         """Loads a kernel in the background; the future raises what `load` raises."""
-        return self._submit(lambda: self.load(kernel_id, signature, device))
+        return self._submit(lambda: self.load(kernel_id, signature, device, rest=Rests()))
 
     def close(self) -> None:
         """Lets the thread end; what was requested and not begun is cancelled."""
@@ -115,10 +123,12 @@ class KernelLoader:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="esper-loader")
         return self._pool.submit(work)
 
-    def _native(self, kernel: Kernel, module: nn.Module, device: torch.device) -> NativeKernel:
+    def _native(
+        self, kernel: Kernel, module: Callable[[], nn.Module], device: torch.device, rest: Rest
+    ) -> NativeKernel:
         if not self._allows_native:
             raise KernelRejectedError("this run uses no native code: it must not depend on what was built when")
-        return open_checked(kernel, module, device)
+        return open_checked(kernel, module, device, rest=rest)
 
     def _verified(self, kernel_id: str, signature: SiteSignature) -> Kernel:
         kernel = self._cache.get(kernel_id, lambda: self._fetch(kernel_id))

@@ -8,6 +8,7 @@ what it does not compute: another dtype, another device, autocast.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from esper.kasmina.layer import Layer, Layers, all_layers
+from esper.kasmina.rests import Rest, never
 from esper.kasmina.seed import Seed
 from esper.kasmina.shadow import AllReduce
 from esper.leyline.container import Kernel
@@ -40,13 +42,17 @@ class Notice:
     reason: str
 
 
-def open_checked(kernel: Kernel, module: nn.Module, device: torch.device) -> NativeKernel:
-    """Opens the native code of a verified container, if it is worth it, and tries it against the module.
+def open_checked(
+    kernel: Kernel, module: Callable[[], nn.Module], device: torch.device, *, rest: Rest = never
+) -> NativeKernel:
+    """Opens the native code of a verified container, if it is worth it, and tries it against the module, once a
+    process: a trial takes the processor from the trainer, and code that stays open stays what it was.
 
     Args:
         kernel: from a container whose signature and hashes were verified.
-        module: built from its IR, on `device`; not changed.
+        module: gives the module of its IR, on `device`; asked only for a trial, which does not change it.
         device: where the host computes.
+        rest: called between pieces of the work.
 
     Raises:
         KernelRejectedError: with the reason why the kernel runs from its IR.
@@ -61,11 +67,16 @@ def open_checked(kernel: Kernel, module: nn.Module, device: torch.device) -> Nat
         ratio = "an unknown share" if facts.timing is None else f"{facts.timing.ratio:.2f}"
         raise KernelRejectedError(f"its native code takes {ratio} of eager's time, which is not below {FASTER}")
     native = open_native(kernel.kernel_id, facts, kernel.payload)
-    _try(native, module, device)
+    if not native.is_proven:
+        rest()
+        built = module()
+        rest()
+        _try(native, built, device, rest)
+        native.is_proven = True
     return native
 
 
-def _try(native: NativeKernel, module: nn.Module, device: torch.device) -> None:
+def _try(native: NativeKernel, module: nn.Module, device: torch.device, rest: Rest = never) -> None:
     """Computes outputs and gradients both ways, which also warms the code up.
 
     Raises:
@@ -87,15 +98,19 @@ def _try(native: NativeKernel, module: nn.Module, device: torch.device) -> None:
         try:
             with torch.enable_grad():
                 ours = run(h)
+                rest()
                 gradients = torch.autograd.grad(ours.sum(), inputs, materialize_grads=True, allow_unused=True)
         except RuntimeError as error:
             words = " ".join(str(error).split())[:300]
             raise KernelRejectedError(f"its native code fails: {words}") from error
         if run.fallback is not None:
             raise KernelRejectedError(run.fallback)
+        rest()
         with torch.enable_grad():
             y = moved(h)
+            rest()
             expected = torch.autograd.grad(y.sum(), inputs, materialize_grads=True, allow_unused=True)
+        rest()
         most = largest(*(float(tensor.abs().max()) for tensor in expected))
         scales = [float(y.detach().abs().max()), *(max(float(t.abs().max()), _OWN_SHARE * most) for t in expected)]
         pairs = zip([ours.detach(), *gradients], [y.detach(), *expected], scales, strict=True)
@@ -111,6 +126,10 @@ class Natives:
         self._layers = layers
         self._loading: dict[str, tuple[Layer, Seed, Future[NativeKernel]]] = {}
         self._is_used = False
+
+    def __len__(self) -> int:
+        """How many loads are under way."""
+        return len(self._loading)
 
     def expect(self, layer: Layer, seed: Seed, future: Future[NativeKernel]) -> None:
         """Takes a load that is under way; `step` will put its result in place."""

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from esper.kasmina.rests import Rest, never
 from esper.leyline.errors import KernelRejectedError
 from esper.leyline.kernels import SiteSignature
 
@@ -28,7 +29,9 @@ DISAGREEMENT = 0.25
 """By such a share gradient and difference may disagree: they have float32's precision and the curve's second order."""
 
 
-def warm_up(module: nn.Module, declared_bytes: int, signature: SiteSignature, device: torch.device) -> None:
+def warm_up(
+    module: nn.Module, declared_bytes: int, signature: SiteSignature, device: torch.device, *, rest: Rest = never
+) -> None:
     """Runs the kernel forward and backward on made-up inputs. Afterwards it is as it was, in training mode.
 
     Args:
@@ -36,6 +39,7 @@ def warm_up(module: nn.Module, declared_bytes: int, signature: SiteSignature, de
         declared_bytes: of its parameters and its outputs for one sample.
         signature: of its site.
         device: where it lies.
+        rest: called between pieces of the work.
 
     Raises:
         KernelRejectedError: if it raises, puts out another shape, something that is not finite, or two things for one
@@ -52,19 +56,22 @@ def warm_up(module: nn.Module, declared_bytes: int, signature: SiteSignature, de
         raise KernelRejectedError(
             f"allocates {allocations.num_bytes >> 10} KB where {allowed >> 10} KB would be plenty"
         )
+    rest()
     with torch.enable_grad():
         # a replacement that does not look at h is odd but legal, so an unused input is no error
         gradients = torch.autograd.grad(y.sum(), [h, *module.parameters()], allow_unused=True)
     if not all(bool(torch.isfinite(t).all()) for t in (y, *gradients) if t is not None):
         raise KernelRejectedError("its output or gradient is not finite at warm-up")
+    rest()
     with torch.no_grad():
         if not torch.equal(_forward(module, h), y):
             raise KernelRejectedError("puts out two things for one input")
         if not torch.equal(_forward(module.eval(), h), y):
             raise KernelRejectedError("puts out something else in eval mode")
     module.train()
+    rest()
     if h.dtype in (torch.float32, torch.float64):
-        _check_gradient(module, h.detach(), generator)
+        _check_gradient(module, h.detach(), generator, rest)
 
 
 def _forward(module: nn.Module, h: torch.Tensor, tensors: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
@@ -77,7 +84,7 @@ def _forward(module: nn.Module, h: torch.Tensor, tensors: Mapping[str, torch.Ten
     return y
 
 
-def _check_gradient(module: nn.Module, h: torch.Tensor, generator: torch.Generator) -> None:
+def _check_gradient(module: nn.Module, h: torch.Tensor, generator: torch.Generator, rest: Rest) -> None:
     """Compares the gradient by h and all weights together with central differences."""
     point = {"": h, **{name: p.detach() for name, p in module.named_parameters()}}
 
@@ -92,6 +99,7 @@ def _check_gradient(module: nn.Module, h: torch.Tensor, generator: torch.Generat
     with torch.enable_grad():
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in point.items()}
         found = torch.autograd.grad(figure(leaves), list(leaves.values()), allow_unused=True)
+    rest()
     gradient = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
     with torch.no_grad():
         if not any(_agree(figure, point, gradient, draw) for _ in range(DIRECTIONS)):

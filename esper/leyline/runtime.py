@@ -34,11 +34,13 @@ class NativeKernel:
     Attributes:
         name: of the content, such as the kernel's id.
         facts: from its manifest.
+        is_proven: whether it was tried against its module in this process, and did well.
     """
 
     def __init__(self, name: str, facts: NativeFacts, forward: Run, backward: Run) -> None:
         self.name = name
         self.facts = facts
+        self.is_proven = False
         self.forward = forward
         self.backward = backward
         self._dtype = getattr(torch, facts.dtype)

@@ -51,6 +51,7 @@ class Pace:
         self._share = share
         self._last: int | None = None
         self._held: int | None = None
+        self._spares = False
         self._plain: deque[float] = deque(maxlen=WINDOW)
         self._sampled: deque[float] = deque(maxlen=WINDOW)
 
@@ -64,7 +65,8 @@ class Pace:
         if self._share is None:
             return step % self._every == 0
         interval = self._held or self.interval(longest=longest)
-        if self._last is not None and self._last <= step < self._last + interval:
+        spared, self._spares = self._spares and longest > 1, False
+        if spared or (self._last is not None and self._last <= step < self._last + interval):
             return False
         self._last = step
         return True
@@ -78,9 +80,12 @@ class Pace:
         self._held = interval
 
     def forget(self) -> None:
-        """Drops what was measured: steps cost something else from now on, as after a graft."""
+        """Drops what was measured: steps cost something else from now on, as after a graft. The next step has enough to
+        do with that: if a sample is due on it, it is taken on the one after.
+        """
         self._plain.clear()
         self._sampled.clear()
+        self._spares = True
 
     def interval(self, *, longest: int) -> int:
         """Steps from one sample to the next, as things stand."""

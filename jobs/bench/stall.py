@@ -1,17 +1,19 @@
 """How long a trainer stands still when a network grows: the steps around a graft, against a run that does not grow.
 
-Runs of one host take turns, a few steps each, in one process, so that what disturbs the machine disturbs all:
-`control` does not grow, `idle` does not either (what it differs by is noise), `graft` takes kernels in, trains some
-behind the host, grafts others and removes them again, and `graft and hot swap` puts native code in the place of those
-it grafted, while they compute. Steps around a change of what computes are its window. A step's time is that of all the
-trainer does between two steps, the carrying out of commands included; validation is none of it. At the end kernels of
-the same design are put in place under `torch.compile`, as a trainer without a compile pool would.
+Runs of one host take turns, a step each, in one process, so that what disturbs the machine disturbs all; while a run
+loads something in the background it keeps the turn, so that this disturbs no other. `control` does not grow, `idle`
+does not either (what it differs by is noise), `graft` takes kernels in, trains some behind the host, grafts others and
+removes them again, and `graft and hot swap` puts native code in the place of those it grafted, while they compute.
+Steps around a change of what computes are its window. A step's time is that of all the trainer does between two steps,
+the carrying out of commands included; validation is none of it. At the end kernels of the same design are put in place
+under `torch.compile`, as a trainer without a compile pool would.
 
     stall = (worst step of `graft` / its median after grafts) / (worst step of `control` / its median)
 
-The worst of each is that of all its steps, the loading of kernels in the background among them; the worst and the
-p99.9 of the window stand beside it. Steps on which a kernel trains behind the host are reported apart: they cost more
-by design.
+The worst of each is that of all its steps, the loading of kernels in the background among them; the worst and the p99.9
+of the window stand beside it. Where the worst step went is told: what of it the trainer's own thread computed, what the
+other threads of the process did meanwhile (the rest, neither had the processor), and what the run's seeds were at.
+Steps on which a kernel trains behind the host are reported apart: they cost more by design.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,13 +69,44 @@ GOAL, INLINE_GOAL = 1.3, 50.0
 ARMS = ("control", "idle", "graft", "graft and hot swap")
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Step:
+    """Where the time of one step went.
+
+    Attributes:
+        milliseconds: on the clock.
+        own_ms: of the processor, of the thread that trains.
+        others_ms: of the processor, of the process's other threads.
+        number: of the step.
+        doing: stages of the run's seeds when it began.
+    """
+
+    milliseconds: float
+    own_ms: float = 0.0
+    others_ms: float = 0.0
+    number: int = 0
+    doing: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.number}, {self.milliseconds:.1f} ms: own {self.own_ms:.1f}, other threads "
+            f"{self.others_ms:.1f}, {self.doing}"
+        )
+
+
 @dataclass
 class Times:
-    """Milliseconds of steps, by kind."""
+    """Milliseconds of steps, by kind; of all but the shadow steps also which was the worst.
+
+    Attributes:
+        grafted: of those of the window, with a kernel on the live path.
+    """
 
     plain: list[float] = field(default_factory=list)
     shadow: list[float] = field(default_factory=list)
     window: list[float] = field(default_factory=list)
+    grafted: list[float] = field(default_factory=list)
+    worst: Step = field(default_factory=lambda: Step(0.0))
 
 
 class Script:
@@ -174,15 +207,17 @@ class Arm:
         )
         self.session.begin()
         self.times = Times()
-        self._steps = 0
+        self.num_steps = 0
         self._since_change = STEPS_PER_EPOCH
         self._computing = self._what_computes()
         self.num_swaps = 0
-        self._carried_ms = 0.0
+        self._carried = np.zeros(3)
 
     def step(self) -> None:
         """One step, and what is due at the end of an epoch."""
         trains = any(seed.stage is SeedStage.TRAINING for seed in self.host.seeds())
+        doing = self._doing()
+        processors = time.thread_time(), time.process_time()
         began = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         outputs = self.session.course.model(self.x)
@@ -190,31 +225,52 @@ class Arm:
         loss.backward()
         self.session.course.optimization.step()
         self.session.step((self.x, self.y), loss)
-        milliseconds = 1e3 * (time.perf_counter() - began) + self._carried_ms
-        self._carried_ms = 0.0
-        self._steps += 1
-        self._book(milliseconds, trains=trains)
-        if self._steps % STEPS_PER_EPOCH == 0:
+        self._carried += _passed(began, processors)
+        self.num_steps += 1
+        milliseconds, own, process = (1e3 * float(seconds) for seconds in self._carried)
+        self._carried = np.zeros(3)
+        self._book(Step(milliseconds, own, process - own, self.num_steps, doing), trains=trains)
+        if self.num_steps % STEPS_PER_EPOCH == 0:
             self.session.measure()
+            processors = time.thread_time(), time.process_time()
             began = time.perf_counter()
             self.session.control()
-            self._carried_ms = 1e3 * (time.perf_counter() - began)
+            self._carried = _passed(began, processors)
 
-    def _book(self, milliseconds: float, *, trains: bool) -> None:
+    def _doing(self) -> str:
+        stages = [
+            seed.stage.value.lower() + (" (native)" if seed.native else "")
+            for seed in self.host.seeds()
+            if seed.stage is not SeedStage.DORMANT
+        ]
+        return ", ".join(stages) or "no kernel"
+
+    def _book(self, step: Step, *, trains: bool) -> None:
         computing = self._what_computes()
         if computing != self._computing:
             self.num_swaps += computing[1] is not None
             self._computing, self._since_change = computing, 0
         self._since_change += 1
-        if self._steps <= WARM_UP:
+        if self.num_steps <= WARM_UP:
             return
-        (self.times.shadow if trains else self.times.plain).append(milliseconds)
-        if not trains and self._since_change <= STEPS_PER_EPOCH:
-            self.times.window.append(milliseconds)
+        (self.times.shadow if trains else self.times.plain).append(step.milliseconds)
+        if trains:
+            return
+        self.times.worst = max(self.times.worst, step)
+        if self._since_change <= STEPS_PER_EPOCH:
+            self.times.window.append(step.milliseconds)
+            if any(seed.stage.is_blended for seed in self.host.seeds()):
+                self.times.grafted.append(step.milliseconds)
 
     def _what_computes(self) -> tuple[int, str | None]:
         """The topology's version, and whose native code computes in it."""
         return self.host.topology_version, next((seed.native for seed in self.host.seeds() if seed.native), None)
+
+
+def _passed(began: float, processors: tuple[float, float]) -> Any:
+    """Seconds since, on the clock, of the processor in this thread, and in the whole process."""
+    thread, process = processors
+    return np.array([time.perf_counter() - began, time.thread_time() - thread, time.process_time() - process])
 
 
 def main(arguments: Sequence[str], say: Callable[[str], None]) -> BenchResult:
@@ -270,33 +326,20 @@ def measure(name: str, steps: int, say: Callable[[str], None]) -> list[dict[str,
     graft = Arm(name, hub=hub, kernel_id=kernel_id, public_key=key, model=models[2])
     swap = Arm(name, hub=hub, kernel_id=kernel_id, public_key=key, model=models[4], native=True)
     arms = dict(zip(ARMS, (control, idle, graft, swap), strict=True))
-    gc.collect()
-    gc.freeze()
-    try:
-        for number in range(steps):
-            turn = number % len(arms)
-            for arm in [*arms.values()][turn:] + [*arms.values()][:turn]:
-                arm.step()
-            if number % max(1, steps // 6) == 0:
-                say(f"{name}: {number + 1} of {steps} steps of each arm")
-            if number % 100 == 0:
-                _assert_nothing_compiles()
-        _assert_nothing_compiles()
-    finally:
-        gc.unfreeze()
-        for arm in arms.values():
-            arm.host.close()
+    _take_turns(name, arms, steps, say)
     if not swap.num_swaps or graft.num_swaps:
         raise RuntimeError(
             f"native code took a place {swap.num_swaps} times where it should, {graft.num_swaps} elsewhere"
         )
     say(f"{name}: native code took its place {swap.num_swaps} times")
+    for arm_name, arm in arms.items():
+        say(f"{name}: the worst of {arm_name}: {arm.times.worst}")
     kernel = unpack(hub.fetch(kernel_id), key.hex())
     worst, median = _inline(name, models[3], build(kernel.manifest, kernel.weights), say)
     base = control.times
-    rows = [_row(name, arm_name, arm.times.plain, arm.times.window, base.plain) for arm_name, arm in arms.items()]
+    rows = [_row(name, arm_name, arm.times.plain, arm.times, base.plain) for arm_name, arm in arms.items()]
     rows += [
-        _row(name, f"{arm_name}: shadow steps", arm.times.shadow, [], base.plain)
+        _row(name, f"{arm_name}: shadow steps", arm.times.shadow, Times(), base.plain)
         for arm_name, arm in arms.items()
         if arm.times.shadow
     ]
@@ -311,6 +354,33 @@ def measure(name: str, steps: int, say: Callable[[str], None]) -> list[dict[str,
     return rows
 
 
+def _take_turns(name: str, arms: Mapping[Any, Arm], steps: int, say: Callable[[str], None]) -> None:
+    """Lets every arm take its steps, one each in turn; one that loads something goes on until it has it.
+
+    Raises:
+        RuntimeError: if a compiler or a frame of dynamo was seen.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        for number in range(steps):
+            turn = number % len(arms)
+            for arm in [*arms.values()][turn:] + [*arms.values()][:turn]:
+                is_first = True
+                while arm.num_steps < steps and (is_first or arm.host.is_loading):
+                    arm.step()
+                    is_first = False
+            if number % max(1, steps // 6) == 0:
+                say(f"{name}: {number + 1} of {steps} steps of each arm")
+            if number % 100 == 0:
+                _assert_nothing_compiles()
+        _assert_nothing_compiles()
+    finally:
+        gc.unfreeze()
+        for arm in arms.values():
+            arm.host.close()
+
+
 def site_of(name: str, model: nn.Module, x: torch.Tensor) -> str:
     """The host's first site."""
     from esper.kasmina.sites import find_sites
@@ -318,11 +388,12 @@ def site_of(name: str, model: nn.Module, x: torch.Tensor) -> str:
     return next(iter(find_sites(model, (x[:2],), causal=name == "gpt")))
 
 
-def _row(name: str, arm: str, times: list[float], window: list[float], base: list[float]) -> dict[str, Any]:
-    """Worst and p99.9 of all steps and of those of the window, over the median after grafts (the window's); of an arm
-    that never changes, over that of all its steps.
+def _row(name: str, arm: str, times: list[float], changed: Times, base: list[float]) -> dict[str, Any]:
+    """Worst and p99.9 of all steps and of those of the window, over the median after grafts, while the kernel is live;
+    of an arm that never changes, over that of all its steps.
     """
-    median = statistics.median(window or times)
+    window = changed.window
+    median = statistics.median(changed.grafted or times)
     stall = max(times) / median / (max(base) / statistics.median(base))
     return {
         "host": name, "arm": arm, "steps": len(times), "median ms": round(median, 3), "worst ms": round(max(times), 2),

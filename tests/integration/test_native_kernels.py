@@ -314,7 +314,7 @@ def test_on_a_gpu_the_ladder_gives_native_code_and_on_a_cpu_the_ir(built_for_gpu
     found = loader.load(built_for_gpu.artifact.kernel_id, site, torch.device("cuda"))
     assert found.native is not None, found.no_native
     with pytest.raises(KernelRejectedError, match="the host computes on cpu"):
-        open_checked(unpack(built_for_gpu.container, PUBLIC), lower(IR, SITE), CPU)
+        open_checked(unpack(built_for_gpu.container, PUBLIC), lambda: lower(IR, SITE), CPU)
 
 
 # ---------------------------------------------------------------- the ladder
@@ -333,6 +333,12 @@ def test_a_faster_kernel_is_loaded_with_its_code(built: Built):
     assert result.native.name == built.artifact.kernel_id
     assert result.no_native == ""
     assert loaded(built.container).native is result.native, "opened once a process"
+
+
+def test_code_that_did_well_is_not_tried_again_while_it_stays_open(built: Built, monkeypatch):
+    assert loaded(built.container).native is not None
+    monkeypatch.setattr("esper.kasmina.native._try", lambda *_: pytest.fail("it was tried again"))
+    assert loaded(built.container).native is not None
 
 
 def test_each_rung_below_has_its_reason(built: Built):
@@ -371,7 +377,7 @@ from esper.leyline.container import unpack
 from esper.leyline.runtime import NativeModule
 kernel = unpack(open(sys.argv[1], "rb").read(), sys.argv[2])
 module = build(kernel.manifest, kernel.weights)
-native = NativeModule(open_checked(kernel, module, torch.device("cpu")), module)
+native = NativeModule(open_checked(kernel, lambda: module, torch.device("cpu")), module)
 native(torch.randn(4, 8)).sum().backward()
 assert native.fallback is None
 assert all(p.grad is not None for p in module.parameters())

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from jobs.bench.stall import _goals, _row
+from jobs.bench.stall import Times, _goals, _row
 
 
 def test_a_stall_is_the_worst_step_against_that_of_the_control():
     control = [10.0] * 99 + [20.0]
-    row = _row("cnn", "graft", [10.0] * 99 + [50.0], [20.0] * 9 + [30.0], control)
-    assert (row["stall"], row["worst"], row["steps"]) == (1.25, 2.5, 100), "over the median after grafts"
-    assert (row["window worst"], row["window"]) == (1.5, 10)
-    assert _row("cnn", "control", control, [], control)["stall"] == 1.0
+    changed = Times(window=[20.0] * 9 + [10.0] * 20 + [30.0], grafted=[20.0] * 9 + [30.0])
+    row = _row("cnn", "graft", [10.0] * 99 + [50.0], changed, control)
+    assert (row["stall"], row["worst"], row["steps"]) == (1.25, 2.5, 100), "over the median while the kernel is live"
+    assert (row["window worst"], row["window"]) == (1.5, 30)
+    assert _row("cnn", "control", control, Times(), control)["stall"] == 1.0
 
 
 def test_goals_tell_stalls_and_that_compiling_in_the_trainer_is_one():

@@ -51,6 +51,23 @@ def test_every_epoch_is_measured():
     assert all(any(8 * epoch <= step < 8 * epoch + 8 for step in chosen) for epoch in range(25))
 
 
+def test_the_step_after_a_change_is_spared_and_the_next_is_not():
+    pace = Pace(5, 0.02)
+    assert [step for step in range(11) if pace.samples(step, longest=8)] == [0, 5, 10]
+    for _ in range(3):
+        pace.forget()
+    assert [step for step in range(15, 30) if pace.samples(step, longest=8)] == [16, 21, 26]
+    pace.forget()
+    assert [step for step in range(30, 34) if pace.samples(step, longest=8)] == [31], "due at 31: nothing to spare"
+
+
+def test_an_epoch_of_one_step_is_measured_whatever_changes():
+    pace = Pace(5, 0.02)
+    for step in range(0, 30, 5):
+        pace.forget()
+        assert pace.samples(step, longest=1)
+
+
 def test_after_a_change_it_measures_anew():
     pace = Pace(5, 0.01)
     drive(pace, 300, plain=1.0, sampled=3.0)
