@@ -45,6 +45,7 @@ from esper.leyline.kernels import (
     device_for,
 )
 from esper.leyline.messages import PAYLOADS, OonaMessage, Topic
+from esper.leyline.policies import PolicyCard, PolicyOrigin, PolicyStore
 from esper.leyline.ports import (
     AssetHub,
     Bus,
@@ -171,6 +172,9 @@ __all__ = [
     "Params",
     "PermanentError",
     "Pipeline",
+    "PolicyCard",
+    "PolicyOrigin",
+    "PolicyStore",
     "ReadPage",
     "RunHistory",
     "RunStarted",
