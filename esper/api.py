@@ -61,6 +61,7 @@ from esper.leyline.ports import AssetHub, Bus, Controller, FaultPlan, NoFaults
 from esper.leyline.signals import EpochRecord
 from esper.leyline.summary import HISTORY_FILE, REPORT_FILE, RunHistory, RunSummary
 from esper.storage import Storage
+from esper.tamiyo.controller import fallback_controller
 from esper.tolaria.checkpoint import Checkpoints, Restored
 from esper.tolaria.contents import refill, require_portable
 from esper.tolaria.course import Ports, never
@@ -455,14 +456,18 @@ def train_local(
         host = _wrap_workload(workload, config, device)
         breaker = Breaker("Urza", failures=config.kasmina.breaker_failures, rest_s=config.kasmina.breaker_s)
         hub = None if hub is None else guarded(hub, breaker)
+        tamiyo_breaker = Breaker("Tamiyo", failures=config.tamiyo.breaker_failures, rest_s=config.tamiyo.breaker_s)
+        may_do_without = controller is not None and not config.deterministic
         if hub is not None and public_key is not None:
             host.attach(hub, public_key, wait=config.deterministic, native=not config.deterministic)
         ports = Ports(
             hub=hub,
             bus=bus,
-            controller=controller,
+            controller=guarded(controller, tamiyo_breaker) if may_do_without else controller,
+            fallback=fallback_controller(config.tamiyo, seed=config.seed) if may_do_without else None,
             request_kernels=None if hub is None else partial(request_kernels, hub, host.sites.values(), config, run_id),
             circuit=breaker.circuit,
+            tamiyo_circuit=tamiyo_breaker.circuit,
             ranks=ranks,
             stop=stop,
             faults=faults or NoFaults(),

@@ -387,6 +387,11 @@ class TamiyoConfig(Section):
     """Outside deterministic mode training goes on without an answer after so long."""
     startup_s: PositiveFloat = 60.0
     """The first decision waits so long for the controller to come up and for the kernels that are being built."""
+    breaker_failures: PositiveInt = 3
+    """Outside deterministic mode: decisions in a row without an answer before the trainer asks no more for a while. It
+    decides itself meanwhile: by the same policy, or by `heuristic` where that one needs weights."""
+    breaker_s: PositiveFloat = 30.0
+    """That while; then one decision tries whether Tamiyo is back."""
 
 
 class ScheduledGraft(Section):

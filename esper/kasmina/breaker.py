@@ -1,4 +1,4 @@
-"""A circuit breaker around the asset hub, for all that a trainer asks of it.
+"""A circuit breaker around another system, for all that a trainer asks of it: the asset hub, or Tamiyo.
 
 Closed, calls go through. After several failures in a row it is open: calls fail at once, so that a run does not wait a
 deadline for each. After a rest it is half open: one call goes through, and its end closes it or opens it again.
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from esper.leyline.errors import UnavailableError
-from esper.leyline.ports import AssetHub
 from esper.leyline.signals import CircuitState
 from esper.leyline.summary import Circuit
 
@@ -102,16 +101,16 @@ class Breaker:
                 self._open_since = self._clock()
 
 
-def guarded(hub: AssetHub, breaker: Breaker) -> AssetHub:
-    """The hub, with every call through the breaker."""
-    return cast("AssetHub", _Guarded(hub, breaker))
+def guarded(port: T, breaker: Breaker) -> T:
+    """The port, with every call through the breaker."""
+    return cast("T", _Guarded(port, breaker))
 
 
 class _Guarded:
-    def __init__(self, hub: AssetHub, breaker: Breaker) -> None:
-        self._hub = hub
+    def __init__(self, port: Any, breaker: Breaker) -> None:
+        self._port = port
         self._breaker = breaker
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self._hub, name)
+        method = getattr(self._port, name)
         return lambda *args, **kwargs: self._breaker.call(lambda: method(*args, **kwargs))

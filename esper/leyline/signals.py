@@ -182,7 +182,7 @@ class EpochRecord(Contract):
         flops_per_sample: forward FLOPs of the live path for one sample.
         total_flops: FLOPs of everything so far (the ledger's total).
         pending: kernels that are submitted and not yet ready.
-        urza: the trainer's circuit breaker towards Urza.
+        urza, tamiyo: the trainer's circuit breakers towards them.
         cache_hits, cache_misses: look-ups in the trainer's kernel cache since it started.
     """
 
@@ -204,6 +204,7 @@ class EpochRecord(Contract):
     kernels_ready: Annotated[int, Field(ge=0)] = 0
     pending: Annotated[int, Field(ge=0)] = 0
     urza: CircuitState = CircuitState.CLOSED
+    tamiyo: CircuitState = CircuitState.CLOSED
     cache_hits: Annotated[int, Field(ge=0)] = 0
     cache_misses: Annotated[int, Field(ge=0)] = 0
 

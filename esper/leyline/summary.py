@@ -69,10 +69,10 @@ class Rollback(Contract):
 
 
 class Circuit(Contract):
-    """The circuit breaker around a trainer's calls to Urza.
+    """The circuit breaker around a trainer's calls to another system.
 
     Attributes:
-        opened: how often Urza was given up for a while.
+        opened: how often the system was given up for a while.
         refused: calls that were not made meanwhile.
     """
 
@@ -169,6 +169,7 @@ class RunSummary(Contract):
     vetoes: tuple[VetoRecord, ...] = ()
     """What policies wanted and the safety gates did not let through, with the reason."""
     urza: Circuit = Circuit()
+    tamiyo: Circuit = Circuit()
     ledger: Ledger = Ledger()
     steps: StepTimes = StepTimes()
     compiler_in_trainer: CompilerInTrainer = CompilerInTrainer()

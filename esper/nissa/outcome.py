@@ -110,8 +110,9 @@ def figures(summary: RunSummary) -> list[tuple[str, str]]:
         worst = f", worst near a graft {words.milliseconds(graft)}" if graft is not None else ""
         times = f"median {words.milliseconds(steps.median_ms)}, p99 {words.milliseconds(steps.p99_ms)}{worst}"
         rows.append(("steps", f"{steps.count:,}, {times}"))
-    if summary.urza.opened:
-        rows.append(("Urza", words.circuit(summary.urza)))
+    for name, circuit in (("Urza", summary.urza), ("Tamiyo", summary.tamiyo)):
+        if circuit.opened:
+            rows.append((name, words.circuit(circuit)))
     return rows
 
 

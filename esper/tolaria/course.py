@@ -30,8 +30,9 @@ class Ports:
     Attributes:
         hub, bus, controller: None in a run without that system, which then does not grow, tells nobody, or decides
             nothing. Used on rank 0 alone.
+        fallback: decides where `controller` does not answer; None: then nothing is decided.
         request_kernels: submits the designs that fit the run's sites; called once, on rank 0, beside the training.
-        circuit: how the breaker around `hub` stands.
+        circuit, tamiyo_circuit: how the breakers around `hub` and `controller` stand.
         ranks: the other trainers of the run.
         stop: asked at every step; a reason ends the run cleanly.
         faults: a script of faults, for tests.
@@ -40,8 +41,10 @@ class Ports:
     hub: AssetHub | None = None
     bus: Bus | None = None
     controller: Controller | None = None
+    fallback: Controller | None = None
     request_kernels: Callable[[], None] | None = None
     circuit: Callable[[], Circuit] = Circuit
+    tamiyo_circuit: Callable[[], Circuit] = Circuit
     ranks: Ranks = field(default_factory=SoloRanks)
     stop: Callable[[], str | None] = never
     faults: FaultPlan = field(default_factory=NoFaults)

@@ -13,6 +13,7 @@ from esper.leyline.kernels import Pipeline, SiteSignature
 from esper.leyline.ports import AssetHub
 from esper.leyline.signals import AdaptationSignal, EpochRecord, FieldReport, LayerHealthReport, SystemStatePacket
 from esper.tolaria.commands import CommandLog, LoggedDecision
+from esper.tolaria.consulting import Answer, Consulting
 from esper.tolaria.course import Course
 from esper.tolaria.packet import HostSize, budget_state, kernel_options
 from esper.tolaria.reach import Reach
@@ -40,6 +41,7 @@ class Deciding:
         self._steering = steering
         self._course = course
         self._reach = reach
+        self._consulting = Consulting(course, reach)
         self._commands = commands
         self.memory: dict[str, Any] = {}
         self._request: threading.Thread | None = None
@@ -123,9 +125,9 @@ class Deciding:
                 return
             pause.wait(_SETTLE_PAUSE_S)
 
-    def _replay(self) -> tuple[dict[str, Any], AdaptationSignal] | None:
+    def _replay(self) -> Answer | None:
         logged = None if self._commands is None else self._commands.at(self._course.epoch)
-        return None if logged is None else (logged.state, logged.signal)
+        return None if logged is None else Answer(logged.state, logged.signal)
 
     def _ask(
         self,
@@ -135,9 +137,9 @@ class Deciding:
         embargoed: Sequence[str],
         governor: str,
         ended: Sequence[FieldReport],
-    ) -> tuple[dict[str, Any], AdaptationSignal] | None:
-        course, controller = self._course, self._course.ports.controller
-        if controller is None:
+    ) -> Answer | None:
+        course = self._course
+        if course.ports.controller is None:
             return None
         budget = budget_state(course.config.budget, host, params_used=record.params, flops_used=record.flops_per_sample)
         packet = SystemStatePacket(
@@ -152,10 +154,9 @@ class Deciding:
             words=() if self._steering is None else self._steering.heard(),
             ended=tuple(ended),
         )
-        answer = self._reach.ask("Tamiyo", lambda: controller.decide(self.memory, packet))
+        answer = self._consulting.ask(self.memory, packet)
         if answer is not None and self._commands is not None:
-            state, signal = answer
-            self._commands.append(LoggedDecision(course.epoch, course.step, signal, state))
+            self._commands.append(LoggedDecision(course.epoch, course.step, answer.signal, answer.memory))
             course.ports.faults.at("logged", course.epoch)
         return answer
 

@@ -194,6 +194,7 @@ class Recorder:
         bus: BusCounts,
         went_without: tuple[str, ...],
         urza: Circuit,
+        tamiyo: Circuit,
         last_checkpoint: str | None,
         error: str | None = None,
     ) -> RunSummary:
@@ -217,6 +218,7 @@ class Recorder:
             bus=bus,
             went_without=went_without,
             urza=urza,
+            tamiyo=tamiyo,
             last_checkpoint=last_checkpoint,
             error=error,
             versions=dict(versions()),

@@ -481,6 +481,7 @@ class Session:
             bus=self.outbox.counts(),
             went_without=self.reach.went_without,
             urza=course.ports.circuit(),
+            tamiyo=course.ports.tamiyo_circuit(),
             last_checkpoint=last_checkpoint,
             error=error,
         )
@@ -552,6 +553,7 @@ class Session:
             kernels_ready=ready,
             pending=pending,
             urza=course.ports.circuit().state,
+            tamiyo=course.ports.tamiyo_circuit().state,
             cache_hits=cache_hits,
             cache_misses=cache_misses,
         )

@@ -152,11 +152,13 @@ class Deaf:
         raise UnavailableError("no answer within 5 s")
 
 
-def test_outside_deterministic_mode_a_run_goes_on_without_and_says_so_once(tmp_path):
-    summary, _ = train(tmp_path, config(deterministic="false", tolaria__epochs=3), controller=Deaf())
+def test_outside_deterministic_mode_the_trainer_decides_itself_and_says_so_once(tmp_path):
+    summary, _ = train(tmp_path, config(deterministic="false", tamiyo__breaker_s=0.001), controller=Deaf())
     assert summary.status is RunStatus.FINISHED
-    assert summary.went_without == ("Tamiyo: no answer within 5 s",)
-    assert summary.events == ()
+    assert summary.went_without == ("Tamiyo: no answer within 5 s; the trainer decides itself meanwhile",)
+    assert summary.events[0].to_stage is SeedStage.GERMINATED  # its own schedule, not that of nobody
+    decisions = RunHistory.model_validate_json((tmp_path / "history.json").read_text()).decisions
+    assert "decided by the trainer's own schedule" in decisions[0][1]
 
 
 def test_in_deterministic_mode_it_asks_until_there_is_an_answer(undisturbed, tmp_path):
