@@ -353,6 +353,20 @@ class BanditConfig(Section):
     """Share of the loss that a kernel must gain to pay for all that is left of the budget."""
 
 
+class CanaryConfig(Section):
+    """What a nominated policy must show in shadow, beside the one that decides, before it is promoted."""
+
+    decisions: PositiveInt = 50
+    """So many are compared."""
+    min_agreement: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.8
+    """Share of decisions in which both want the same."""
+    require_value: bool = True
+    """Whether one that predicts no value fails."""
+    max_value_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Its mean predicted value may be less by so much than that of the one before; where that one predicts none, less
+    than 0, which is what not growing is worth."""
+
+
 class TamiyoConfig(Section):
     """The controller."""
 
@@ -387,6 +401,10 @@ class TamiyoConfig(Section):
     """Outside deterministic mode training goes on without an answer after so long."""
     startup_s: PositiveFloat = 60.0
     """The first decision waits so long for the controller to come up and for the kernels that are being built."""
+    canary: CanaryConfig = CanaryConfig()
+    """For the platform: the first run's setting holds for all that share it."""
+    poll_s: PositiveFloat = 2.0
+    """Likewise: so often Tamiyo looks which policy is promoted or nominated."""
     breaker_failures: PositiveInt = 3
     """Outside deterministic mode: decisions in a row without an answer before the trainer asks no more for a while. It
     decides itself meanwhile: by the same policy, or by `heuristic` where that one needs weights."""
@@ -502,6 +520,7 @@ class OonaConfig(Section):
         Topic.EPOCH,
         Topic.LIFECYCLE,
         Topic.RUNGS,
+        Topic.POLICIES,
         Topic.FIELD_REPORTS,
         Topic.DEAD_LETTERS,
     )

@@ -45,7 +45,16 @@ from esper.leyline.kernels import (
     device_for,
 )
 from esper.leyline.messages import PAYLOADS, OonaMessage, Topic
-from esper.leyline.policies import PolicyCard, PolicyOrigin, PolicyStore
+from esper.leyline.policies import (
+    CanaryRecord,
+    CanaryVerdict,
+    PolicyCard,
+    PolicyChange,
+    PolicyEvent,
+    PolicyOrigin,
+    PolicyShelf,
+    PolicyStore,
+)
 from esper.leyline.ports import (
     AssetHub,
     Bus,
@@ -80,6 +89,7 @@ from esper.leyline.signals import (
     LifecycleEvent,
     Outcome,
     RunStarted,
+    RunState,
     Severity,
     StageSpan,
     StepBatch,
@@ -124,6 +134,8 @@ __all__ = [
     "Bus",
     "BusCounts",
     "BusStats",
+    "CanaryRecord",
+    "CanaryVerdict",
     "Check",
     "Choice",
     "ChunkHealth",
@@ -173,11 +185,15 @@ __all__ = [
     "PermanentError",
     "Pipeline",
     "PolicyCard",
+    "PolicyChange",
+    "PolicyEvent",
     "PolicyOrigin",
+    "PolicyShelf",
     "PolicyStore",
     "ReadPage",
     "RunHistory",
     "RunStarted",
+    "RunState",
     "RunStatus",
     "RunSummary",
     "SafetyError",

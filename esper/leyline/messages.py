@@ -16,6 +16,7 @@ from esper.leyline.bus import DeadLetter
 from esper.leyline.contract import Contract, Finite, new_id, now
 from esper.leyline.kernels import CompiledKernelArtifact
 from esper.leyline.native import RungChange
+from esper.leyline.policies import PolicyEvent
 from esper.leyline.signals import (
     AdaptationSignal,
     EpochRecord,
@@ -24,6 +25,7 @@ from esper.leyline.signals import (
     LayerHealthReport,
     LifecycleEvent,
     RunStarted,
+    RunState,
     StepBatch,
 )
 
@@ -42,6 +44,8 @@ class Topic(StrEnum):
     LIFECYCLE = "system.events.lifecycle"
     RUNGS = "system.events.rung"
     ALERTS = "system.events.alert"
+    POLICIES = "system.events.policy"
+    RUN_STATE = "system.events.state"
     FIELD_REPORTS = "innovation.field_reports"
     DEAD_LETTERS = "system.dead_letters"
 
@@ -58,6 +62,8 @@ PAYLOADS: dict[Topic, type[Contract]] = {
     Topic.LIFECYCLE: LifecycleEvent,
     Topic.RUNGS: RungChange,
     Topic.ALERTS: Alert,
+    Topic.POLICIES: PolicyEvent,
+    Topic.RUN_STATE: RunState,
     Topic.FIELD_REPORTS: FieldReport,
     Topic.DEAD_LETTERS: DeadLetter,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from enum import StrEnum
 from typing import Annotated, Any, Protocol, Self
 
 from pydantic import Field
@@ -96,6 +97,87 @@ def policy_version(weights: bytes, *, kind: str, shape: dict[str, Any], observat
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+class CanaryVerdict(StrEnum):
+    """How a new policy stands beside the one before."""
+
+    RUNNING = "running"
+    PASSED = "passed"
+    FAILED = "failed"
+
+
+class CanaryRecord(Contract):
+    """A new policy in shadow: it is asked what the one before is asked, and its answers are compared, not obeyed.
+
+    Attributes:
+        version: of the new one.
+        beside: version of the one before; `built-in` where none was promoted yet.
+        num_decisions: compared so far.
+        num_agreed: of them, those in which both wanted the same actions at the same sites with the same designs.
+        num_actions: decisions in which at least one of the two did not wait.
+        num_actions_agreed: of those, the ones in which they agreed.
+        num_values: decisions in which the new one predicted a value.
+        value: mean of those.
+        num_values_before, value_before: of the one before.
+        reason: of the verdict, in words.
+    """
+
+    version: Sha256
+    beside: str
+    verdict: CanaryVerdict = CanaryVerdict.RUNNING
+    num_decisions: Annotated[int, Field(ge=0)] = 0
+    num_agreed: Annotated[int, Field(ge=0)] = 0
+    num_actions: Annotated[int, Field(ge=0)] = 0
+    num_actions_agreed: Annotated[int, Field(ge=0)] = 0
+    num_values: Annotated[int, Field(ge=0)] = 0
+    value: Finite = 0.0
+    num_values_before: Annotated[int, Field(ge=0)] = 0
+    value_before: Finite = 0.0
+    reason: str = ""
+    started_at: Finite = Field(default_factory=now)
+
+
+class PolicyChange(StrEnum):
+    """What happened to a policy that somebody serves."""
+
+    LOADED = "loaded"  # it decides from now on
+    REFUSED = "refused"  # it cannot be loaded; the one before stays
+    CANARY = "canary"  # it runs in shadow
+    PASSED = "passed"  # and was promoted
+    FAILED = "failed"  # and was not
+
+
+class PolicyEvent(Contract):
+    """One change of the policies that Tamiyo serves from a storage.
+
+    Attributes:
+        version: whose; empty where the note of it cannot be read.
+        before: the one that decided before, and still does after REFUSED and FAILED; None for the built-in ones.
+    """
+
+    change: PolicyChange
+    version: str
+    before: str | None = None
+    reason: str = ""
+    canary: CanaryRecord | None = None
+    timestamp: Finite = Field(default_factory=now)
+
+
+class PolicyShelf(Contract):
+    """The policies of a storage, as Tamiyo serves them.
+
+    Attributes:
+        live: version that decides for whoever asks for the promoted one; None: the built-in ones do.
+        canary: the last one in shadow, or that was.
+        refused: versions that cannot be loaded, and why.
+        policies: the cards of all that are stored.
+    """
+
+    live: str | None = None
+    canary: CanaryRecord | None = None
+    refused: dict[str, str] = Field(default_factory=dict)
+    policies: tuple[PolicyCard, ...] = ()
+
+
 class PolicyStore(Protocol):
     """Urza's shelf of policies. What it acknowledged is durable, and no reader meets half a policy."""
 
@@ -130,6 +212,16 @@ class PolicyStore(Protocol):
 
     def promote(self, version: str) -> None:
         """Makes this version the one that `promoted` stands for. Raises as `get`; then the one before stays."""
+        ...
+
+    def nominate(self, version: str | None) -> None:
+        """Asks Tamiyo to try this version in shadow, and to promote it if it passes; None takes that back. Raises as
+        `get`.
+        """
+        ...
+
+    def nominated(self) -> str | None:
+        """The version that shall be tried; None if there is none. Raises as `promoted`."""
         ...
 
     def promoted(self) -> str | None:

@@ -234,6 +234,32 @@ class SystemStatePacket(Contract):
     ended: tuple[FieldReport, ...] = ()
 
 
+class RunState(Contract):
+    """What a run that listens tells of itself once an epoch, beside its health and its epoch's row: with these two it
+    makes the packet. A run that asks sends the packet itself.
+
+    Attributes:
+        sites: whose reports belong to the packet.
+        memory: Tamiyo's, as the run keeps it.
+        config: how Tamiyo shall decide, as `tamiyo` of the run's configuration.
+        The others are as in `SystemStatePacket`.
+    """
+
+    api_version: int = API_VERSION
+    run_id: str
+    epoch: Annotated[int, Field(ge=0)]
+    sites: tuple[str, ...]
+    memory: dict[str, Any]
+    config: dict[str, Any]
+    options: tuple[KernelOption, ...] = ()
+    budget: BudgetState
+    embargoed: tuple[str, ...] = ()
+    governor: str = "ok"
+    missing: tuple[str, ...] = ()
+    words: tuple[PersonsWord, ...] = ()
+    ended: tuple[FieldReport, ...] = ()
+
+
 # ---------------------------------------------------------------- commands
 
 
@@ -324,7 +350,12 @@ class Veto(Contract):
 
 
 class AdaptationSignal(Contract):
-    """Tamiyo's answer to one packet. No commands means: wait; `reason` says why."""
+    """Tamiyo's answer to one packet. No commands means: wait; `reason` says why.
+
+    Attributes:
+        value: what the policy expects of the run from here on, in units of its reward; None where it expects nothing.
+        memory: Tamiyo's state after it, where nobody asked and so nobody gets it as an answer: the run keeps it.
+    """
 
     api_version: int = API_VERSION
     signal_id: str = Field(default_factory=new_id)
@@ -335,6 +366,8 @@ class AdaptationSignal(Contract):
     commands: tuple[KasminaControlCommand, ...] = ()
     vetoes: tuple[Veto, ...] = ()
     reason: Annotated[str, Field(min_length=1)]
+    value: Finite | None = None
+    memory: dict[str, Any] | None = None
 
     @field_validator("vetoes", mode="before")
     @classmethod

@@ -9,14 +9,15 @@ from esper.leyline import AdaptationSignal, SystemStatePacket
 from esper.tamiyo.memory import initial_state
 from esper.tamiyo.step import step
 
-_WITHOUT_WEIGHTS = frozenset({"heuristic", "bandit", "none", "random", "schedule"})
+WITHOUT_WEIGHTS = frozenset({"heuristic", "bandit", "none", "random", "schedule"})
+"""Policies that decide by their settings alone."""
 
 
 def fallback_controller(config: TamiyoConfig, *, seed: int) -> LocalController:
     """What decides in the trainer where Tamiyo does not answer: the same policy, or `heuristic` where that one needs
     weights. A control group that shall not grow does not grow for it either.
     """
-    own = config if config.policy in _WITHOUT_WEIGHTS else config.model_copy(update={"policy": "heuristic"})
+    own = config if config.policy in WITHOUT_WEIGHTS else config.model_copy(update={"policy": "heuristic"})
     return LocalController(own, seed=seed)
 
 

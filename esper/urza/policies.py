@@ -1,4 +1,5 @@
-"""Policies below a storage address: `policies/<version>/weights.safetensors` and `card.json`, and `policies/promoted`.
+"""Policies below a storage address: `policies/<version>/weights.safetensors` and `card.json`, and `policies/promoted`
+and `policies/nominated`, which name one.
 
 The card is written last, so a policy that has one is whole. The version vouches for weights and shape, the card's own
 digest for the rest of it. That finds what is torn and what was changed by accident or by hand; whoever can write below
@@ -21,7 +22,7 @@ from esper.storage import Storage
 
 _LOG = logging.getLogger(__name__)
 _VERSION = re.compile(r"[0-9a-f]{64}")
-_POINTER = "policies/promoted"
+_PROMOTED, _NOMINATED = "policies/promoted", "policies/nominated"
 
 
 class MemoryPolicies:
@@ -30,6 +31,7 @@ class MemoryPolicies:
     def __init__(self) -> None:
         self._policies: dict[str, tuple[PolicyCard, bytes]] = {}
         self._promoted: str | None = None
+        self._nominated: str | None = None
 
     def put(self, card: PolicyCard, weights: bytes) -> str:
         """See `PolicyStore.put`."""
@@ -55,6 +57,16 @@ class MemoryPolicies:
     def promoted(self) -> str | None:
         """See `PolicyStore.promoted`."""
         return self._promoted
+
+    def nominate(self, version: str | None) -> None:
+        """See `PolicyStore.nominate`."""
+        if version is not None:
+            self.get(version)
+        self._nominated = version
+
+    def nominated(self) -> str | None:
+        """See `PolicyStore.nominated`."""
+        return self._nominated
 
 
 class StoredPolicies:
@@ -103,15 +115,27 @@ class StoredPolicies:
     def promote(self, version: str) -> None:
         """See `PolicyStore.promote`."""
         self.get(version)
-        self._storage.write(_POINTER, _sealed({"version": version}))
+        self._storage.write(_PROMOTED, _sealed({"version": version}))
 
     def promoted(self) -> str | None:
         """See `PolicyStore.promoted`."""
+        return self._named_in(_PROMOTED)
+
+    def nominate(self, version: str | None) -> None:
+        """See `PolicyStore.nominate`."""
+        if version is not None:
+            self.get(version)
+        self._storage.write(_NOMINATED, _sealed({"version": version}))
+
+    def nominated(self) -> str | None:
+        """See `PolicyStore.nominated`."""
+        return self._named_in(_NOMINATED)
+
+    def _named_in(self, note: str) -> str | None:
         try:
-            note = _unsealed(self._storage.read(_POINTER), f"{_POINTER} below {self._storage.shown}")
+            return _unsealed(self._storage.read(note), f"{note} below {self._storage.shown}")["version"]
         except NotFoundError:
             return None
-        return str(note["version"])
 
     def _card(self, version: str) -> PolicyCard:
         what = f"{_card_name(version)} below {self._storage.shown}"

@@ -92,6 +92,17 @@ class TestEveryStore:
         store.promote(second.version)
         assert store.promoted() == second.version
 
+    def test_only_what_is_there_is_nominated_and_that_can_be_taken_back(self, store):
+        assert store.nominated() is None
+        with pytest.raises(NotFoundError):
+            store.nominate("0" * 64)
+        mine = card(weights())
+        store.put(mine, weights())
+        store.nominate(mine.version)
+        assert (store.nominated(), store.promoted()) == (mine.version, None)
+        store.nominate(None)
+        assert store.nominated() is None
+
     def test_a_policy_is_found_by_as_much_of_its_version_as_is_its_own(self, store):
         cards = [card(weights(float(i))) for i in range(17)]  # two of them begin with the same digit
         for i, one in enumerate(cards):

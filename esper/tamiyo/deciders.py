@@ -1,0 +1,93 @@
+"""Who decides: the policy that a configuration names, or a stored one. A decider takes many questions at once.
+
+A stored policy of a kind that needs no weights is a set of settings: its shape holds fields of `TamiyoConfig`. Kinds
+with weights register a loader in `LOADERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from pydantic import ValidationError
+
+from esper.config import TamiyoConfig
+from esper.leyline import AdaptationSignal, EsperError, PermanentError, PolicyCard, SystemStatePacket
+from esper.tamiyo.controller import WITHOUT_WEIGHTS
+from esper.tamiyo.step import step
+
+
+class Question(NamedTuple):
+    """The arguments of one `step`."""
+
+    state: Mapping[str, Any]
+    packet: SystemStatePacket
+    config: TamiyoConfig
+
+
+class Decided(NamedTuple):
+    """The next state, and the signal."""
+
+    state: dict[str, Any]
+    signal: AdaptationSignal
+
+
+class Decider(Protocol):
+    """A policy that is ready to decide."""
+
+    def decide(self, questions: Sequence[Question]) -> list[Decided | EsperError]:
+        """Answers each question, or says how it fails; one that fails leaves the others alone."""
+        ...
+
+
+Loader = Callable[[PolicyCard, bytes], Decider]
+
+
+class Steps:
+    """The policies that need no weights, one question after the other.
+
+    Args:
+        settings: fields of `TamiyoConfig` that take the place of the question's own.
+
+    Raises:
+        PermanentError: if they are no such fields, or no such values.
+    """
+
+    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
+        self._settings: dict[str, Any] = {}
+        try:
+            checked = TamiyoConfig.model_validate(dict(settings or {}))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise PermanentError(f"the policy's settings: {where}: {first['msg']}") from error
+        self._settings = {name: getattr(checked, name) for name in settings or {}}
+
+    def decide(self, questions: Sequence[Question]) -> list[Decided | EsperError]:
+        """See `Decider.decide`."""
+        return [self._one(question) for question in questions]
+
+    def _one(self, question: Question) -> Decided | EsperError:
+        config = question.config.model_copy(update=self._settings) if self._settings else question.config
+        try:
+            return Decided(*step(question.state, question.packet, config))
+        except EsperError as error:
+            return error
+
+
+LOADERS: dict[str, Loader] = {
+    kind: lambda card, _weights, kind=kind: Steps({**card.shape, "policy": kind}) for kind in sorted(WITHOUT_WEIGHTS)
+}
+"""By the card's kind."""
+
+
+def load_policy(card: PolicyCard, weights: bytes) -> Decider:
+    """Makes a stored policy ready.
+
+    Raises:
+        PermanentError: if nobody here can load its kind, or it cannot be loaded.
+    """
+    loader = LOADERS.get(card.kind)
+    if loader is None:
+        raise PermanentError(f"nobody here loads policies of the kind {card.kind!r}; known: {', '.join(LOADERS)}")
+    return loader(card, weights)
