@@ -1,4 +1,4 @@
-"""Urza's HTTP gateway as a Ray Serve deployment: the app of `esper.urza.http` behind Serve's proxy.
+"""The HTTP gateway as a Ray Serve deployment: the app of `esper.urza.http`, with Tamiyo's routes, behind Serve's proxy.
 
 It keeps nothing and holds no secret but the hash of the bearer token. It shares Serve with Tamiyo: Serve's proxy, its
 host and its port are settled for the whole cluster when Serve starts, so whoever wants HTTP must start it
@@ -42,21 +42,30 @@ class Gateway:
     """The deployment.
 
     Args:
-        storage_uri: whose Urza it asks.
+        storage: whose Urza it asks.
         limits: what it lets in.
     """
 
-    def __init__(self, storage_uri: str, limits: Limits) -> None:
+    def __init__(self, storage: Storage, limits: Limits) -> None:
         log_as("urza-http")
-        self._storage_uri = storage_uri
+        self._storage = storage
         self._limits = limits
+        self._desk = tamiyo.HttpDesk(storage)
         self._hub: urza.UrzaHandle | None = None
         self._connected_at = 0.0
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        from esper.tamiyo.http import add_routes
         from esper.urza.http import build_app  # only a replica pays for FastAPI
 
-        return build_app(self.hub, self._limits, census=lambda: self.hub().within(HEALTH_S).census())
+        app = build_app(
+            self.hub,
+            self._limits,
+            census=lambda: self.hub().within(HEALTH_S).census(),
+            tamiyo=lambda: self._desk.health(HEALTH_S),
+        )
+        add_routes(app, lambda: self._desk)
+        return app
 
     def limits(self) -> Limits:
         """What it lets in."""
@@ -65,7 +74,7 @@ class Gateway:
     def hub(self) -> urza.UrzaHandle:
         """The Urza of the address; raises `UnavailableError` if none runs."""
         if self._hub is None or time.monotonic() - self._connected_at > _RECONNECT_S:
-            self._hub = urza.connect(self._storage_uri)
+            self._hub = urza.connect(self._storage.uri)
             self._connected_at = time.monotonic()
         return self._hub
 
@@ -132,7 +141,7 @@ def deploy(storage: Storage, http: HttpConfig, *, replace: bool = True, timeout_
                 logging_config={"log_level": "WARNING", "enable_access_log": False},
             )
             app: Any = make_deployment(serve.ingress()(Gateway))  # pyright: ignore[reportArgumentType] - untyped
-            serve.run(app.bind(storage.uri, limits), name=app_name(storage), route_prefix="/")
+            serve.run(app.bind(Storage(storage.uri, storage.options), limits), name=app_name(storage), route_prefix="/")
 
     _within(timeout_s, bring_up, "the HTTP gateway")
     return address(storage, answer_s=answer_s)

@@ -29,6 +29,7 @@ from esper.leyline.errors import ConflictError, EsperError, NotFoundError, Unava
 from esper.leyline.summary import BusCounts
 from esper.oona import Admission, Broker, BusClient, Journal, Received, Shelf, Start, decode_batch, merged
 from esper.oona.archivist import archive_group
+from esper.storage import Storage
 
 NAMESPACE = "esper"
 DEADLINE_S = 10.0
@@ -556,6 +557,11 @@ class OonaHandle:
         finally:
             for shard in shards:
                 ray.kill(shard)
+
+
+def prefix_of(storage: Storage) -> str:
+    """What the names of a storage's shards begin with."""
+    return f"oona-{storage.key}"
 
 
 def spawn(

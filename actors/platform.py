@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-from actors import gateway, nissa, oona, pool, serving, tamiyo, urza
+from actors import autonomous, gateway, nissa, oona, pool, serving, tamiyo, urza
 from actors.cluster import NAMESPACE
 from esper.config import RunConfig
 from esper.leyline import Bus, ConflictError, EsperError, NotFoundError, UnavailableError
@@ -44,6 +44,7 @@ class Platform:
         compilers: Tezzeret's pool; while a handle is held its actor lives.
         view: Nissa.
         public_key: whose signature its kernels carry, 64 hexadecimal digits.
+        watcher: AutonomousTamiyo; None for a run that asks.
     """
 
     storage: Storage
@@ -52,6 +53,7 @@ class Platform:
     compilers: Any
     view: nissa.NissaHandle
     public_key: str
+    watcher: Any = None
 
 
 @contextlib.contextmanager
@@ -93,7 +95,7 @@ def up(config: RunConfig, *, detached: bool, wait_for_serve: bool = False) -> Pl
     # Serve takes seconds; nobody asks for a decision before the first epoch has ended
     http = serving.wanted_http(config, is_shared=detached)
     if not wait_for_serve:
-        serving.deploy_beside(storage, http, timeout_s=config.tamiyo.startup_s)
+        serving.deploy_beside(storage, http, config.tamiyo)
     # actors find each other by name: a handle among an actor's arguments would not survive its restart
     make_bus = partial(_bus, bus.prefix)
     hub = urza.spawn(
@@ -116,8 +118,11 @@ def up(config: RunConfig, *, detached: bool, wait_for_serve: bool = False) -> Pl
         otlp_endpoint=config.nissa.otlp_endpoint,
     )
     if wait_for_serve:
-        serving.deploy(storage, http, timeout_s=config.tamiyo.startup_s)
-    return Platform(storage, bus, hub, compilers, view, public_hex(key))
+        serving.deploy(storage, http, config.tamiyo)
+    watcher = None
+    if config.tamiyo.control == "listen":
+        watcher = autonomous.spawn(make_bus, storage, detached=detached, canary=config.tamiyo.canary)
+    return Platform(storage, bus, hub, compilers, view, public_hex(key), watcher)
 
 
 def find(address: str, options: dict[str, Any] | None = None) -> list[ActorState]:
@@ -153,7 +158,7 @@ def down(address: str, options: dict[str, Any] | None = None) -> list[ActorState
     with contextlib.suppress(UnavailableError):
         urza.connect(address, options).close()
     with contextlib.suppress(NotFoundError, UnavailableError):
-        oona.connect(_oona_prefix(storage)).stop()
+        oona.connect(oona.prefix_of(storage)).stop()
     for state in find(address, options):
         if state.name in {tamiyo.APP, gateway.app_name(storage)}:
             continue
@@ -176,12 +181,8 @@ def _names() -> list[str]:
     return [entry["name"] for entry in entries if entry["namespace"] == NAMESPACE]
 
 
-def _oona_prefix(storage: Storage) -> str:
-    return f"oona-{storage.key}"
-
-
 def _oona(storage: Storage, config: RunConfig, *, detached: bool) -> oona.OonaHandle:
-    prefix = _oona_prefix(storage)
+    prefix = oona.prefix_of(storage)
     try:
         return oona.connect(prefix)
     except NotFoundError:
@@ -243,7 +244,8 @@ def _stop_consumers(platform: Platform) -> None:
     """Lets those who wait for news leave, so that no question is open when Oona ends."""
     import ray
 
-    leaving = [actor.stop.remote() for actor in (platform.compilers, platform.view.actor)]
+    consumers = (platform.compilers, platform.view.actor, platform.watcher)
+    leaving = [actor.stop.remote() for actor in consumers if actor is not None]
     _done, late = ray.wait(leaving, num_returns=len(leaving), timeout=10.0)
     if late:
         _LOG.warning("platform.end.failed", extra={"system": "consumers", "reason": f"{len(late)} did not leave"})

@@ -11,7 +11,7 @@ from threading import Thread
 from typing import NamedTuple
 
 from actors import gateway, tamiyo
-from esper.config import HttpConfig, RunConfig
+from esper.config import HttpConfig, RunConfig, TamiyoConfig
 from esper.leyline import EsperError
 from esper.storage import Storage
 
@@ -32,27 +32,28 @@ def wanted_http(config: RunConfig, *, is_shared: bool) -> HttpConfig | None:
     return http if (is_shared if http.enabled is None else http.enabled) else None
 
 
-def deploy(storage: Storage, http: HttpConfig | None, *, timeout_s: float, replace: bool = True) -> None:
-    """Deploys both, each within `timeout_s`; what runs already stays as it is, see `gateway.deploy` for `replace`.
+def deploy(storage: Storage, http: HttpConfig | None, config: TamiyoConfig, *, replace: bool = True) -> None:
+    """Deploys both, each within `config.startup_s`; what runs already stays, see `gateway.deploy` for `replace`.
 
     Raises:
         EsperError: the first thing that failed; Tamiyo is deployed even if the gateway cannot be.
     """
+    timeout_s = config.startup_s
     try:
         if http is not None:
             gateway.start_serve(http, timeout_s=timeout_s)
     finally:
-        tamiyo.deploy(timeout_s=timeout_s)
+        tamiyo.deploy(timeout_s=timeout_s, canary=config.canary, poll_s=config.poll_s)
     if http is not None:
         gateway.deploy(storage, http, timeout_s=timeout_s, replace=replace)
 
 
-def deploy_beside(storage: Storage, http: HttpConfig | None, *, timeout_s: float) -> None:
+def deploy_beside(storage: Storage, http: HttpConfig | None, config: TamiyoConfig) -> None:
     """`deploy` in a thread. What fails is logged: a run goes on without a gateway, and asks Tamiyo for itself."""
 
     def attempt() -> None:
         try:
-            deploy(storage, http, timeout_s=timeout_s, replace=False)
+            deploy(storage, http, config, replace=False)
         except EsperError as error:
             _LOG.warning("serve.deploy.failed", extra={"reason": str(error)})
 

@@ -1,8 +1,8 @@
-"""Tamiyo on Ray Serve: a deployment that keeps nothing, and the controller by which a trainer asks it.
+"""Tamiyo on Ray Serve: brought up, taken down, and asked, by trainers and over HTTP. Its replica is in `deciding`.
 
-The replica is a thin shell over `esper.tamiyo.step`: state, packet and configuration come with each request, so one
-deployment serves every run of a platform, and a replica that dies takes nothing with it. Asking again is harmless,
-since the step is a pure function; that is why a failed call is repeated here until its deadline.
+State, packet and configuration come with each request, so one deployment serves every run of a platform, and a replica
+that dies takes nothing with it. Asking again is harmless, since a step is a pure function; that is why a failed call is
+repeated here until its deadline.
 
 HTTP is off, unless `actors.gateway` has started Serve before. The two settings of Serve that halve a handle's latency
 are in `actors.cluster`.
@@ -10,38 +10,34 @@ are in `actors.cluster`.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import esper.leyline
-import esper.tamiyo
-from actors.logs import log_as
-from esper.config import TamiyoConfig
+from actors.deciding import APP, Tamiyo, code_digest
+from esper.config import CanaryConfig, TamiyoConfig
 from esper.leyline import (
-    Action,
     AdaptationSignal,
     EsperError,
-    KasminaControlCommand,
     PermanentError,
+    PolicyShelf,
     SystemStatePacket,
     TransientError,
     UnavailableError,
 )
-from esper.tamiyo import initial_state, step
+from esper.storage import Storage
+from esper.tamiyo import initial_state
+from esper.tamiyo.deciders import wanted_version
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
-APP = "tamiyo"
+    from esper.tamiyo.http import Decision, DecisionRequest
+
 DEPLOYMENT = "Tamiyo"
 NUM_CPUS = 0.2
 _RETRY_PAUSE_S = 0.1
@@ -52,62 +48,9 @@ Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 
-def code_digest() -> str:
-    """Returns a hash of the sources that decide, so that a platform left from yesterday is not taken for today's."""
-    digest = hashlib.sha256()
-    for package in (esper.tamiyo, esper.leyline):
-        for path in sorted(Path(package.__path__[0]).glob("*.py")):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-class Tamiyo:
-    """The deployment. Arguments and results are JSON, validated at this edge."""
-
-    def __init__(self) -> None:
-        log_as(APP)
-        self._num_decisions = 0
-        self._code = code_digest()
-
-    def __repr__(self) -> str:
-        return f"Tamiyo(decisions={self._num_decisions})"
-
-    def decide(self, state: dict[str, Any], packet_json: str, config_json: str) -> tuple[dict[str, Any], str]:
-        """Runs one step; returns the next state and the signal's JSON."""
-        packet = SystemStatePacket.model_validate_json(packet_json)
-        config = TamiyoConfig.model_validate_json(config_json)
-        after, signal = step(state, packet, config)
-        self._num_decisions += 1
-        for command in signal.commands:
-            _log.info("command.given", extra=_fields(command, packet))
-        return after, signal.model_dump_json()
-
-    def about(self) -> dict[str, Any]:
-        """Returns its code's digest, process id, decisions so far, and whether torch came into the process."""
-        return {
-            "code": self._code,
-            "pid": os.getpid(),
-            "decisions": self._num_decisions,
-            "imports_torch": "torch" in sys.modules,
-        }
-
-
-def _fields(command: KasminaControlCommand, packet: SystemStatePacket) -> dict[str, Any]:
-    """What a line of the log says of a command."""
-    seeds = (seed for layer in packet.layers for seed in layer.seeds if seed.seed_id == command.seed_id)
-    under_way = next((seed.trace_id for seed in seeds), "")
-    return {
-        "run": packet.run_id,
-        "action": command.action.value,
-        "site": command.site,
-        "seed": command.seed_id,
-        "step": packet.epoch.step,
-        "trace": command.command_id if command.action is Action.GERMINATE else under_way,
-        "reason": command.reason,
-    }
-
-
-def deploy(*, name: str = APP, timeout_s: float = 60.0) -> None:
+def deploy(
+    *, name: str = APP, timeout_s: float = 60.0, canary: CanaryConfig | None = None, poll_s: float = 2.0
+) -> None:
     """Starts Serve without its HTTP proxy, if none runs, and deploys Tamiyo; returns once it answers.
 
     Where the same code runs already and answers, nothing changes.
@@ -115,6 +58,8 @@ def deploy(*, name: str = APP, timeout_s: float = 60.0) -> None:
     Args:
         name: of the Serve application.
         timeout_s: for everything together.
+        canary: what a nominated policy must show.
+        poll_s: so often the storages' policies are looked at.
 
     Raises:
         UnavailableError: if it is not up by then; Serve goes on trying.
@@ -136,15 +81,15 @@ def deploy(*, name: str = APP, timeout_s: float = 60.0) -> None:
             name=DEPLOYMENT,
             num_replicas=1,
             ray_actor_options={"num_cpus": NUM_CPUS},
-            # a decision takes about a millisecond, so this many runs may ask at once
-            max_ongoing_requests=32,
+            # what comes while others are decided is decided together
+            max_ongoing_requests=128,
             health_check_period_s=2.0,
             health_check_timeout_s=10.0,
             graceful_shutdown_timeout_s=2.0,
             graceful_shutdown_wait_loop_s=0.2,
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
-        serve.run(make_deployment(Tamiyo).bind(), name=name, route_prefix=None)
+        serve.run(make_deployment(Tamiyo).bind(canary, poll_s), name=name, route_prefix=None)
 
     _require_ray()
     try:
@@ -200,19 +145,21 @@ class ServeController:
         config: policy and limits; they travel with every request.
         seed: of the run; used where a decision is asked for with an empty state, which begins a new one.
         name: of the Serve application.
+        storage: where its policies lie.
     """
 
-    def __init__(self, config: TamiyoConfig, *, seed: int = 0, name: str = APP) -> None:
+    def __init__(self, config: TamiyoConfig, *, seed: int = 0, name: str = APP, storage: Storage | None = None) -> None:
         self._config = config
         self._config_json = config.model_dump_json()
         self._seed = seed
         self._name = name
-        self._handle: DeploymentHandle | None = None
+        self._storage = _address_of(storage)
+        self._asking = Asking(name)
         self._has_decided = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a handle belongs to its process: the copy connects for itself
-        return _revive, (self._config, self._seed, self._name)
+        return _revive, (self._config, self._seed, self._name, self._storage)
 
     def initial_state(self) -> dict[str, Any]:
         """Returns the state of a run that has not begun."""
@@ -226,9 +173,13 @@ class ServeController:
             ConflictError: if `state` is not a state of this version.
         """
         budget_s = self._config.deadline_s if self._has_decided else self._startup_s
-        after, signal_json = self._ask(
+        after, signal_json = self._asking.ask(
             lambda handle: handle.decide.remote(
-                state or self.initial_state(), packet.model_dump_json(), self._config_json
+                state or self.initial_state(),
+                packet.model_dump_json(),
+                self._config_json,
+                self._storage,
+                wanted_version(self._config),
             ),
             budget_s,
         )
@@ -237,14 +188,74 @@ class ServeController:
 
     def about(self) -> dict[str, Any]:
         """Returns what the replica says of itself; raises `UnavailableError` after the deadline."""
-        return self._ask(lambda handle: handle.about.remote(), self._config.deadline_s)
+        return self._asking.ask(lambda handle: handle.about.remote(), self._config.deadline_s)
 
     @property
     def _startup_s(self) -> float:
         return max(self._config.deadline_s, self._config.startup_s)
 
-    def _ask(self, call: Callable[[DeploymentHandle], Any], budget_s: float) -> Any:
-        """Calls the deployment until it answers or `budget_s` is over."""
+
+class HttpDesk:
+    """Where the HTTP gateway asks the deployment; see `esper.tamiyo.http.Desk`.
+
+    Args:
+        storage: where the policies lie.
+        timeout_s: for one answer.
+        name: of the Serve application.
+    """
+
+    def __init__(self, storage: Storage, *, timeout_s: float = 10.0, name: str = APP) -> None:
+        self._storage, self._timeout_s = _address_of(storage), timeout_s
+        self._asking = Asking(name)
+
+    def decide(self, request: DecisionRequest) -> Decision:
+        """Runs one step; raises as `ServeController.decide`."""
+        from esper.tamiyo.http import Decision
+
+        state, signal_json = self._asking.ask(
+            lambda handle: handle.decide.remote(
+                request.state or initial_state(request.config, request.seed),
+                request.packet.model_dump_json(),
+                request.config.model_dump_json(),
+                self._storage,
+                request.version or wanted_version(request.config),
+            ),
+            self._timeout_s,
+        )
+        return Decision(state=state, signal=AdaptationSignal.model_validate_json(signal_json))
+
+    def health(self, timeout_s: float) -> str:
+        """`ok`, or why Tamiyo does not answer within `timeout_s`."""
+        try:
+            self._asking.ask(lambda handle: handle.about.remote(), timeout_s)
+        except EsperError as error:
+            return str(error)
+        return "ok"
+
+    def policies(self) -> PolicyShelf:
+        """The policies of the storage; raises `StorageError` and `UnavailableError`."""
+        answer = self._asking.ask(lambda handle: handle.policies.remote(self._storage), self._timeout_s)
+        return PolicyShelf.model_validate_json(answer)
+
+
+class Asking:
+    """One process's way to the deployment: connects at the first question, and again after a failure.
+
+    Args:
+        name: of the Serve application.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._handle: DeploymentHandle | None = None
+
+    def ask(self, call: Callable[[DeploymentHandle], Any], budget_s: float) -> Any:
+        """Calls the deployment until it answers or `budget_s` is over.
+
+        Raises:
+            UnavailableError: if there is no answer by then.
+            EsperError: what the replica raised.
+        """
         from ray.exceptions import RayActorError, RayTaskError
         from ray.serve.exceptions import RayServeException
 
@@ -297,8 +308,13 @@ def _runs_already(name: str, answer_s: float) -> bool:
     return about.get("code") == code_digest()
 
 
-def _revive(config: TamiyoConfig, seed: int, name: str) -> ServeController:
-    return ServeController(config, seed=seed, name=name)
+def _revive(config: TamiyoConfig, seed: int, name: str, storage: Storage | None) -> ServeController:
+    return ServeController(config, seed=seed, name=name, storage=storage)
+
+
+def _address_of(storage: Storage | None) -> Storage | None:
+    """The address alone, without a driver that a process keeps open with it: it travels with every question."""
+    return None if storage is None else Storage(storage.uri, storage.options)
 
 
 def _cause(error: Any) -> EsperError:

@@ -20,7 +20,19 @@ from actors.logs import log_as
 from actors.platform import Platform
 from actors.tamiyo import ServeController
 from esper.config import RunConfig
-from esper.leyline import EpochRecord, FaultPlan, NoFaults, RunSummary, SafetyError, UnavailableError, UserError
+from esper.leyline import (
+    Bus,
+    Controller,
+    EpochRecord,
+    FaultPlan,
+    NoFaults,
+    RunSummary,
+    SafetyError,
+    UnavailableError,
+    UserError,
+)
+from esper.tamiyo import initial_state
+from esper.tolaria.listening import ListeningController
 
 if TYPE_CHECKING:
     from esper.api import WorkloadFactory
@@ -139,6 +151,7 @@ def _train_here(job: Job, stop: Callable[[], str | None]) -> Ending:
         device = torch.device("cuda", torch.cuda.current_device())
     many = torch.distributed.is_available() and torch.distributed.is_initialized()
     bus = job.platform.bus.bus()
+    controller = _controller(job, bus)
     try:
         return train_local(
             job.workload(),
@@ -147,7 +160,7 @@ def _train_here(job: Job, stop: Callable[[], str | None]) -> Ending:
             run_id=job.run_id,
             hub=job.platform.hub,
             bus=bus,
-            controller=ServeController(job.config.tamiyo, seed=job.config.seed),
+            controller=controller,
             public_key=bytes.fromhex(job.config.kasmina.public_key or job.platform.public_key),
             ranks=TorchRanks(device) if many else None,
             stop=stop,
@@ -159,7 +172,17 @@ def _train_here(job: Job, stop: Callable[[], str | None]) -> Ending:
     except (UserError, SafetyError) as error:
         return error
     finally:
+        if isinstance(controller, ListeningController):
+            controller.close()
         bus.close()
+
+
+def _controller(job: Job, bus: Bus) -> Controller:
+    """How the run hears from Tamiyo."""
+    config = job.config.tamiyo
+    if config.control == "listen":
+        return ListeningController(bus, config, initial_state=partial(initial_state, config, job.config.seed))
+    return ServeController(config, seed=job.config.seed, storage=job.platform.storage)
 
 
 def _train(job: Job, flag: Any) -> Ending:

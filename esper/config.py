@@ -401,6 +401,12 @@ class TamiyoConfig(Section):
     """Outside deterministic mode training goes on without an answer after so long."""
     startup_s: PositiveFloat = 60.0
     """The first decision waits so long for the controller to come up and for the kernels that are being built."""
+    control: Literal["ask", "listen"] = "ask"
+    """`ask`: the trainer asks Tamiyo after each epoch and waits for the answer. `listen`: it tells its state on the
+    bus, and obeys what AutonomousTamiyo, who watches all runs, sends of its own accord; not in deterministic mode."""
+    listen_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
+    """A run that listens waits so long for a command about the epoch that has just ended; one that comes later is heard
+    after the next."""
     canary: CanaryConfig = CanaryConfig()
     """For the platform: the first run's setting holds for all that share it."""
     poll_s: PositiveFloat = 2.0
@@ -597,6 +603,12 @@ class RunConfig(Section):
     tezzeret: TezzeretConfig = TezzeretConfig()
     oona: OonaConfig = OonaConfig()
     nissa: NissaConfig = NissaConfig()
+
+    @model_validator(mode="after")
+    def _replays_what_it_hears(self) -> RunConfig:
+        if self.deterministic and self.tamiyo.control == "listen":
+            raise ValueError("tamiyo.control: what a run hears depends on the clock, so a deterministic one must ask")
+        return self
 
     @model_validator(mode="after")
     def _task_fits_data(self) -> RunConfig:

@@ -379,6 +379,8 @@ def _tone(body: LifecycleEvent) -> Tone:
 
 def _on_decision(view: LiveView, body: AdaptationSignal, at: float) -> LiveView:
     """A decision that acts is told by the transitions that follow; only a grave one is a note of its own."""
+    if body.memory is not None:
+        return view  # on its way to a run that listens, which tells what it obeys
     view = replace(view, decision=body.reason, policy=body.policy)
     if body.severity is Severity.INFO:
         return view

@@ -65,7 +65,10 @@ def story_of(run_id: str, messages: Iterable[OonaMessage]) -> Story:
         epochs=tuple(record for _, record in sorted(epochs.items())),
         events=tuple(events),
         undone=tuple(undone),
-        decisions=tuple(cast("list[AdaptationSignal]", bodies.get(Topic.KASMINA_COMMANDS, []))),
+        # with a memory it is on its way to a run that listens, which tells what it obeys
+        decisions=tuple(
+            one for one in cast("list[AdaptationSignal]", bodies.get(Topic.KASMINA_COMMANDS, [])) if one.memory is None
+        ),
         rungs=tuple(cast("list[RungChange]", bodies.get(Topic.RUNGS, []))),
         reports=tuple(cast("list[FieldReport]", bodies.get(Topic.FIELD_REPORTS, []))),
     )

@@ -11,7 +11,7 @@ from esper.leyline import AdaptationSignal, CanaryRecord, CanaryVerdict
 def compare(record: CanaryRecord, before: AdaptationSignal, new: AdaptationSignal) -> CanaryRecord:
     """Takes in one decision of both."""
     agreed, waited = _wants(before) == _wants(new), not before.commands and not new.commands
-    changes = {
+    changes: dict[str, float] = {
         "num_decisions": record.num_decisions + 1,
         "num_agreed": record.num_agreed + agreed,
         "num_actions": record.num_actions + (not waited),

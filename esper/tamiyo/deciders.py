@@ -40,6 +40,15 @@ class Decider(Protocol):
         ...
 
 
+def wanted_version(config: TamiyoConfig) -> str | None:
+    """The stored policy that a configuration asks for; None where its policy needs no weights."""
+    return (
+        None
+        if config.policy in WITHOUT_WEIGHTS
+        else config.model_dump(include={config.policy})[config.policy]["version"]
+    )
+
+
 Loader = Callable[[PolicyCard, bytes], Decider]
 
 

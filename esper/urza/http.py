@@ -55,19 +55,31 @@ class Lineage(Contract):
 
 
 class Health(Census):
-    """That Urza answers, how much it holds, and how much waits for a compiler."""
+    """That Urza answers, how much it holds, and how much waits for a compiler.
+
+    Attributes:
+        tamiyo: `ok`, or why it does not answer; null where it is not asked. Its silence is not Urza's: runs go on.
+    """
 
     status: Literal["ok"] = "ok"
+    tamiyo: str | None = None
     api_version: int = API_VERSION
 
 
-def build_app(hub: Callable[[], Assets], limits: Limits, *, census: Callable[[], Census] | None = None) -> FastAPI:
+def build_app(
+    hub: Callable[[], Assets],
+    limits: Limits,
+    *,
+    census: Callable[[], Census] | None = None,
+    tamiyo: Callable[[], str] | None = None,
+) -> FastAPI:
     """Makes the app. Its routes are synchronous: FastAPI runs them in threads, where a hub may block.
 
     Args:
         hub: gives the hub to ask; called for every request.
         limits: what is let in.
         census: what `/health` asks, for a shorter deadline than that of other questions.
+        tamiyo: what `/health` says of Tamiyo.
     """
     app = FastAPI(
         title="Urza",
@@ -85,7 +97,7 @@ def build_app(hub: Callable[[], Assets], limits: Limits, *, census: Callable[[],
     def health() -> Health:
         """Whether Urza answers, asked of Urza itself; 503 if not."""
         counted = census() if census is not None else hub().census()
-        return Health(**counted.model_dump())
+        return Health(**counted.model_dump(), tamiyo=None if tamiyo is None else tamiyo())
 
     return app
 

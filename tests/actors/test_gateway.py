@@ -13,15 +13,21 @@ from http.client import HTTPConnection
 
 import pytest
 import ray
+import safetensors.numpy
+from test_tamiyo_serve import CONFIG, packet
 from urza_samples import BUILD, VECTOR, artifact_of, design
 
 from actors import gateway, tamiyo, urza
 from actors.cluster import connected
 from esper.config import HttpConfig
-from esper.leyline import ConfigError, ConflictError
+from esper.leyline import ConfigError, ConflictError, PolicyCard
 from esper.storage import Storage
+from esper.tamiyo import initial_state, step
+from esper.urza.policies import StoredPolicies
 
 pytestmark = pytest.mark.ray
+
+EMPTY = safetensors.numpy.save({})
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +100,31 @@ def test_a_design_goes_in_and_its_kernel_comes_out(base, hub, http):
     assert ask(f"{base}/api/v1/blueprints", body | {"metadata": {"x": "y" * (2 << 20)}})[0] == 413
     assert ask(f"{base}/docs")[0] == 200
     assert ask(f"{base}/health", host="evil.example")[0] == 400
+
+
+def test_tamiyo_decides_over_http_as_the_local_step_does(base, storage):
+    body = {"packet": packet(0).model_dump(mode="json"), "config": CONFIG.model_dump(mode="json"), "seed": 3}
+    status, answer = ask(f"{base}/api/v1/decide", body)
+    assert status == 200, answer
+    state, signal = step(initial_state(CONFIG, 3), packet(0), CONFIG)
+    assert json.loads(answer) == {"state": state, "signal": signal.model_dump(mode="json")}
+    assert json.loads(ask(f"{base}/health")[1])["tamiyo"] == "ok"
+    status, answer = ask(f"{base}/api/v1/decide", body | {"state": json.loads(answer)["state"] | {"version": 9}})
+    assert (status, json.loads(answer)["error"]["field"]) == (409, "state.version")
+
+
+def test_what_is_no_packet_or_names_no_policy_is_told_so(base, storage):
+    good = packet(0).model_dump(mode="json")
+    for path, value in (("val_loss", float("nan")), ("epoch", -1), ("train_loss", "high")):
+        status, answer = ask(f"{base}/api/v1/decide", {"packet": good | {"epoch": good["epoch"] | {path: value}}})
+        assert status in {400, 422}, (path, answer)
+    assert ask(f"{base}/api/v1/decide", {"packet": good, "version": "promoted"})[0] == 404
+    version = StoredPolicies(storage).put(PolicyCard.of(EMPTY, name="waits", kind="none", observation_version=1), EMPTY)
+    status, answer = ask(f"{base}/api/v1/decide", {"packet": good, "version": version[:10]})
+    assert (status, json.loads(answer)["signal"]["policy"]) == (200, "none")
+    status, answer = ask(f"{base}/api/v1/policies")
+    assert (status, json.loads(answer)["live"]) == (200, None)
+    assert [card["version"] for card in json.loads(answer)["policies"]] == [version]
 
 
 def test_a_body_without_a_length_is_limited_too(base, http):

@@ -1,0 +1,181 @@
+"""Stored policies behind Ray Serve: loaded while it answers, tried in shadow, refused where they are damaged."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+
+import pytest
+import safetensors.numpy
+from test_tamiyo_serve import CONFIG, packet
+
+from actors import oona, tamiyo
+from actors.cluster import connected
+from esper.config import CanaryConfig, OonaConfig
+from esper.leyline import CanaryVerdict, PolicyCard, PolicyChange, TamperedError, Topic
+from esper.storage import Storage
+from esper.tamiyo import initial_state, step
+from esper.tamiyo.http import DecisionRequest
+from esper.urza.policies import StoredPolicies, _sealed
+
+pytestmark = pytest.mark.ray
+
+WEIGHTS = safetensors.numpy.save({})
+CANARY = CanaryConfig(decisions=10, require_value=False)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    return Storage.at(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def store(storage):
+    return StoredPolicies(storage)
+
+
+def put(store, name, kind, **shape):
+    """A policy that is a set of settings: its kind decides."""
+    return store.put(PolicyCard.of(WEIGHTS, name=name, kind=kind, shape=shape, observation_version=1), WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def bus(storage):
+    with connected(dashboard=False):
+        handle = oona.spawn(OonaConfig(), storage.local / "oona", prefix=oona.prefix_of(storage))
+        bus = handle.bus()
+        yield bus
+        bus.close()
+        handle.stop()
+
+
+@pytest.fixture(scope="module")
+def events(bus):
+    subscription = bus.listen([Topic.POLICIES], from_start=True)
+    told = []
+
+    def wait_for(change, version):
+        deadline = time.monotonic() + 60
+        while (change, version) not in [(event.change, event.version) for event in told]:
+            assert time.monotonic() < deadline, told
+            deliveries = subscription.poll(timeout_s=1.0)
+            told.extend(delivery.message.body() for delivery in deliveries)
+            subscription.ack(deliveries)
+        return next(event for event in told if (event.change, event.version) == (change, version))
+
+    yield wait_for
+    subscription.close()
+
+
+@pytest.fixture(scope="module")
+def desk(bus, storage):
+    tamiyo.deploy(timeout_s=120.0, canary=CANARY, poll_s=0.2)
+    desk = tamiyo.HttpDesk(storage, timeout_s=60.0)
+    desk.policies()  # it follows the storages that it was asked about
+    yield desk
+    tamiyo.undeploy(timeout_s=60.0, stop_serve=True)
+
+
+def ask(desk, version="promoted"):
+    """The name of the policy that decided."""
+    request = DecisionRequest(packet=packet(0), config=CONFIG, version=version)
+    return desk.decide(request).signal.policy
+
+
+def test_the_life_of_policies_without_a_dropped_request(desk, store, storage, events):
+    """Promoted, hot reloaded, nominated and promoted by what it shows, while requests come."""
+    first, second, third = put(store, "a", "heuristic"), put(store, "b", "schedule"), put(store, "c", "none")
+    store.promote(first)
+    assert ask(desk) == "heuristic"
+    answers, failures, over = [], [], threading.Event()
+
+    def keep_asking():
+        while not over.is_set():
+            try:
+                answers.append((time.monotonic(), ask(desk)))
+            except Exception as error:  # noqa: BLE001 - whatever it is, the test shows it
+                failures.append(error)
+
+    asker = threading.Thread(target=keep_asking)
+    asker.start()
+    try:
+        pid = desk._asking.ask(lambda handle: handle.about.remote(), 30.0)["pid"]
+        store.promote(second)
+        assert events(PolicyChange.LOADED, second).before == first
+        _until(lambda: answers[-1][1] == "schedule")
+        # in shadow: both wait, so they agree
+        store.nominate(third)
+        passed = events(PolicyChange.PASSED, third)
+        assert (passed.before, passed.canary.num_decisions, passed.canary.num_agreed) == (second, 10, 10)
+        _until(lambda: answers[-1][1] == "none")
+        assert store.promoted() == third
+        assert desk._asking.ask(lambda handle: handle.about.remote(), 30.0)["pid"] == pid  # one replica, all the time
+    finally:
+        over.set()
+        asker.join(60)
+    assert failures == []
+    names = [name for _, name in answers]
+    assert [name for name, _ in itertools.groupby(names)] == ["heuristic", "schedule", "none"]
+    gaps = [later - earlier for (earlier, _), (later, _) in itertools.pairwise(answers)]
+    assert max(gaps) < 5.0, max(gaps)  # serve.run's own replacement stalls for more
+
+
+@pytest.mark.parametrize("damage", ["card.json", "weights.safetensors", "note"])
+def test_a_corrupt_policy_is_refused_and_the_one_before_decides(desk, store, storage, events, damage):
+    good = put(store, "good", "random", warmup_epochs=len(damage))
+    store.promote(good)
+    events(PolicyChange.LOADED, good)
+    bad = put(store, "worse", "none", warmup_epochs=len(damage))
+    note = _sealed({"version": bad})
+    if damage == "note":
+        note = note.replace(bad.encode(), good[::-1].encode())  # by hand, without its digest
+    else:
+        name = f"policies/{bad}/{damage}"
+        storage.write(name, storage.read(name)[:-3])
+        with pytest.raises(TamperedError):
+            store.promote(bad)  # the store refuses; somebody who writes the note himself is found out too
+    storage.write("policies/promoted", note)
+    refused = events(PolicyChange.REFUSED, "" if damage == "note" else bad)
+    assert (refused.before, bool(refused.reason)) == (good, True)
+    assert ask(desk) == "random"
+    shelf = desk.policies()
+    assert (shelf.live, len(shelf.refused)) == (good, 1)
+    store.promote(good)
+
+
+def test_people_see_which_policy_decides_and_how_the_new_one_stands(desk, store):
+    shelf = desk.policies()
+    assert shelf.live == store.promoted()
+    assert {card.name for card in shelf.policies} >= {"good", "a", "b", "c"}
+    assert shelf.canary.verdict is CanaryVerdict.PASSED
+
+
+def test_many_callers_are_answered_together_and_each_gets_his_own(desk):
+    answers = {}
+    local = {seed: step(initial_state(CONFIG, seed), packet(0), CONFIG) for seed in range(40)}
+
+    def one(seed):
+        request = DecisionRequest(packet=packet(0), config=CONFIG, seed=seed)
+        decision = desk.decide(request)
+        answers[seed] = (decision.state, decision.signal)
+
+    for _ in range(10):
+        threads = [threading.Thread(target=one, args=(seed,)) for seed in local]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(90)
+        assert answers == local
+        about = desk._asking.ask(lambda handle: handle.about.remote(), 30.0)
+        if about["largest_batch"] > 1:
+            break
+    assert about["largest_batch"] > 1
+    assert about["imports_torch"] is False
+
+
+def _until(condition, timeout_s=30.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
