@@ -367,6 +367,25 @@ class CanaryConfig(Section):
     than 0, which is what not growing is worth."""
 
 
+class GnnConfig(Section):
+    """The `gnn` policy: a graph network that Simic has trained decides all of it."""
+
+    version: Annotated[str, Field(pattern=r"^(promoted|[0-9a-f]{6,64})$")] = "promoted"
+    """Which one: a version, the beginning of one, or the one that is promoted when the run starts. The run's saved
+    configuration names the version it came to."""
+    max_uncertainty: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = 0.5
+    """Where the network's own forecast of what comes of its choice is less certain than this, it waits. 0 is certain,
+    0.5 as uncertain as knowing nothing but how such choices went on the average. null asks for no certainty."""
+    min_confidence: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.3
+    """It also waits where its choice of what to do has a probability below this."""
+    top_k: Annotated[int, Field(ge=1, le=64)] = 16
+    """Kernels that it may choose from at a site: those of the largest expected value per cost."""
+    strategies: tuple[Strategy, ...] = ("ramp", "grad_norm_gated", "drift_controlled", "performance_linked")
+    """Ways into the live path that it may choose, beside `tamiyo.strategy`."""
+    explore: bool = False
+    """Draws from its probabilities instead of taking the most probable: to gather experience."""
+
+
 class TamiyoConfig(Section):
     """The controller."""
 
@@ -397,6 +416,8 @@ class TamiyoConfig(Section):
     """For the `schedule` policy."""
     bandit: BanditConfig = BanditConfig()
     """For the `bandit` policy."""
+    gnn: GnnConfig = GnnConfig()
+    """For the `gnn` policy."""
     deadline_s: PositiveFloat = 5.0
     """Outside deterministic mode training goes on without an answer after so long."""
     startup_s: PositiveFloat = 60.0

@@ -68,6 +68,24 @@ def topology_of(packet: SystemStatePacket) -> Topology:
     """
     import torch
 
+    sites, seeds, pairs = wiring_of(packet)
+    edges: dict[tuple[str, str, str], Any] = {}
+    for (source, edge, target), pair in pairs.items():
+        edges[source, edge, target] = torch.from_numpy(pair.copy())
+        edges[target, f"rev_{edge}", source] = torch.from_numpy(pair[::-1].copy())
+    return Topology(sites, seeds, edges)
+
+
+Wiring = tuple[tuple[str, ...], tuple[tuple[str, str], ...], dict[tuple[str, str, str], np.ndarray]]
+"""Names of the sites, (site, seed id) of the seeds, and the edges that lead forward and down, each (2, edges) int64."""
+
+
+def wiring_of(packet: SystemStatePacket) -> Wiring:
+    """Returns the edges of a packet's graph without their reverses, and without torch.
+
+    Raises:
+        ValueError: if two sites or two seeds of a site have the same name.
+    """
     sites = tuple(layer.layer_id for layer in packet.layers)
     seeds = tuple((layer.layer_id, seed.seed_id) for layer in packet.layers for seed in layer.seeds)
     if len(set(sites)) < len(sites) or len(set(seeds)) < len(seeds):
@@ -80,11 +98,7 @@ def topology_of(packet: SystemStatePacket) -> Topology:
         ("site", "contains", "seed"): np.stack([np.repeat(here, counts), np.arange(len(seeds))]),
         ("seed", "sequential", "seed"): _stacked(packet.layers, first),
     }
-    edges: dict[tuple[str, str, str], Any] = {}
-    for (source, edge, target), pair in pairs.items():
-        edges[source, edge, target] = torch.from_numpy(pair.copy())
-        edges[target, f"rev_{edge}", source] = torch.from_numpy(pair[::-1].copy())
-    return Topology(sites, seeds, edges)
+    return sites, seeds, pairs
 
 
 def _stacked(layers: tuple[LayerHealthReport, ...], first: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from esper.config import TamiyoConfig
 from esper.leyline import BlendStrategy, ConflictError, Contract, HealthSignal, SeedStage, SystemStatePacket
 from esper.leyline.contract import Finite
 from esper.leyline.track import TrackRecord
+from esper.tamiyo.windows import SiteWindows, look
 
 
 class Attempt(Contract):
@@ -25,6 +26,7 @@ class Attempt(Contract):
         stage: where the seed stood when it was last seen.
         num_parameters, flops_per_sample: what its kernel costs, reserved until the seed is on the live path.
         asked, vetoed: whether a person was asked for a word, and whether a veto was carried out.
+        retiring: whether it was ordered off the live path, which takes its time.
     """
 
     site: str
@@ -38,6 +40,7 @@ class Attempt(Contract):
     strategy: BlendStrategy = BlendStrategy.RAMP
     asked: bool = False
     vetoed: bool = False
+    retiring: bool = False
 
 
 class BanditMemory(Contract):
@@ -65,6 +68,7 @@ class TamiyoState(Contract):
         failed: `site:blueprint` of adaptations that ended without a fossil; they are not tried again.
         schedule_done: entries of the schedule that were carried out or given up, by position.
         bandit: None under policies that do not learn.
+        windows: how the sites' health moved; None before the first decision.
     """
 
     version: Literal[1] = 1
@@ -81,6 +85,7 @@ class TamiyoState(Contract):
     failed: tuple[str, ...] = ()
     schedule_done: tuple[int, ...] = ()
     bandit: BanditMemory | None = None
+    windows: SiteWindows | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the memory as plain JSON values."""
@@ -171,6 +176,7 @@ def observe(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig)
             "cooldown_reason": cooldown_reason,
             "under_way": (*under_way, *strangers),
             "failed": tuple(dict.fromkeys(failed)),
+            "windows": look(state.windows, packet),
         }
     )
 

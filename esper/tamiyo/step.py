@@ -80,11 +80,13 @@ def step(
 
 
 def _remember(state: TamiyoState, proposal: Proposal, accepted: Sequence[Order], care: Care) -> TamiyoState:
+    retired = {(order.site, order.seed_id) for order in accepted if order.action is Action.RETIRE}
     known = tuple(
         attempt.model_copy(
             update={
                 "asked": attempt.asked or attempt.seed_id in care.asked,
                 "vetoed": attempt.vetoed or attempt.seed_id in care.vetoed,
+                "retiring": attempt.retiring or (attempt.site, attempt.seed_id) in retired,
             }
         )
         for attempt in state.under_way

@@ -22,14 +22,23 @@ class Care:
     """Orders for seeds under way, removals first, and what is said of those that are left alone.
 
     Attributes:
+        removals: of seeds that must go, by their gate's word or a person's.
+        advances: of each seed that may go on, its own order and then those for whom it races with, who must go then.
         asked: ids of seeds for which a person is asked now, for the first time.
         vetoed: ids of those that are removed by a person's word.
     """
 
-    orders: tuple[Order, ...]
+    removals: tuple[Order, ...]
+    advances: tuple[tuple[Order, ...], ...]
     notes: tuple[str, ...]
     asked: tuple[str, ...] = ()
     vetoed: tuple[str, ...] = ()
+
+    @property
+    def orders(self) -> tuple[Order, ...]:
+        """All of them, what is removed first."""
+        lost = (order for _, *losers in self.advances for order in losers)
+        return (*self.removals, *lost, *(advance for advance, *_ in self.advances))
 
 
 def tend(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig) -> Care:
@@ -39,7 +48,7 @@ def tend(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig) ->
     asked: list[str] = []
     vetoed: list[str] = []
     removals: list[Order] = []
-    advances: list[Order] = []
+    advances: list[tuple[Order, ...]] = []
     notes: list[str] = []
     for layer, seed in ((here, s) for here in packet.layers for s in here.seeds if s.stage.is_active):
         name = f"{seed.layer_id}/{seed.seed_id}"
@@ -50,23 +59,23 @@ def tend(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig) ->
             if attempt.vetoed:
                 notes.append(f"{name} is on its way out: {word.in_words}")
             else:
-                removals.append(_removal(seed, name, word.in_words))
+                removals.append(removal(seed, name, word.in_words))
         elif min(layer.epoch, seed.epoch) != packet.epoch.epoch:
             notes.append(f"{name} is left in {seed.stage}: its health is of epoch {min(layer.epoch, seed.epoch)}")
         elif seed.should_cull:
-            removals.append(_removal(seed, name))
+            removals.append(removal(seed, name))
         elif seed.is_ready_for_transition and (held := why_wait(seed, layer, packet.epoch.epoch)) is not None:
             notes.append(f"{name} {held}")
         elif seed.is_ready_for_transition and config.ask_before_graft and _would_graft(seed, attempt) and not word:
             notes.append(f"{name} waits for a person: esper runs approve {packet.run_id} {seed.seed_id}, or veto")
             asked += _to_ask(attempt)
         elif seed.is_ready_for_transition:
-            advances.append(_order(Action.ADVANCE, seed, f"advancing {name} from {seed.stage}"))
-            removals += _losers(seed, layer)
+            advance = _order(Action.ADVANCE, seed, f"advancing {name} from {seed.stage}")
+            advances.append((advance, *_losers(seed, layer)))
         else:
             notes.append(f"{name} stays in {seed.stage}: {seed.gate or 'its gate gave no reason'}")
     notes.extend(_unreported(state, packet))
-    return Care((*removals, *advances), tuple(notes), tuple(asked), tuple(vetoed))
+    return Care(tuple(removals), tuple(advances), tuple(notes), tuple(asked), tuple(vetoed))
 
 
 def _unreported(state: TamiyoState, packet: SystemStatePacket) -> list[str]:
@@ -84,7 +93,7 @@ def _to_ask(attempt: Attempt | None) -> list[str]:
 
 def _losers(winner: HealthSignal, layer: LayerHealthReport) -> list[Order]:
     return [
-        _removal(seed, f"{seed.layer_id}/{seed.seed_id}", f"lost the race to {winner.seed_id} ({seed.gate})")
+        removal(seed, f"{seed.layer_id}/{seed.seed_id}", f"lost the race to {winner.seed_id} ({seed.gate})")
         for seed in rivals(winner, layer)
     ]
 
@@ -95,7 +104,7 @@ def _would_graft(seed: HealthSignal, attempt: Attempt | None) -> bool:
     return seed.stage is SeedStage.TRAINING or (seed.stage is SeedStage.GERMINATED and is_direct)
 
 
-def _removal(seed: HealthSignal, name: str, why: str = "") -> Order:
+def removal(seed: HealthSignal, name: str, why: str = "") -> Order:
     """A cull behind the host leaves no trace; once the host leans on a kernel, alpha goes down while it trains on."""
     if seed.stage.is_blended:
         return _order(Action.RETIRE, seed, f"retiring {name} from {seed.stage}", why)
