@@ -37,7 +37,9 @@ from esper.leyline.summary import CONFIG_FILE, HISTORY_FILE, REPORT_FILE, SUMMAR
 from esper.nissa import Follower, LiveView, otlp, view_for, write_report
 from esper.nissa.replay import load, with_alerts
 from esper.storage import Storage
+from esper.tamiyo.gnn import pin
 from esper.tolaria.patience import PatientStorage
+from esper.urza.policies import StoredPolicies
 
 if TYPE_CHECKING:
     from actors.platform import Platform
@@ -100,7 +102,7 @@ def run(
     storage = Storage.at(config.storage, config.storage_options)
     storage.check_writable()
     otlp.check(config.nissa.otlp_endpoint)
-    config = _pin_key(config)
+    config = _pin_policy(_pin_key(config), storage)
     run_id = run_id or new_run_id(config)
     folder = PatientStorage(f"{storage.uri}/runs/{run_id}", storage.options)  # as the trainer's is
     with held(storage, shared=joins()):  # before anything is written or started
@@ -163,6 +165,11 @@ def _pin_key(config: RunConfig) -> RunConfig:
         return config
     key = public_hex(load_or_create(config.tezzeret.key_file))
     return config.model_copy(update={"kasmina": config.kasmina.model_copy(update={"public_key": key})})
+
+
+def _pin_policy(config: RunConfig, storage: Storage) -> RunConfig:
+    """Writes the version of a learned policy into the configuration: what is promoted may change meanwhile."""
+    return config.model_copy(update={"tamiyo": pin(config.tamiyo, StoredPolicies(storage))})
 
 
 def _without_secrets(config: RunConfig) -> RunConfig:

@@ -61,7 +61,8 @@ from esper.leyline.ports import AssetHub, Bus, Controller, FaultPlan, NoFaults
 from esper.leyline.signals import EpochRecord
 from esper.leyline.summary import HISTORY_FILE, REPORT_FILE, RunHistory, RunSummary
 from esper.storage import Storage
-from esper.tamiyo.controller import fallback_controller
+from esper.tamiyo.controller import LocalController, fallback_controller
+from esper.tamiyo.gnn import KIND, pin
 from esper.tolaria.checkpoint import Checkpoints, Restored
 from esper.tolaria.contents import refill, require_portable
 from esper.tolaria.course import Ports, never
@@ -74,6 +75,7 @@ from esper.tolaria.session import Session
 from esper.tolaria.task import Task, resolve_task
 from esper.tolaria.weights import Trained
 from esper.tolaria.workload import Data, Workload, evaluation_batches, example_of, to_device
+from esper.urza.policies import StoredPolicies
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -377,8 +379,6 @@ class Grown:
         Raises:
             ConfigError: if a setting is wrong, the scheduler cannot grow, or a hub comes without its key.
         """
-        from esper.tamiyo.controller import LocalController
-
         chosen = resolve_task(task)
         settings = {
             "task": chosen.name if isinstance(task, str) else "custom",
@@ -392,7 +392,7 @@ class Grown:
         elif public_key is None:
             raise ConfigError("a hub comes with its signer's key", field="public_key")
         self.host.attach(hub, public_key, wait=config.deterministic, native=not config.deterministic)
-        ports = Ports(hub=hub, bus=bus, controller=controller or LocalController(config.tamiyo, seed=config.seed))
+        ports = Ports(hub=hub, bus=bus, controller=controller or _controller(config))
         first = next(self.parameters(), None)
         device = torch.device("cpu") if first is None else first.device
         try:
@@ -423,6 +423,14 @@ def _exported(host: kasmina.Host, *, fold: bool) -> nn.Module:
 
 
 # ---------------------------------------------------------------- in this process
+
+
+def _controller(config: RunConfig) -> LocalController:
+    """The configured policy in this process; a learned one is the storage's, as it is named or promoted now."""
+    if config.tamiyo.policy != KIND:
+        return LocalController(config.tamiyo, seed=config.seed)
+    store = StoredPolicies(Storage.at(config.storage, config.storage_options))
+    return LocalController(pin(config.tamiyo, store), seed=config.seed, policies=store.get)
 
 
 def train_local(

@@ -383,13 +383,13 @@ class GnnConfig(Section):
     strategies: tuple[Strategy, ...] = ("ramp", "grad_norm_gated", "drift_controlled", "performance_linked")
     """Ways into the live path that it may choose, beside `tamiyo.strategy`."""
     explore: bool = False
-    """Draws from its probabilities instead of taking the most probable: to gather experience."""
+    """Draws from its probabilities instead of taking the most probable, however uncertain: to gather experience."""
 
 
 class TamiyoConfig(Section):
     """The controller."""
 
-    policy: Literal["heuristic", "bandit", "none", "random", "schedule"] = "heuristic"
+    policy: Literal["heuristic", "bandit", "gnn", "none", "random", "schedule"] = "heuristic"
     warmup_epochs: Annotated[int, Field(ge=0)] = 3
     """No growth before."""
     plateau_window: PositiveInt = 3

@@ -323,6 +323,8 @@ class Gate(StrEnum):
     BUDGET = "budget"  # of parameters or FLOPs
     KERNEL = "kernel"  # it is not ready, or does not suit the strategy
     SCHEDULE = "schedule"  # an entry cannot be carried out at present, or never
+    UNCERTAINTY = "uncertainty"  # a learned policy knows too little of what comes of its choice
+    CONFIDENCE = "confidence"  # or its choice is not clear enough
 
 
 class Veto(Contract):
@@ -349,11 +351,98 @@ class Veto(Contract):
         return f"{self.what}: {self.reason}"
 
 
+class Attribution(Contract):
+    """What one feature contributed to a learned policy's choice.
+
+    Attributes:
+        of: the node: `run`, a site, a seed or a design.
+        feature: its name, as in `esper.tamiyo.features` and `esper.tamiyo.observation`.
+        value: what it was.
+        effect: by how much the choice's log-probability would fall, to first order, if it were 0.
+    """
+
+    of: str
+    feature: str
+    value: Finite
+    effect: Finite
+
+    @property
+    def in_words(self) -> str:
+        """Node, feature, value and effect."""
+        return f"{self.of} {self.feature} {self.value:.2f} ({self.effect:+.2f})"
+
+
+class Explanation(Contract):
+    """Why a learned policy chose what it chose, in numbers.
+
+    Attributes:
+        version: of the policy.
+        operation: what it wanted, and where, with which design and strategy; done if no veto says otherwise.
+        chances: of each operation that the masks allow.
+        confidence: that of the chosen one.
+        log_prob: of the whole choice; None where it was held back, so that something else was done.
+        entropy: of the choice, natural logarithm.
+        value: expected of the run from here on, in units of the policy's reward.
+        forecast, forecast_error: what an ensemble expects to come of the choice, in units of its training's outcome,
+            and the standard deviation among its members; None where it was never calibrated.
+        uncertainty: from 0 to 1, see `tamiyo.gnn.max_uncertainty`; likewise.
+        attention: the sites with the largest shares of the network's attention.
+        attributions: the features that contributed most, for and against.
+    """
+
+    version: str
+    operation: str
+    site: str | None = None
+    seed_id: str | None = None
+    blueprint: str | None = None
+    strategy: BlendStrategy | None = None
+    chances: dict[str, Fraction]
+    confidence: Fraction
+    log_prob: Finite | None
+    entropy: Finite
+    value: Finite
+    forecast: Finite | None = None
+    forecast_error: Finite | None = None
+    uncertainty: Fraction | None = None
+    attention: dict[str, Fraction] = Field(default_factory=dict)
+    attributions: tuple[Attribution, ...] = ()
+
+    @property
+    def in_words(self) -> str:
+        """One sentence for a person."""
+        what = " ".join(part for part in (self.operation, self.blueprint, self._where, self._how) if part)
+        others = sorted(((p, op) for op, p in self.chances.items() if op != self.operation), reverse=True)
+        beside = "".join(f", {op} {p:.0%}" for p, op in others[:2])
+        parts = [f"policy {self.version[:8]} chose {what} ({self.confidence:.0%}{beside})"]
+        if not others:
+            return f"{parts[0]}: nothing else is allowed"
+        if self.forecast is not None:
+            parts.append(
+                f"expects {self.forecast:+.3g} ± {self.forecast_error:.2g} of it (uncertainty {self.uncertainty:.2f})"
+            )
+        if self.attention:
+            parts.append("looked at " + ", ".join(f"{site} {share:.0%}" for site, share in self.attention.items()))
+        told = [("for it", 1.0), ("against it", -1.0)]
+        for words, sign in told:
+            found = [one.in_words for one in self.attributions if sign * one.effect > 0.0]
+            parts.extend([f"{words}: {', '.join(found)}"] if found else [])
+        return "; ".join(parts)
+
+    @property
+    def _where(self) -> str:
+        return "" if self.site is None else f"at {self.site}" if self.seed_id is None else f"{self.site}/{self.seed_id}"
+
+    @property
+    def _how(self) -> str:
+        return "" if self.strategy is None else f"by {self.strategy}"
+
+
 class AdaptationSignal(Contract):
     """Tamiyo's answer to one packet. No commands means: wait; `reason` says why.
 
     Attributes:
         value: what the policy expects of the run from here on, in units of its reward; None where it expects nothing.
+        explanation: of a learned policy's choice.
         memory: Tamiyo's state after it, where nobody asked and so nobody gets it as an answer: the run keeps it.
     """
 
@@ -367,6 +456,7 @@ class AdaptationSignal(Contract):
     vetoes: tuple[Veto, ...] = ()
     reason: Annotated[str, Field(min_length=1)]
     value: Finite | None = None
+    explanation: Explanation | None = None
     memory: dict[str, Any] | None = None
 
     @field_validator("vetoes", mode="before")

@@ -6,6 +6,7 @@ from typing import Any
 
 from esper.config import TamiyoConfig
 from esper.leyline import AdaptationSignal, SystemStatePacket
+from esper.tamiyo.gnn import Policies
 from esper.tamiyo.memory import initial_state
 from esper.tamiyo.step import step
 
@@ -27,11 +28,13 @@ class LocalController:
     Args:
         config: policy and limits.
         seed: of the run; used where a decision is asked for with an empty state, which begins a new one.
+        policies: where the weights of a learned policy come from.
     """
 
-    def __init__(self, config: TamiyoConfig, *, seed: int = 0) -> None:
+    def __init__(self, config: TamiyoConfig, *, seed: int = 0, policies: Policies | None = None) -> None:
         self._config = config
         self._seed = seed
+        self._policies = policies
 
     def initial_state(self) -> dict[str, Any]:
         """Returns the state of a run that has not begun."""
@@ -39,4 +42,4 @@ class LocalController:
 
     def decide(self, state: dict[str, Any], packet: SystemStatePacket) -> tuple[dict[str, Any], AdaptationSignal]:
         """Decides about one epoch; see `step`."""
-        return step(state or self.initial_state(), packet, self._config)
+        return step(state or self.initial_state(), packet, self._config, self._policies)

@@ -1,7 +1,7 @@
 """Who decides: the policy that a configuration names, or a stored one. A decider takes many questions at once.
 
 A stored policy of a kind that needs no weights is a set of settings: its shape holds fields of `TamiyoConfig`. Kinds
-with weights register a loader in `LOADERS`.
+with weights register a loader in `LOADERS`; `gnn` answers all questions of a call in one pass of its network.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from esper.config import TamiyoConfig
 from esper.leyline import AdaptationSignal, EsperError, PermanentError, PolicyCard, SystemStatePacket
 from esper.tamiyo.controller import WITHOUT_WEIGHTS
-from esper.tamiyo.step import step
+from esper.tamiyo.gnn import KIND, Case, Loaded, propose_all, ready
+from esper.tamiyo.step import case_of, conclude, step
 
 
 class Question(NamedTuple):
@@ -84,8 +85,41 @@ class Steps:
             return error
 
 
+class Graphs:
+    """A learned policy of the kind `gnn`.
+
+    Args:
+        loaded: its network.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+
+    def decide(self, questions: Sequence[Question]) -> list[Decided | EsperError]:
+        """See `Decider.decide`."""
+        opened = [self._open(question) for question in questions]
+        proposals = iter(propose_all(self._loaded, [case for case in opened if isinstance(case, Case)]))
+        return [Decided(*conclude(case, next(proposals))) if isinstance(case, Case) else case for case in opened]
+
+    @staticmethod
+    def _open(question: Question) -> Case | EsperError:
+        state, packet, config = question
+        try:
+            return case_of(state, packet, config)
+        except EsperError as error:
+            return error
+
+
+def _graphs(card: PolicyCard, weights: bytes) -> Decider:
+    return Graphs(ready(card, weights))
+
+
 LOADERS: dict[str, Loader] = {
-    kind: lambda card, _weights, kind=kind: Steps({**card.shape, "policy": kind}) for kind in sorted(WITHOUT_WEIGHTS)
+    **{
+        kind: lambda card, _weights, kind=kind: Steps({**card.shape, "policy": kind})
+        for kind in sorted(WITHOUT_WEIGHTS)
+    },
+    KIND: _graphs,
 }
 """By the card's kind."""
 

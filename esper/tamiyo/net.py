@@ -103,14 +103,23 @@ class PolicyNet(nn.Module):
         Raises:
             FloatingPointError: if a probability is not finite.
         """
-        judged = self.judge(batch)
-        drawn = [self._draw(batch, judged, row, generator, greedy) for row in range(len(batch))]
+        return self.decide(batch, self.judge(batch), [generator] * len(batch), [greedy] * len(batch))[0]
+
+    def decide(
+        self,
+        batch: Batch,
+        judged: Judged,
+        generators: Sequence[torch.Generator | None],
+        greedy: Sequence[bool],
+    ) -> tuple[list[Decided], Tensor]:
+        """Chooses for every observation from its distributions; also returns the log-probabilities (B,) with their
+        gradient, where one is kept. Each row has its own source of chance; else as `act`.
+        """
+        drawn = [self._draw(batch, judged, row, generators[row], greedy[row]) for row in range(len(batch))]
         targets = targets_of(batch, [choice for choice, _ in drawn])
         log_prob, entropy, value = self.score(batch, judged, targets)
-        return [
-            Decided(choice, float(log_prob[row]), float(entropy[row]), float(value[row]), probabilities)
-            for row, (choice, probabilities) in enumerate(drawn)
-        ]
+        told = zip(drawn, log_prob.tolist(), entropy.tolist(), value.tolist(), strict=True)
+        return [Decided(choice, p, doubt, worth, parts) for (choice, parts), p, doubt, worth in told], log_prob
 
     def evaluate(self, batch: Batch, choices: Sequence[ActionChoice]) -> tuple[Tensor, Tensor, Tensor]:
         """Returns log-probability, entropy and value of given choices, each (B,) and differentiable; see `Decided`.
@@ -219,7 +228,7 @@ class PolicyNet(nn.Module):
         self, batch: Batch, judged: Judged, row: int, generator: torch.Generator | None, greedy: bool
     ) -> tuple[ActionChoice, dict[str, np.ndarray]]:
         def pick(log_p: Tensor, part: str) -> int:
-            p = np.exp(log_p.double().numpy())
+            p = np.exp(log_p.detach().double().numpy())
             if not np.isfinite(p).all() or not p.sum() > 0.0:
                 raise FloatingPointError(f"the probabilities of the {part} are not finite")
             found[part] = p

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from esper.leyline import Action, BlendStrategy, KernelOption, SystemStatePacket, Veto
+from esper.leyline import Action, BlendStrategy, Explanation, KernelOption, SystemStatePacket, Veto
 from esper.tamiyo.memory import TamiyoState
 
 
@@ -46,6 +46,8 @@ class Proposal:
         vetoes: what it was asked for and cannot do (`schedule`).
         given_up: entries of the schedule that can never be done, by position.
         num_draws: random numbers it used.
+        tends: whether it also says which seeds advance, and which more go than the rule asks for; `orders` hold it.
+        explanation: of a learned policy.
     """
 
     reason: str
@@ -53,6 +55,8 @@ class Proposal:
     vetoes: tuple[Veto, ...] = ()
     given_up: tuple[int, ...] = ()
     num_draws: int = 0
+    tends: bool = False
+    explanation: Explanation | None = None
 
 
 class Policy(Protocol):

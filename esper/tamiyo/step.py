@@ -1,7 +1,8 @@
 """The decision: `step(state, packet, config) -> (state, signal)`, a pure function.
 
 Seeds under way are tended first, then the policy says whether to grow, then the safety gates judge every order. No
-clock and no global randomness: the same arguments give the same signal, ids included.
+clock and no global randomness: the same arguments give the same signal, ids included. Of a learned policy the version
+is one of the arguments: it stands in the configuration, and who holds its weights does not matter.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from esper.leyline import (
     Veto,
 )
 from esper.tamiyo.bandit import Bandit
+from esper.tamiyo.gnn import Case, GraphPolicy, Policies, load
 from esper.tamiyo.heuristic import LargestWorth, PlateauGrowth
 from esper.tamiyo.memory import Attempt, TamiyoState, observe, read_state
 from esper.tamiyo.orders import Order, Policy, Proposal
@@ -29,13 +31,19 @@ from esper.tamiyo.safety import GOVERNOR_CRITICAL, GOVERNOR_OK, judge
 from esper.tamiyo.tending import Care, tend
 
 
-def policy_for(config: TamiyoConfig) -> Policy:
-    """Returns the policy that the configuration names."""
+def policy_for(config: TamiyoConfig, policies: Policies | None = None) -> Policy:
+    """Returns the policy that the configuration names.
+
+    Raises:
+        EsperError: if it is a learned one and cannot be had; see `gnn.load`.
+    """
     match config.policy:
         case "heuristic":
             return PlateauGrowth(config, LargestWorth())
         case "bandit":
             return PlateauGrowth(config, Bandit(config.bandit))
+        case "gnn":
+            return GraphPolicy(config, load(config.gnn.version, policies))
         case "none":
             return NoGrowth()
         case "random":
@@ -45,7 +53,7 @@ def policy_for(config: TamiyoConfig) -> Policy:
 
 
 def step(
-    state: Mapping[str, Any], packet: SystemStatePacket, config: TamiyoConfig
+    state: Mapping[str, Any], packet: SystemStatePacket, config: TamiyoConfig, policies: Policies | None = None
 ) -> tuple[dict[str, Any], AdaptationSignal]:
     """Decides about one epoch.
 
@@ -53,18 +61,40 @@ def step(
         state: what the last call returned, or `initial_state`.
         packet: all that is known at the end of the epoch.
         config: policy and limits.
+        policies: where the weights of learned policies come from.
 
     Returns:
         The next state, plain JSON, and the signal.
 
     Raises:
         ConflictError: if `state` is not a state of this version.
+        EsperError: if the policy is a learned one and cannot be had; see `gnn.load`.
     """
-    policy = policy_for(config)
-    seen = policy.learn(observe(read_state(state), packet, config), packet)
-    care = tend(seen, packet, config)
-    proposal = policy.propose(seen, packet)
-    verdict = judge(seen, packet, config, (*care.orders, *proposal.orders))
+    policy = policy_for(config, policies)
+    case = case_of(state, packet, config, policy)
+    return conclude(case, policy.propose(case.state, packet))
+
+
+def case_of(
+    state: Mapping[str, Any], packet: SystemStatePacket, config: TamiyoConfig, policy: Policy | None = None
+) -> Case:
+    """Returns what a decision is about: the memory after it has seen the packet, and what tending asks for.
+
+    Raises:
+        ConflictError: if `state` is not a state of this version.
+    """
+    seen = observe(read_state(state), packet, config)
+    seen = seen if policy is None else policy.learn(seen, packet)
+    return Case(seen, packet, config, tend(seen, packet, config))
+
+
+def conclude(case: Case, proposal: Proposal) -> tuple[dict[str, Any], AdaptationSignal]:
+    """Passes what a policy proposes, and what tending asks for, through the gates; returns the next state and the
+    signal.
+    """
+    seen, packet, config, care = case.state, case.packet, case.config, case.care
+    tending = care.removals if proposal.tends else care.orders
+    verdict = judge(seen, packet, config, (*tending, *proposal.orders))
     vetoes = (*proposal.vetoes, *verdict.vetoes)
     signal = AdaptationSignal(
         signal_id=_id(seen, packet, "signal"),
@@ -75,6 +105,8 @@ def step(
         commands=tuple(_command(order, _id(seen, packet, str(i))) for i, order in enumerate(verdict.accepted)),
         vetoes=vetoes,
         reason=_reason(packet, verdict.accepted, care.notes, proposal, vetoes),
+        value=proposal.explanation.value if proposal.explanation else None,
+        explanation=proposal.explanation,
     )
     return _remember(seen, proposal, verdict.accepted, care).to_json(), signal
 
@@ -140,7 +172,7 @@ def _reason(
     parts = [order.in_words for order in accepted if order.action is not Action.GERMINATE]
     parts.extend(notes)
     # a proposal's reason covers its own germinations; beside seeds under way a wait needs no second explanation
-    if proposal.orders or not parts:
+    if proposal.orders or proposal.tends or not parts:
         parts.append(proposal.reason)
     if vetoes:
         parts.append("vetoed: " + "; ".join(veto.in_words for veto in vetoes))

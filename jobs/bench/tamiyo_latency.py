@@ -1,8 +1,10 @@
 """How long Tamiyo takes, in its own process: packets in and out of JSON, graphs, and decisions.
 
 The hosts are made up: at each site a fossil with a resting seed above it, all health measured, and so many kernels
-ready for each site. The validation loss stands still, so that the heuristic goes the whole way to a germination. Times
-are of the wall clock; the first call of each kind is not counted. What Ray Serve and HTTP add is not in them.
+ready for each site. The validation loss stands still, so that the heuristic goes the whole way to a germination. The
+network of `gnn` has its initial weights, a liking for germination, and no gates of its own: how long it takes depends
+on none of them. Times are of the wall clock; the first call of each kind is not counted. What Ray Serve and HTTP add is
+not in them.
 """
 
 from __future__ import annotations
@@ -14,24 +16,30 @@ from typing import Any
 
 import numpy as np
 
-from esper.config import TamiyoConfig
+from esper.config import GnnConfig, TamiyoConfig
 from esper.leyline import (
     BudgetState,
     EpochRecord,
     HealthSignal,
     KernelOption,
     LayerHealthReport,
+    PolicyCard,
     SeedStage,
     SiteKind,
     SiteSignature,
     SystemStatePacket,
 )
 from esper.tamiyo import initial_state, step
+from esper.tamiyo.actions import Operation
+from esper.tamiyo.gnn import Policies, load
 from esper.tamiyo.graph import GraphBuilder
+from esper.tamiyo.observation import OBSERVATION_VERSION, observe_graph
+from esper.tamiyo.shape import NetShape
+from esper.tamiyo.step import case_of
 from jobs.bench.harness import BenchResult, machine
 
 SEEDS = (20, 200, 2_000, 10_000)
-POLICIES = ("heuristic", "bandit")
+POLICIES = ("heuristic", "bandit", "gnn")
 _RUN = "paper"
 
 
@@ -61,16 +69,47 @@ def _kinds(num_seeds: int, num_kernels: int) -> dict[str, Callable[[], Any]]:
         "graph with its edges": lambda: GraphBuilder().build(packet),
         "graph on kept edges": lambda: builder.build(packet),
     }
+    learned, policies = _learned()
     for policy in POLICIES:
-        config = TamiyoConfig(policy=policy)
+        config = TamiyoConfig(policy=policy, gnn=learned)
         state = initial_state(config, 0)
         for epoch in range(9 - config.plateau_window, 9):
             record = packet.epoch.model_copy(update={"epoch": epoch})
-            state, _ = step(state, packet.model_copy(update={"epoch": record, "options": ()}), config)
-        _, signal = step(state, packet, config)
+            state, _ = step(state, packet.model_copy(update={"epoch": record, "options": ()}), config, policies)
+        _, signal = step(state, packet, config, policies)
         assert signal.commands, signal.reason
-        kinds[f"step of {policy}"] = lambda state=state, config=config: step(state, packet, config)
-    return kinds
+        kinds[f"step of {policy}"] = lambda state=state, config=config: step(state, packet, config, policies)
+    return kinds | _parts(packet, TamiyoConfig(policy="gnn", gnn=learned), policies)
+
+
+def _learned() -> tuple[GnnConfig, Policies]:
+    """A network that wants to grow, and who holds it."""
+    import torch
+
+    from esper.tamiyo.net import PolicyNet
+
+    shape = NetShape()
+    net = PolicyNet(shape)
+    with torch.no_grad():
+        dict(net.operation.named_parameters())["2.bias"][Operation.GERMINATE] += 8.0
+    weights = net.to_bytes()
+    observation = {"shape": shape.model_dump(), "observation_version": OBSERVATION_VERSION}
+    card = PolicyCard.of(weights, name="paper", **observation)
+    return GnnConfig(version=card.version, max_uncertainty=None, min_confidence=0.0), lambda _: (card, weights)
+
+
+def _parts(packet: SystemStatePacket, config: TamiyoConfig, policies: Policies) -> dict[str, Callable[[], Any]]:
+    """What a step of `gnn` is made of."""
+    from esper.tamiyo.considering import Draw, consider
+
+    state = initial_state(config, 0)
+    case, loaded = case_of(state, packet, config), load(config.gnn.version, policies)
+    view = observe_graph(case.state, packet, config, case.care)
+    return {
+        "gnn: memory and tending": lambda: case_of(state, packet, config),
+        "gnn: observation": lambda: observe_graph(case.state, packet, config, case.care),
+        "gnn: network and explanation": lambda: consider(loaded.net, [view], [Draw(None)]),
+    }
 
 
 def packet_of(num_seeds: int, num_kernels: int, *, epoch: int) -> SystemStatePacket:

@@ -1,0 +1,170 @@
+"""A network's choices with all that explains them: chances, forecast and its doubt, attention and attributions.
+
+An attribution is gradient times input (Shrikumar et al. 2016): how the choice's log-probability would fall, to first
+order, if the feature were 0, which for most of them means: unmeasured, or none of it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esper.leyline import Attribution, Explanation
+from esper.tamiyo.actions import STRATEGIES, Operation
+from esper.tamiyo.batch import Batch, collate, targets_of
+from esper.tamiyo.features import SEED_FEATURES
+from esper.tamiyo.net import Decided, Judged, PolicyNet, chosen_features
+from esper.tamiyo.observation import KERNEL_FEATURES, RUN_FEATURES, SITE_FEATURES, Observation
+
+_SHOWN_SITES = 3
+_SHOWN_FEATURES = 5
+_FEATURES = {"site": SITE_FEATURES, "seed": SEED_FEATURES, "run": RUN_FEATURES, "kernel": KERNEL_FEATURES}
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Where a row's chance comes from; None takes the most probable."""
+
+    source: random.Random | None
+
+
+@dataclass(frozen=True)
+class Considered:
+    """One choice and what explains it.
+
+    Attributes:
+        attention: (S,) share of each site in the pooling.
+        effects: by kind of node, (nodes, features): gradient times input; empty where there was nothing to choose.
+        forecasts: (members,) what each expects to come of the choice.
+        uncertainty: of the choice, in [0, 1).
+        is_calibrated: whether that was ever measured.
+    """
+
+    decided: Decided
+    attention: np.ndarray
+    effects: dict[str, np.ndarray]
+    forecasts: np.ndarray
+    uncertainty: float
+    is_calibrated: bool
+
+    def explanation(self, view: Observation, version: str) -> Explanation:
+        """Returns the explanation for people."""
+        choice = self.decided.choice
+        chances = self.decided.probabilities["operation"]
+        sites = np.argsort(-self.attention, kind="stable")[:_SHOWN_SITES]
+        seed = view.seed_names[choice.seed] if choice.seed >= 0 else None
+        return Explanation(
+            version=version,
+            operation=choice.operation.name,
+            site=view.site_names[choice.site] if choice.site >= 0 else seed[0] if seed else None,
+            seed_id=seed[1] if seed else None,
+            blueprint=view.kernel_names[view.option_kernel[choice.option]][1] if choice.option >= 0 else None,
+            strategy=STRATEGIES[choice.strategy] if choice.strategy >= 0 else None,
+            chances={op.name: _fraction(chances[op]) for op in Operation if view.operations[op]},
+            confidence=_fraction(chances[choice.operation]),
+            log_prob=self.decided.log_prob,
+            entropy=self.decided.entropy,
+            value=self.decided.value,
+            forecast=float(self.forecasts.mean()) if self.is_calibrated else None,
+            forecast_error=float(self.forecasts.std(ddof=1)) if self.is_calibrated else None,
+            uncertainty=_fraction(self.uncertainty) if self.is_calibrated else None,
+            attention={view.site_names[place]: _fraction(float(self.attention[place])) for place in sites},
+            attributions=self._attributions(view),
+        )
+
+    def _attributions(self, view: Observation) -> tuple[Attribution, ...]:
+        """The features with the largest effect, that first."""
+        largest: list[tuple[float, str, int]] = []
+        for kind, effects in self.effects.items():
+            flat = np.abs(effects).ravel()
+            top = np.argsort(-flat, kind="stable")[:_SHOWN_FEATURES]
+            largest += [(float(flat[place]), kind, int(place)) for place in top if flat[place] > 0.0]
+        largest.sort(key=lambda entry: -entry[0])
+        return tuple(self._attribution(view, kind, place) for _, kind, place in largest[:_SHOWN_FEATURES])
+
+    def _attribution(self, view: Observation, kind: str, place: int) -> Attribution:
+        node, feature = divmod(place, len(_FEATURES[kind]))
+        of = {
+            "run": lambda: "run",
+            "site": lambda: view.site_names[node],
+            "seed": lambda: "/".join(view.seed_names[node]),
+            "kernel": lambda: view.kernel_names[node][1],
+        }[kind]()
+        value = np.atleast_2d(getattr(view, kind))[node, feature]
+        effect = float(self.effects[kind].ravel()[place])
+        return Attribution(of=of, feature=_FEATURES[kind][feature], value=float(value), effect=effect)
+
+
+def consider(net: PolicyNet, views: Sequence[Observation], draws: Sequence[Draw]) -> list[Considered]:
+    """Chooses for each observation, and explains it.
+
+    Args:
+        net: whose own parameters want no gradient.
+        views: observations.
+        draws: of each, whether it is left to chance.
+
+    Raises:
+        FloatingPointError: if a figure of the network is not finite.
+    """
+    batch = collate(views)
+    is_open = any(view.operations.sum() > 1 for view in views)
+    inputs: dict[str, Tensor] = {}
+    if is_open:  # where all can only wait there is nothing to explain
+        inputs = {kind: getattr(batch, kind).requires_grad_() for kind in _FEATURES}
+        batch = replace(batch, **inputs)
+    with torch.set_grad_enabled(is_open):
+        judged = net.judge(batch)
+        decided, log_prob = _decide(net, batch, judged, draws)
+    effects = _effects(log_prob, inputs) if is_open else {}
+    with torch.no_grad():
+        targets = targets_of(batch, [one.choice for one in decided])
+        forecasts = net.outcomes(chosen_features(batch, judged.encoded, targets))
+        doubt = net.outcomes.uncertainty(forecasts)
+    if not (torch.isfinite(forecasts).all() and all(np.isfinite(table).all() for table in effects.values())):
+        raise FloatingPointError("a forecast of the network is not finite")
+    is_calibrated = int(net.outcomes.num_calibrated) > 0
+    starts = {
+        "site": batch.first_site,
+        "seed": batch.first_seed,
+        "kernel": _starts(views),
+        "run": range(len(views) + 1),
+    }
+    return [
+        Considered(
+            decided=one,
+            attention=judged.encoded.attention[batch.first_site[row] : batch.first_site[row + 1]].numpy(),
+            effects={kind: table[starts[kind][row] : starts[kind][row + 1]] for kind, table in effects.items()},
+            forecasts=forecasts[row].numpy(),
+            uncertainty=float(doubt[row]),
+            is_calibrated=is_calibrated,
+        )
+        for row, one in enumerate(decided)
+    ]
+
+
+def _decide(net: PolicyNet, batch: Batch, judged: Judged, draws: Sequence[Draw]) -> tuple[list[Decided], Tensor]:
+    generators = [
+        None if draw.source is None else torch.Generator().manual_seed(draw.source.getrandbits(63)) for draw in draws
+    ]
+    return net.decide(batch, judged, generators, [draw.source is None for draw in draws])
+
+
+def _effects(log_prob: Tensor, inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    slopes = torch.autograd.grad(log_prob.sum(), list(inputs.values()), allow_unused=True)
+    return {
+        kind: np.zeros(tuple(x.shape), dtype=np.float32) if slope is None else (slope * x.detach()).numpy()
+        for (kind, x), slope in zip(inputs.items(), slopes, strict=True)
+    }
+
+
+def _starts(views: Sequence[Observation]) -> list[int]:
+    return [0, *np.cumsum([len(view.kernel) for view in views]).tolist()]
+
+
+def _fraction(value: float) -> float:
+    return min(1.0, max(0.0, float(value)))
