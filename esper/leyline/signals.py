@@ -140,9 +140,11 @@ class KernelOption(Contract):
     """A kernel that fits a site and is ready, as Tamiyo sees it. Costs are per sample, forward.
 
     `risk` is Urabrask's `risk_score`, None where there is none. `blueprint`, `aliases` and `record`: see `KernelBrief`.
+    `others` are further sites of the same signature for which this very kernel is ready: it travels once for all.
     """
 
     site: str
+    others: tuple[str, ...] = ()
     kernel_id: str
     blueprint_id: str
     blueprint: str
@@ -153,6 +155,11 @@ class KernelOption(Contract):
     risk: Fraction | None = None
     aliases: tuple[str, ...] = ()
     record: TrackRecord | None = None
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """All sites that it is ready for."""
+        return (self.site, *self.others)
 
 
 class BudgetState(Contract):

@@ -92,7 +92,8 @@ class Bandit:
             if value is not None and arm in arms and (report.trace_id or report.report_id) not in memory.counted:
                 arms[arm] = arms[arm].count(value)
         for option in packet.options:
-            if option.site in kinds and (arm := arm_of(kinds[option.site], option.blueprint)) not in arms:
+            kind = next((kinds[site] for site in option.sites if site in kinds), None)  # all are of one signature
+            if kind is not None and (arm := arm_of(kind, option.blueprint)) not in arms:
                 arms[arm] = option.record or TrackRecord()
         counted = tuple(report.trace_id or report.report_id for report in packet.ended)
         return state.model_copy(update={"bandit": BanditMemory(arms=arms, counted=counted)})

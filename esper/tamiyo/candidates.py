@@ -102,15 +102,25 @@ def find_candidates(
     room = room_of(state, packet)
     found: list[Candidate] = []
     excluded: dict[str, str] = {}
-    ready: dict[str, list[KernelOption]] = {}  # gone through once: ten thousand sites have a hundred thousand options
+    # gone through once, and judged once for all sites that have the same: there may be a hundred thousand pairs
+    ready: dict[str, list[KernelOption]] = {}
     for option in packet.options:
-        ready.setdefault(option.site, []).append(option)
+        for site in option.sites:
+            ready.setdefault(site, []).append(option)
+    own = {key.rpartition(":")[0] for key in (*state.failed, *packet.embargoed)}
+    judged: dict[tuple[int, ...], tuple[KernelOption, ...] | str] = {}
     for layer in packet.layers:
         seeds = _resting_seeds(layer, packet)
         if isinstance(seeds, str):
             excluded[layer.layer_id] = seeds
             continue
-        options = _usable(layer.layer_id, ready.get(layer.layer_id, []), state, packet, config, room, blueprint)
+        here = ready.get(layer.layer_id, [])
+        key = tuple([id(option) for option in here])
+        options = judged.get(key)
+        if options is None or layer.layer_id in own:
+            options = _usable(layer.layer_id, here, state, packet, config, room, blueprint)
+        if layer.layer_id not in own:
+            judged[key] = options
         if isinstance(options, str):
             excluded[layer.layer_id] = options
         else:

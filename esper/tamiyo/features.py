@@ -214,9 +214,9 @@ def _figure(layers: Iterable[LayerHealthReport], name: str) -> Column:
 def _options(packet: SystemStatePacket) -> tuple[Column, Column, Column]:
     """How many kernels are ready for each site, and the smallest and largest over the budget that is left."""
     places = {layer.layer_id: place for place, layer in enumerate(packet.layers)}
-    known = [option for option in packet.options if option.site in places]
-    at = np.array([places[option.site] for option in known], dtype=np.int64)
-    sizes = _array(option.num_parameters for option in known)
+    known = [[places[site] for site in option.sites if site in places] for option in packet.options]
+    at = np.array([place for here in known for place in here], dtype=np.int64)
+    sizes = np.repeat(_array(option.num_parameters for option in packet.options), [len(here) for here in known])
     num = np.bincount(at, minlength=len(places))
     lightest, heaviest = np.full(len(places), np.inf), np.zeros(len(places))
     np.minimum.at(lightest, at, sizes)

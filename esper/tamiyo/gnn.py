@@ -230,7 +230,7 @@ def _orders(case: Case, view: Observation, choice: ActionChoice, words: str) -> 
     if choice.operation is Operation.GERMINATE:
         kernel_id, _ = view.kernel_names[view.option_kernel[choice.option]]
         site, seed_id = view.seed_names[view.resting[choice.site]]
-        option = next(o for o in case.packet.options if (o.site, o.kernel_id) == (site, kernel_id))
+        option = next(o for o in case.packet.options if o.kernel_id == kernel_id and site in o.sites)
         strategy = STRATEGIES[choice.strategy]
         return (Order(Action.GERMINATE, site, seed_id, words, option, strategy, case.config.lr_factor),)
     key = view.seed_names[choice.seed]

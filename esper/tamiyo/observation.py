@@ -246,12 +246,12 @@ class _Kernels:
         self._figures: list[list[float]] = []
         self.option_site: list[int] = []
         self.option_kernel: list[int] = []
-        self._best: dict[tuple[tuple[str, ...], int], list[int]] = {}
+        self._best: dict[tuple[int, int], list[int]] = {}
 
     def add(self, site: int, options: tuple[KernelOption, ...], channels: int, room: Room) -> None:
         """Adds the best of `options` for a site."""
-        # sites of one signature have the same options: thousands of them are ranked once
-        key = (tuple([option.kernel_id for option in options]), channels)
+        # sites that have the same options have them in one tuple: thousands of sites are ranked once
+        key = (id(options), channels)
         rows = self._best.get(key)
         if rows is None:
             ranked = sorted(options, key=lambda option: worth(option, channels, room), reverse=True)

@@ -214,7 +214,7 @@ def _why_no_growth(
 def _why_not_this_kernel(order: Order, state: TamiyoState, packet: SystemStatePacket, room: Room) -> Held | None:
     """Why this kernel may not be used at this site; None if it may."""
     option = order.option
-    if option is None or option not in packet.options or option.site != order.site:
+    if option is None or option not in packet.options or order.site not in option.sites:
         return Gate.KERNEL, "its kernel is not among those that are ready for this site"
     if any(attempt.site == order.site for attempt in state.under_way):
         return Gate.CONCURRENCY, "another adaptation is under way at this site"

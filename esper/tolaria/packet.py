@@ -47,7 +47,8 @@ def kernel_options(
     blueprints: Sequence[str] | None,
     fits: Callable[[str, str], bool],
 ) -> tuple[KernelOption, ...]:
-    """The validated kernels that fit each site, in an order that depends on nothing but what they are.
+    """The validated kernels that fit the sites, each once for all sites of a signature that it fits, in an order that
+    depends on nothing but what they are.
 
     Args:
         hub: where they are.
@@ -62,9 +63,13 @@ def kernel_options(
     kernels = {
         signature: hub.kernel_briefs(signature, pipeline=Pipeline.FAST) for signature in dict.fromkeys(sites.values())
     }
+    alike: dict[SiteSignature, list[str]] = {}
+    for site, signature in sites.items():
+        alike.setdefault(signature, []).append(site)
     options = [
         KernelOption(
-            site=site,
+            site=fitting[0],
+            others=tuple(fitting[1:]),
             kernel_id=kernel.kernel_id,
             blueprint_id=kernel.blueprint_id,
             blueprint=kernel.blueprint,
@@ -76,10 +81,10 @@ def kernel_options(
             aliases=kernel.aliases,
             record=kernel.record,
         )
-        for site, signature in sites.items()
+        for signature, here in alike.items()
         for kernel in kernels[signature]
         if blueprints is None or not {kernel.blueprint, *kernel.aliases}.isdisjoint(blueprints)
-        if not kernel.needs_neighbour or fits(site, kernel.blueprint_id)
+        if (fitting := [site for site in here if not kernel.needs_neighbour or fits(site, kernel.blueprint_id)])
     ]
     places = {site: place for place, site in enumerate(sites)}
     return tuple(sorted(options, key=lambda option: (places[option.site], option.blueprint, option.kernel_id)))

@@ -134,10 +134,10 @@ def packet_of(num_seeds: int, num_kernels: int, *, epoch: int) -> SystemStatePac
     )  # fmt: skip
     options = tuple(
         KernelOption(
-            site=site, kernel_id=f"{number:064x}", blueprint_id=f"{number:032x}", blueprint=f"design_{number}",
+            site=sites[0], others=tuple(sites[1:]),
+            kernel_id=f"{number:064x}", blueprint_id=f"{number:032x}", blueprint=f"design_{number}",
             num_parameters=1_000 * (1 + number), flops_per_sample=100_000 * (1 + number), zero_at_birth=True, risk=0.1,
         )
-        for site in sites
         for number in range(num_kernels)
     )  # fmt: skip
     record = EpochRecord(

@@ -20,10 +20,9 @@ def test_a_design_that_copies_a_layer_is_offered_only_where_the_host_has_one():
         return site == "a"
 
     options = kernel_options(hub, SITES, blueprints=None, fits=fits)
-    assert [(option.site, option.blueprint) for option in options] == [
-        ("a", "linear_stack"),
-        ("a", "mlp_adapter"),
-        ("b", "mlp_adapter"),
+    assert [(option.sites, option.blueprint) for option in options] == [
+        (("a",), "linear_stack"),
+        (("a", "b"), "mlp_adapter"),
     ]
     assert asked == [("a", "linear_stack"), ("b", "linear_stack")], "the others need none"
     assert kernel_options(hub, SITES, blueprints=["nothing"], fits=fits) == ()
@@ -38,7 +37,7 @@ def test_a_shipped_design_under_a_name_of_ones_own_is_offered_once_and_by_either
     assert hub.claim("w", fingerprint=kernel.fingerprint) is None
     for blueprints in (None, ["mine"], ["mlp_adapter"], ["mlp_adapter", "mine"]):
         options = kernel_options(hub, SITES, blueprints=blueprints, fits=lambda *_: True)
-        assert [(one.site, one.blueprint, one.aliases) for one in options] == [
-            (site, "mlp_adapter", ("mine",)) for site in SITES
+        assert [(one.sites, one.blueprint, one.aliases) for one in options] == [
+            (tuple(SITES), "mlp_adapter", ("mine",))
         ]
         assert all("my-tag" in one.tags for one in options)
