@@ -31,6 +31,7 @@ from esper.leyline import (
     UnavailableError,
     UserError,
 )
+from esper.leyline.experience import ExperienceLog, NoExperience
 from esper.tamiyo import initial_state
 from esper.tolaria.listening import ListeningController
 
@@ -168,6 +169,7 @@ def _train_here(job: Job, stop: Callable[[], str | None]) -> Ending:
             resume=job.resume,
             on_epoch=report,
             device=device,
+            experience=_experience(job),
         )
     except (UserError, SafetyError) as error:
         return error
@@ -183,6 +185,15 @@ def _controller(job: Job, bus: Bus) -> Controller:
     if config.control == "listen":
         return ListeningController(bus, config, initial_state=partial(initial_state, config, job.config.seed))
     return ServeController(config, seed=job.config.seed, storage=job.platform.storage)
+
+
+def _experience(job: Job) -> ExperienceLog:
+    """What the run's decisions are logged to; rank 0 alone uses it."""
+    if not job.config.simic.experience:
+        return NoExperience()
+    from esper.simic.experience import ExperienceWriter, about_run
+
+    return ExperienceWriter(job.platform.storage, about_run(job.config, job.run_id), job.config.simic)
 
 
 def _train(job: Job, flag: Any) -> Ending:

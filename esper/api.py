@@ -54,6 +54,7 @@ from esper.config import Budget, RunConfig, parse_config
 from esper.kasmina.breaker import Breaker, guarded
 from esper.leyline.chains import Tail
 from esper.leyline.errors import ConfigError, NotFoundError, SiteError
+from esper.leyline.experience import ExperienceLog, NoExperience
 from esper.leyline.growth import SeedView
 from esper.leyline.kernels import SiteSignature
 from esper.leyline.ops import fits
@@ -449,6 +450,7 @@ def train_local(
     resume: bool = False,
     on_epoch: Callable[[EpochRecord], None] | None = None,
     device: torch.device | None = None,
+    experience: ExperienceLog | None = None,
 ) -> RunSummary:
     """Trains a workload in this process; see the module. The workload's model is wrapped and trained in place.
 
@@ -479,6 +481,7 @@ def train_local(
             ranks=ranks,
             stop=stop,
             faults=faults or NoFaults(),
+            experience=experience or NoExperience(),
         )
         try:
             trainer = Trainer(

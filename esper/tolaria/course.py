@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from esper.config import RunConfig
+from esper.leyline.experience import ExperienceLog, NoExperience
 from esper.leyline.growth import Growable, SeedView
 from esper.leyline.ports import AssetHub, Bus, Controller, FaultPlan, NoFaults
 from esper.leyline.summary import Circuit
@@ -36,6 +37,7 @@ class Ports:
         ranks: the other trainers of the run.
         stop: asked at every step; a reason ends the run cleanly.
         faults: a script of faults, for tests.
+        experience: what decisions are logged to, on rank 0.
     """
 
     hub: AssetHub | None = None
@@ -48,6 +50,7 @@ class Ports:
     ranks: Ranks = field(default_factory=SoloRanks)
     stop: Callable[[], str | None] = never
     faults: FaultPlan = field(default_factory=NoFaults)
+    experience: ExperienceLog = field(default_factory=NoExperience)
 
 
 @dataclass

@@ -155,6 +155,8 @@ class Deciding:
             ended=tuple(ended),
         )
         answer = self._consulting.ask(self.memory, packet)
+        if answer is not None:
+            course.ports.experience.decided(self.memory, packet, answer.signal)
         if answer is not None and self._commands is not None:
             self._commands.append(LoggedDecision(course.epoch, course.step, answer.signal, answer.memory))
             course.ports.faults.at("logged", course.epoch)

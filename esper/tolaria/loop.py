@@ -330,7 +330,7 @@ class Trainer:
         return self._end(RunStatus.INTERRUPTED, reason=reason)
 
     def _end(self, status: RunStatus, *, reason: str) -> RunSummary:
-        self.session.finish(reason)
+        self.session.finish(reason, is_over=status is RunStatus.FINISHED)
         test = None
         if status is RunStatus.FINISHED and self._workload.test is not None:
             batches = evaluation_batches(
@@ -343,6 +343,7 @@ class Trainer:
     def _fail(self, error: Exception) -> None:
         log.error("run.failed", extra={"error": str(error)})
         self.session.reach.give_up()
+        self.session.keep_experience(is_over=False)
         try:
             self._writer.close()
         except EsperError as second:  # the first error is what people must see

@@ -160,6 +160,8 @@ class Session:
     ) -> None:
         if kind is None:
             self.finish("the session ended first")
+        else:
+            self.keep_experience(is_over=False)
 
     def begin(self) -> None:
         """Takes the first snapshot and readies the first step."""
@@ -169,12 +171,28 @@ class Session:
         self._agree_on_pace()
         self._ready()
 
-    def finish(self, reason: str) -> None:
-        """Ends adaptations that are under way as UNFINISHED, and sends what waits."""
+    def finish(self, reason: str, *, is_over: bool = True) -> None:
+        """Ends adaptations that are under way as UNFINISHED, and sends what waits.
+
+        Args:
+            reason: why the run ends.
+            is_over: whether it has come to its end; else it may be resumed.
+        """
         self._chronicle.close(reason)
+        self.keep_experience(is_over=is_over)
         self._settle()
         self.outbox.send_steps(steps_per_epoch=self._steps_per_epoch)
         self.outbox.flush()
+
+    def keep_experience(self, *, is_over: bool) -> None:
+        """Writes what waits of the run's experience; where that fails, the run says that it went without."""
+        if not self.course.is_first:
+            return
+        rows = self.recorder.epochs
+        last = rows[-1] if rows else None
+        problem = self.course.ports.experience.close(last, self.recorder.reports, is_over=is_over)
+        if problem is not None:
+            self.reach.miss("Simic", problem)
 
     # ---------------------------------------------------------------- a step
 

@@ -1,0 +1,147 @@
+"""Experience: what is written is read again, whoever dies, writes beside it, or cannot be reached."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from paper_run import STRONG, PaperRun, grow
+from small_training import EPOCHS
+
+from esper.config import SimicConfig
+from esper.leyline import SeedStage
+from esper.simic.experience import Experience, ExperienceWriter
+from esper.simic.moments import About
+from esper.simic.reward import rewards
+from esper.storage import Storage
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage.at(tmp_path / "storage")
+
+
+def write(storage, episode, *, about=None, rows_per_write=4, until=None, is_over=True):
+    log = ExperienceWriter(storage, about or episode.about, SimicConfig(rows_per_write=rows_per_write))
+    for moment in episode.moments[:until]:
+        log.decided(moment.state, moment.packet, moment.signal)
+    return log.close(episode.last, episode.ended, is_over=is_over)
+
+
+def test_an_episode_comes_back_as_it_was(storage):
+    episode = PaperRun().play(grow(STRONG, at=14))
+    about = About(run_id="paper", policy="script", seed=3, tamiyo={"policy": "none"}, code="c0de")
+    assert write(storage, episode, about=about) is None
+    (found,) = Experience(storage).episodes()
+    assert found.about == about
+    assert (found.moments, found.last, found.ended) == (episode.moments, episode.last, episode.ended)
+    assert found.is_over
+    assert list(found.gains) == pytest.approx(rewards(episode, SimicConfig().reward))
+    assert sum(found.gains) > 0.1
+
+
+def test_an_episode_is_written_while_it_goes_on(storage):
+    """What a killed run would have kept: all but the newest rows, and never a part of a row."""
+    episode = PaperRun().play(grow(STRONG, at=14))
+    log = ExperienceWriter(storage, episode.about, SimicConfig(rows_per_write=4))
+    for moment in episode.moments:
+        log.decided(moment.state, moment.packet, moment.signal)
+        if log._thread is not None:
+            log._thread.join()
+    (open_one,) = Experience(storage).episodes(only_whole=False)
+    assert list(Experience(storage).episodes()) == []
+    assert len(open_one.moments) >= len(episode.moments) - 5
+    assert open_one.moments == episode.moments[: len(open_one.moments)]
+    assert log.close(episode.last, episode.ended, is_over=True) is None
+    (whole,) = Experience(storage).episodes()
+    assert whole.moments == episode.moments
+
+
+def test_a_resumed_run_goes_on_with_its_episode(storage):
+    """It does some epochs again: they count as it did them the second time."""
+    first, second = (PaperRun(seed=seed).play(grow(STRONG, at=14)) for seed in (1, 2))
+    write(storage, first, until=20, is_over=False)
+    again = replace(second, moments=second.moments[15:])
+    write(storage, again)
+    (found,) = Experience(storage).episodes()
+    assert found.moments == (*first.moments[:15], *second.moments[15:])
+    assert found.is_over
+
+
+def test_runs_write_at_a_time(storage):
+    """The table does not exist when they begin."""
+    episode = PaperRun(num_epochs=6, num_sites=1).play(grow(STRONG, at=1))
+    problems = []
+
+    def run(i):
+        problems.append(write(storage, episode, about=About(f"r{i}", "script"), rows_per_write=2))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == [None] * 6
+    found = list(Experience(storage).episodes())
+    assert sorted(one.about.run_id for one in found) == [f"r{i}" for i in range(6)]
+    assert all(one.moments == episode.moments for one in found)
+
+
+def test_it_can_be_asked_for_some(storage):
+    episode = PaperRun(num_epochs=4, num_sites=1).play(grow(STRONG, at=1))
+    for run, policy in (("a", "heuristic"), ("b", "random"), ("c", "random")):
+        write(storage, episode, about=About(run, policy))
+    experience = Experience(storage)
+    assert [one.about.run_id for one in experience.episodes(policies=["random"])] == ["b", "c"]
+    assert [one.about.run_id for one in experience.episodes(runs=["a"])] == ["a"]
+    assert experience.tidy().files_after == 1
+    assert len(list(experience.episodes())) == 3
+
+
+def test_no_experience_is_no_episode(storage):
+    assert list(Experience(storage).episodes()) == []
+    assert Experience(storage).tidy() is None
+
+
+def test_a_storage_that_refuses_is_said_and_harms_nothing(tmp_path):
+    (tmp_path / "storage").mkdir()
+    (tmp_path / "storage" / "experience").write_text("a file where the table should be")
+    episode = PaperRun(num_epochs=5, num_sites=1).play(grow(STRONG, at=1))
+    problem = write(Storage.at(tmp_path / "storage"), episode, rows_per_write=2)
+    assert problem is not None
+    assert problem.startswith("5 decisions of this run are not in the experience: ")
+
+
+def train(storage, kill_at):
+    command = [sys.executable, str(ROOT / "tests/unit/simic/small_training.py"), str(storage), str(kill_at)]
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/unit/simic'}", "PATH": "/usr/bin:/bin", "HOME": str(storage)}
+    return subprocess.run(
+        command, cwd=storage, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_a_killed_training_loses_at_most_what_was_open_and_goes_on(tmp_path):
+    """A real process, killed by SIGKILL after the decision of its sixth epoch."""
+    done = train(tmp_path, 5)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    storage = Storage.at(tmp_path)
+    (cut,) = Experience(storage).episodes(only_whole=False)
+    assert not cut.is_over
+    assert 2 <= len(cut.moments) <= 5  # of six decisions; one was open, two may have been on their way
+    assert [moment.epoch for moment in cut.moments] == list(range(len(cut.moments)))
+    done = train(tmp_path, -1)
+    assert done.returncode == 0, done.stderr
+    (whole,) = Experience(storage).episodes()
+    assert whole.moments[: len(cut.moments)] == cut.moments
+    epochs = [moment.epoch for moment in whole.moments]
+    assert epochs == sorted(set(epochs))
+    assert epochs[-1] == EPOCHS - 1
+    stages = {seed.stage for moment in whole.moments for layer in moment.packet.layers for seed in layer.seeds}
+    assert SeedStage.TRAINING in stages  # it did grow
