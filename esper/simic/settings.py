@@ -1,0 +1,86 @@
+"""The configuration of a policy's training: frozen models as those of a run (`esper.config`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from esper.config import PositiveFloat, PositiveInt, RewardConfig, Section
+
+Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class PpoConfig(Section):
+    """See `esper.simic.ppo`."""
+
+    lr: PositiveFloat = 3e-4
+    epochs: PositiveInt = 4
+    """Passes over the samples of an update; fewer where the policy has moved four times as far as `target_kl`."""
+    minibatch: PositiveInt = 64
+    gamma: Unit = 1.0
+    """Discount. 1: an episode has an end, and a gain is worth the same whenever it comes."""
+    lam: Unit = 0.95
+    clip: PositiveFloat = 0.2
+    target_kl: PositiveFloat = 0.02
+    kl_weight: PositiveFloat = 0.2
+    """At first; it adapts."""
+    value_weight: Annotated[float, Field(ge=0)] = 0.5
+    entropy_weight: Annotated[float, Field(ge=0)] = 0.01
+    clip_norm: PositiveFloat = 1.0
+    max_harm: Annotated[float, Field(ge=0)] = 0.2
+    """Rollbacks of a mean episode that are borne."""
+    harm_lr: Annotated[float, Field(ge=0)] = 0.05
+    """How fast harm beyond that comes to count."""
+    min_effective: Unit = 0.3
+    """Episodes of an older policy teach by V-trace where their samples are worth at least this share of fresh ones."""
+
+
+class ImitationConfig(Section):
+    """See `esper.simic.imitation`."""
+
+    lr: PositiveFloat = 1e-3
+    epochs: Annotated[int, Field(ge=0)] = 30
+    minibatch: PositiveInt = 64
+    balance: Unit = 0.5
+    """How far rare operations count more: 0 not at all, 1 as much in all as the frequent ones."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of the episodes that only judges."""
+    value_weight: Annotated[float, Field(ge=0)] = 0.5
+    policies: tuple[str, ...] = ("heuristic",)
+    """Whose logged runs are imitated."""
+
+
+class RolloutConfig(Section):
+    """Real trainings, one an episode."""
+
+    workers: PositiveInt = 2
+    """Ray actors."""
+    cpus_per_worker: PositiveFloat = 0.5
+    episodes: PositiveInt = 8
+    """Of one update."""
+    deadline_s: PositiveFloat = 300.0
+    """One that takes longer is given up."""
+
+
+class TrainTamiyoConfig(Section):
+    """`python -m jobs.train_tamiyo`."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_\-]{0,40}$")] = "gnn"
+    storage: str = "~/.esper"
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("digits_mlp.yaml",)
+    """Configuration files of runs, beside this one; each names task, host and limits of its episodes."""
+    overrides: tuple[str, ...] = ()
+    """Settings of all of them, such as `tolaria.epochs=12`."""
+    warm_up: Annotated[int, Field(ge=0)] = 8
+    """Fresh runs of the heuristic, to imitate beside those that are logged."""
+    iterations: Annotated[int, Field(ge=0)] = 10
+    """Updates of PPO."""
+    net: dict[str, Any] = Field(default_factory=dict)
+    """Hyper-parameters of the net (`esper.tamiyo.shape.NetShape`); what is not named is as there."""
+    reward: RewardConfig = RewardConfig()
+    imitation: ImitationConfig = ImitationConfig()
+    ppo: PpoConfig = PpoConfig()
+    rollout: RolloutConfig = RolloutConfig()
