@@ -265,6 +265,7 @@ class Host:
         ]
         for layer in layers:
             layer.observer.reset()
+            layer.meter.reset()
             for seed in layer.candidates:
                 seed.losses = (0.0, 0)
         return reports

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import _StopRecomputationError  # pyright: ignore[re
 from torch.utils.hooks import RemovableHandle
 
 from esper.kasmina.blending import blend
+from esper.kasmina.meter import Meter
 from esper.kasmina.observer import Observer
 from esper.kasmina.outputs import part_of, path_of, put, take
 from esper.kasmina.seed import KernelFacts, Seed
@@ -44,6 +45,7 @@ class Layer(nn.Module):
     Attributes:
         path: of the module whose output the site is, or is a part of.
         observing: whether the next training forward takes health.
+        meter: of what its kernels do on the live path; a rollback does not undo what they did.
         reach: norm of what the seed in GRAFTING would add at alpha = 1, as a share of the norm of h; taken at the first
             training forward after it was set to None, where the strategy goes by it.
         natives: by seed id, the native code that computes its kernel; it owns no parameters.
@@ -64,6 +66,7 @@ class Layer(nn.Module):
         self.seeds: list[Seed] = []
         self.observer = Observer(site, signature, num_chunks=num_chunks)
         self.observing = False
+        self.meter = Meter()
         self.reach: torch.Tensor | None = None
         self.natives: dict[str, NativeModule] = {}
         self._place = torch.empty(0)
@@ -255,7 +258,9 @@ class Layer(nn.Module):
         kernel's too. So the step goes on as if the kernel put out nothing; it will be undone once all ranks know.
         """
         try:
-            return self._through(seed, h, seed.alpha)
+            sampled = self.observing and self.training and torch.is_grad_enabled()
+            y = self.meter.run(seed.seed_id, partial(self._output, seed, h), h.device if sampled else None)
+            return self._through(seed, h, y, seed.alpha)
         except KernelFaultError as error:
             if not (self.is_shared and torch.is_grad_enabled()):
                 raise
@@ -264,7 +269,7 @@ class Layer(nn.Module):
 
     def behind(self, seed: Seed, h: torch.Tensor) -> torch.Tensor:
         """What the site puts out with a seed in TRAINING on top of the tensor `h`, which is cut off from the host."""
-        blended = self._through(seed, h, 1.0)
+        blended = self._through(seed, h, self._output(seed, h), 1.0)
         if torch.is_grad_enabled() and not blended.requires_grad and any(True for _ in self.kernel(seed).parameters()):
             raise KernelFaultError("its output depends on none of its weights", field=seed.seed_id)
         return blended
@@ -286,9 +291,8 @@ class Layer(nn.Module):
             raise KernelFaultError(f"it put out {tuple(y.shape)} for {tuple(h.shape)}", field=seed.seed_id)
         return y
 
-    def _through(self, seed: Seed, h: torch.Tensor, alpha: float) -> torch.Tensor:
+    def _through(self, seed: Seed, h: torch.Tensor, y: torch.Tensor, alpha: float) -> torch.Tensor:
         assert seed.facts is not None
-        y = self._output(seed, h)
         if self.reach is None and self.training and torch.is_grad_enabled() and _goes_by_drift(seed):
             added = y.detach() - h.detach() if seed.facts.replaces else y.detach()
             self.reach = added.double().norm() / h.detach().double().norm().clamp_min(1e-12)

@@ -60,7 +60,7 @@ def _chunks(layer: Layer, sums: Sums) -> tuple[ChunkHealth, ...]:
 
 
 def _signal(layer: Layer, seed: Seed, health: Health, gate: Gate, *, epoch: int, chunk_id: int) -> HealthSignal:
-    view = seed.view(layer.signature)
+    view, runs = seed.view(layer.signature), layer.meter.runs(seed.seed_id)
     skipped = f" ({health.num_skipped} samples of health were not finite)" if health.num_skipped else ""
     return HealthSignal(
         layer_id=layer.site,
@@ -78,6 +78,8 @@ def _signal(layer: Layer, seed: Seed, health: Health, gate: Gate, *, epoch: int,
         epochs_in_stage=view.epochs_in_stage,
         blueprint=view.blueprint,
         kernel_id=view.kernel_id,
+        runs=runs.num,
+        latency_ms=runs.latency_ms,
         evidence=seed.harm if seed.harm is not None else seed.evidence,
         train_loss=seed.mean_loss(),
         is_ready_for_transition=gate.open,

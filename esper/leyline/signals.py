@@ -88,6 +88,8 @@ class HealthSignal(Contract):
         health_score: 1 is healthy, 0 is a layer that carries nothing.
         alpha: how far the seed is blended in.
         epochs_in_stage: control intervals since it entered `stage`.
+        runs: forwards of its kernel on the live path in this interval, on the worker that reports.
+        latency_ms: mean time of such a forward, on the sampled steps of training.
         is_ready_for_transition: whether the gate of the next stage is open.
         should_cull: whether the gate asks for removal (harm, or no gain within its time).
         gate: the gate's words.
@@ -111,6 +113,8 @@ class HealthSignal(Contract):
     kernel_id: str | None = None
     evidence: Evidence | None = None
     train_loss: Finite | None = None
+    runs: Annotated[int, Field(ge=0)] = 0
+    latency_ms: Annotated[Finite, Field(ge=0.0)] | None = None
     is_ready_for_transition: bool = False
     should_cull: bool = False
     gate: str = ""
@@ -188,6 +192,9 @@ class EpochRecord(Contract):
         params: trainable parameters on the live path.
         flops_per_sample: forward FLOPs of the live path for one sample.
         total_flops: FLOPs of everything so far (the ledger's total).
+        flops_by_purpose, seconds_by_purpose: the ledger so far (see `Flops` and `Seconds`), without its totals; empty
+            in records from before it was told.
+        rollbacks: returns to a last good state so far.
         pending: kernels that are submitted and not yet ready.
         urza, tamiyo: the trainer's circuit breakers towards them.
         cache_hits, cache_misses: look-ups in the trainer's kernel cache since it started.
@@ -206,6 +213,9 @@ class EpochRecord(Contract):
     params: Annotated[int, Field(ge=0)] = 0
     flops_per_sample: Annotated[int, Field(ge=0)] = 0
     total_flops: Annotated[int, Field(ge=0)] = 0
+    flops_by_purpose: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    seconds_by_purpose: dict[str, Finite] = Field(default_factory=dict)
+    rollbacks: Annotated[int, Field(ge=0)] = 0
     seconds: Finite = 0.0
     step_ms: Finite = 0.0
     kernels_ready: Annotated[int, Field(ge=0)] = 0

@@ -36,6 +36,7 @@ from esper.nissa.viewmodel import (
     NUM_POINTS,
     NUM_SEEDS,
     NUM_STEP_LOSSES,
+    KernelRuns,
     LiveView,
     Note,
     Point,
@@ -65,6 +66,8 @@ _Value = TypeVar("_Value")
 MAX_RUNS = 16
 MAX_IDS = 16_384
 MAX_KERNELS = 4_096
+UNKNOWN = "unknown"
+"""The design of a kernel that nobody named."""
 MAX_STORY = 12_000
 """Notes of one run that can be asked for; a `LiveView` carries the latest few."""
 
@@ -311,7 +314,26 @@ def _on_health(view: LiveView, body: LayerHealthReport, _at: float) -> LiveView:
             since = old.since_epoch if signal.stage is old.stage else body.epoch
             new = replace(new, stage=signal.stage, since_epoch=since, stage_step=body.step)
         seeds[key] = new
-    return replace(view, seeds=seeds)
+    return replace(view, seeds=seeds, kernel_runs=_ran(view, body, seeds))
+
+
+def _ran(view: LiveView, body: LayerHealthReport, seeds: Mapping[str, SeedView]) -> tuple[KernelRuns, ...]:
+    """With what the kernels of a site did in one more interval. Steps that come again after a resume did run again."""
+    known = {(runs.site, runs.blueprint): runs for runs in view.kernel_runs}
+    for signal in body.seeds:
+        if not signal.runs:
+            continue
+        seed = seeds.get(_key(body.layer_id, signal.seed_id))
+        name = signal.blueprint or (seed.blueprint if seed else None) or UNKNOWN
+        old = known.get((body.layer_id, name)) or KernelRuns(body.layer_id, name)
+        if not old.num and len(known) >= NUM_SEEDS:
+            continue
+        known[body.layer_id, name] = replace(
+            old,
+            num=old.num + signal.runs,
+            latency_ms=old.latency_ms if signal.latency_ms is None else signal.latency_ms,
+        )
+    return tuple(known.values())
 
 
 def _on_lifecycle(view: LiveView, body: LifecycleEvent, at: float) -> LiveView:

@@ -70,7 +70,7 @@ class Sample(NamedTuple):
 
 _RANDOM = re.compile(r"-[0-9a-f]{12,32}$")  # see `esper.leyline.contract.new_id`
 
-_RUN, _SITE = ("run",), ("run", "site")
+_RUN, _SITE, _KERNEL = ("run",), ("run", "site"), ("run", "site", "blueprint")
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
@@ -91,6 +91,14 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             Metric("esper_run_parameters", Kind.GAUGE, "Trainable parameters on the live path.", _RUN),
             Metric("esper_run_sample_flops", Kind.GAUGE, "Forward FLOPs of the live path for one sample.", _RUN),
             Metric("esper_run_flops", Kind.COUNTER, "FLOPs of everything so far: the ledger's total.", _RUN),
+            Metric("esper_ledger_flops", Kind.COUNTER, "FLOPs so far, by purpose of the ledger.", ("run", "purpose")),
+            Metric(
+                "esper_ledger_seconds",
+                Kind.COUNTER,
+                "Seconds of the trainer so far, by purpose of the ledger.",
+                ("run", "purpose"),
+            ),
+            Metric("esper_run_rollbacks", Kind.COUNTER, "Returns of a run to its last good state.", _RUN),
             Metric(
                 "esper_run_kernels",
                 Kind.GAUGE,
@@ -117,6 +125,18 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 Kind.COUNTER,
                 "Look-ups in the trainer's kernel cache, by result: hit or miss.",
                 ("run", "result"),
+            ),
+            Metric(
+                "esper_kernel_runs",
+                Kind.COUNTER,
+                "Forwards of kernels on the live path, by site and design.",
+                _KERNEL,
+            ),
+            Metric(
+                "esper_kernel_latency_seconds",
+                Kind.GAUGE,
+                "Mean seconds of such a forward on the sampled steps of the last epoch that had any.",
+                _KERNEL,
             ),
             Metric("esper_seed_alpha", Kind.GAUGE, "How far a site's seed is blended in, 0 to 1.", _SITE),
             Metric("esper_seed_train_loss", Kind.GAUGE, "Loss of a seed's own training.", _SITE),
@@ -177,6 +197,11 @@ def of_run(view: LiveView) -> Iterator[Sample]:
     yield Sample("esper_refused_transitions", view.num_refused, run)
     for outcome, num in view.outcomes.items():
         yield Sample("esper_adaptations", num, {**run, "outcome": outcome.value})
+    for runs in view.kernel_runs:
+        kernel = {**run, "site": runs.site, "blueprint": runs.blueprint}
+        yield Sample("esper_kernel_runs", runs.num, kernel)
+        if runs.latency_ms is not None:
+            yield Sample("esper_kernel_latency_seconds", runs.latency_ms / 1e3, kernel)
     for seed in _latest_by_site(view.seeds.values()):
         place = {**run, "site": seed.site}
         yield Sample("esper_seed_alpha", seed.alpha, place)
@@ -210,6 +235,11 @@ def _of_last_epoch(view: LiveView, run: Mapping[str, str]) -> Iterator[Sample]:
     if last is None:
         return
     yield Sample("esper_run_flops", last.total_flops, run)
+    yield Sample("esper_run_rollbacks", last.rollbacks, run)
+    for purpose, flops in last.flops_by_purpose.items():
+        yield Sample("esper_ledger_flops", flops, {**run, "purpose": purpose})
+    for purpose, seconds in last.seconds_by_purpose.items():
+        yield Sample("esper_ledger_seconds", seconds, {**run, "purpose": purpose})
     yield Sample("esper_run_urza_circuit", _CIRCUIT[last.urza], run)
     yield Sample("esper_run_sample_flops", last.flops_per_sample, run)
     yield Sample("esper_run_cache_lookups", last.cache_hits, {**run, "result": "hit"})

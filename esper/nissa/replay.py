@@ -127,6 +127,7 @@ def _measured(view: LiveView, seen: LiveView) -> LiveView:
         alerts=seen.alerts,
         num_alerts=seen.num_alerts,
         policy=seen.policy,
+        kernel_runs=seen.kernel_runs,
         directory=seen.directory,
         page=seen.page,
         step=max(view.step, seen.step),

@@ -63,6 +63,21 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelRuns:
+    """What the kernels of one design did on the live path of one site.
+
+    Attributes:
+        num: their forwards so far.
+        latency_ms: of a forward, in the last interval in which one was timed; of several kernels, of the one last told.
+    """
+
+    site: str
+    blueprint: str
+    num: int = 0
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SeedView:
     """One seed as last heard of.
 
@@ -109,6 +124,7 @@ class LiveView:
         outcomes: how many adaptations ended which way.
         entered: how many seeds entered which stage; GRAFTING is a graft.
         num_refused: transitions that were refused.
+        kernel_runs: by site and design, in the order of their first run.
         num_notes: notes so far, also those no longer in `notes`.
         alerts: by id, in the order of their begin; those that last, and the last ones that ended.
         num_alerts: alerts so far by kind, also those no longer in `alerts`.
@@ -142,6 +158,7 @@ class LiveView:
     outcomes: Mapping[Outcome, int] = field(default_factory=dict)
     entered: Mapping[SeedStage, int] = field(default_factory=dict)
     num_refused: int = 0
+    kernel_runs: tuple[KernelRuns, ...] = ()
     notes: tuple[Note, ...] = ()
     num_notes: int = 0
     alerts: Mapping[str, Alert] = field(default_factory=dict)

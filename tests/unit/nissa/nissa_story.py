@@ -121,7 +121,9 @@ def epoch_record(epoch: int) -> EpochRecord:
         val_loss=base - drop + noise, val_metric=accuracy + noise / 3, metric_name="accuracy", learning_rate=3e-3,
         params=START_PARAMS + GAINED * blended, flops_per_sample=61_700 + 38_912 * blended,
         total_flops=int(1.9e8 * (epoch + 1) + 0.6e8 * max(min(epoch, 15) - 5, 0)), seconds=2.1 + 0.6 * blended,
-        step_ms=6.4 + 2.2 * blended, kernels_ready=min(8 + 3 * epoch, 21), pending=max(13 - 3 * epoch, 0),
+        step_ms=6.4 + 2.2 * blended,
+        flops_by_purpose={"host": int(1.9e8 * (epoch + 1)), "shadow": int(0.6e8 * max(min(epoch, 15) - 5, 0))},
+        seconds_by_purpose={"host": 1.5 * (epoch + 1), "control": 0.01 * (epoch + 1)}, kernels_ready=min(8 + 3 * epoch, 21), pending=max(13 - 3 * epoch, 0),
     )  # fmt: skip
 
 
@@ -237,6 +239,7 @@ def health(epoch: int, site: str, seed: str, stage: SeedStage, alpha: float = 0.
                 grow_potential=0.37 + epoch / 1000, blueprint=(WINNER if seed == "s1" else LOSER) if active else None,
                 evidence=done[-1].evidence if done and active else None,
                 gate="training: 2 of at least 2 epochs" if stage is SeedStage.TRAINING else "",
+                runs=STEPS + 1 if stage.is_blended else 0, latency_ms=0.25 + epoch / 1000 if stage.is_blended else None,
             ),
         ),
     )  # fmt: skip

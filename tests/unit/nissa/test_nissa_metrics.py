@@ -11,13 +11,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from nissa_story import events, messages
+from nissa_story import RUN, SITES, events, messages
 
 from esper.leyline.bus import BusStats, GroupStats, TopicStats
 from esper.leyline.catalogue import Backlog
-from esper.leyline.messages import Topic
-from esper.nissa.live import Live
+from esper.leyline.messages import OonaMessage, Topic
+from esper.leyline.seeds import SeedStage
+from esper.leyline.signals import HealthSignal, LayerHealthReport, Outcome
+from esper.nissa.live import Live, fold
 from esper.nissa.metrics import METRICS, Kind, Sample, Totals, of_backlog, of_bus, of_compiled, of_run, vanished
+from esper.nissa.viewmodel import LiveView
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DASHBOARD, ALERTS = CONFIGS / "grafana" / "esper.json", CONFIGS / "prometheus" / "alerts.yml"
@@ -63,11 +66,41 @@ def test_a_run_is_told_in_figures():
     assert value(found, "esper_refused_transitions", run=run) == sum(event.refused for event in events())
     hits, misses = (value(found, "esper_run_cache_lookups", run=run, result=name) for name in ("hit", "miss"))
     assert (hits, misses) == (view.last.cache_hits, view.last.cache_misses)
+    assert value(found, "esper_run_rollbacks", run=run) == view.last.rollbacks
+    for purpose, flops in view.last.flops_by_purpose.items():
+        assert value(found, "esper_ledger_flops", run=run, purpose=purpose) == flops
+    assert value(found, "esper_ledger_flops", run=run, purpose="host") > 0
+    assert value(found, "esper_ledger_seconds", run=run, purpose="control") == view.last.seconds_by_purpose["control"]
     stages = [number for (metric, *_), number in found.items() if metric == "esper_seeds"]
     assert sum(stages) == len(view.seeds) > 0
     assert {
         site for metric, labels, _ in found if metric == "esper_seed_alpha" for key, site in labels if key == "site"
     } == {seed.site for seed in view.seeds.values()}
+
+
+def test_runs_of_kernels_are_summed_over_epochs_and_their_latency_is_the_last():
+    found = by_key(of_run(told()))
+    told_of = [m.body() for m in messages() if m.topic is Topic.SEED_HEALTH]
+    ran = [(report.layer_id, seed) for report in told_of for seed in report.seeds if seed.runs]
+    [(site, design)] = {(site, seed.blueprint) for site, seed in ran}
+    kernel = {"run": RUN, "site": site, "blueprint": design}
+    assert value(found, "esper_kernel_runs", **kernel) == sum(seed.runs for _, seed in ran) > 0
+    assert value(found, "esper_kernel_latency_seconds", **kernel) == pytest.approx(ran[-1][1].latency_ms / 1e3)
+    assert len([key for key in found if key[0] == "esper_kernel_runs"]) == 1  # no kernel ran anywhere else
+
+
+def test_a_site_whose_seed_lives_again_keeps_the_runs_of_its_first_design():
+    live = Live()
+    view = LiveView(run_id=RUN)
+    for step, design, runs, latency in ((1, "a", 5, 0.5), (2, "a", 5, None), (3, "b", 2, 0.25), (4, None, 1, None)):
+        signal = HealthSignal(layer_id="s", seed_id="s0", epoch=step, blueprint=design, runs=runs, latency_ms=latency)
+        report = LayerHealthReport(
+            run_id=RUN, layer_id="s", signature=SITES["stages.0"], epoch=step, step=step, seeds=(signal,)
+        )
+        view = fold(view, report, 0.0)
+        live.apply(OonaMessage.of(Topic.SEED_HEALTH, report, sender_id="t", key=RUN))
+    assert [(r.blueprint, r.num, r.latency_ms) for r in view.kernel_runs] == [("a", 10, 0.5), ("b", 3, 0.25)]
+    assert live.view(RUN).kernel_runs == view.kernel_runs
 
 
 def test_kernels_that_were_compiled_are_counted_with_their_seconds_once():
@@ -163,7 +196,64 @@ def test_the_alerts_ask_for_what_is_exported():
     assert asked <= {metric.exported for metric in METRICS.values()}
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)"
+)
+
+
+def asks(expr, at, labels, *, rises):
+    """A question to promtool, and whether there is one answer, 1, or none."""
+    return {"expr": expr, "eval_time": at, "exp_samples": [{"labels": labels, "value": 1}] if rises else []}
+
+
+@needs_promtool
+def test_the_first_of_its_kind_is_noticed_too(tmp_path):
+    """A counter is not exported before its first count: `increase` would see nothing rise."""
+    outcome = "ray_esper_adaptations_total{{run='r', outcome='{}'}}".format
+    firsts = {
+        "Grafted": f"ray_esper_transitions_total{{run='r', stage='{SeedStage.GRAFTING.value}'}}",
+        "Fossilized": outcome(Outcome.FOSSILIZED.value),
+        "Culled": outcome(Outcome.CULLED.value),
+        "Rolled back": "ray_esper_run_rollbacks_total{run='r'}",
+        "Alert": "ray_esper_alerts{run='r', kind='loss_spike'}",
+    }
+    drawn = json.loads(DASHBOARD.read_text())["annotations"]["list"]
+    annotations = {annotation["name"]: annotation["expr"].replace("$run", "r") for annotation in drawn}
+    assert annotations.keys() == firsts.keys()
+    silent = {
+        "ray_esper_run_updated_timestamp_seconds{run='r'}": "0x120",
+        "ray_esper_run_planned_epochs{run='r'}": "3x120",
+    }
+    series = {**dict.fromkeys([*firsts.values(), "ray_esper_bus_dead_total{group='g'}"], "_x40 1x80"), **silent}
+    series[firsts["Rolled back"]] = "_x40 1x10 2x70"
+    questions = [
+        asks(
+            annotations[name],
+            at,
+            "{run='r', kind='loss_spike'}" if name == "Alert" else "{run='r'}",
+            rises=at == "10m15s",
+        )
+        for name in firsts
+        for at in ("9m", "10m15s", "11m")
+    ]
+    for alert, before, after in (
+        ("EsperDeadLetters", "9m", "11m"),
+        ("EsperRollbacks", "11m", "14m"),
+        ("EsperRunSilent", "4m", "7m"),  # it hangs before its first epoch has ended
+    ):
+        firing = f"count(ALERTS{{alertname='{alert}', alertstate='firing'}})"
+        questions += [asks(firing, before, "{}", rises=False), asks(firing, after, "{}", rises=True)]
+    inputs = [{"series": name, "values": values} for name, values in series.items()]
+    tests = [{"interval": "15s", "input_series": inputs, "promql_expr_test": questions}]
+    (tmp_path / "tests.yml").write_text(
+        json.dumps({"rule_files": [str(ALERTS)], "evaluation_interval": "15s", "tests": tests})
+    )
+    command = ["promtool", "test", "rules", tmp_path / "tests.yml"]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr + checked.stdout
+
+
+@needs_promtool
 def test_prometheus_takes_the_alert_rules():
     checked = subprocess.run(["promtool", "check", "rules", ALERTS], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr + checked.stdout
