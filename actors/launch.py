@@ -137,6 +137,8 @@ def _train(
         from actors import platform, tolaria
 
         with _signals(stop), platform.running(config, owned=cluster.owned) as systems:
+            for note in systems.notes:
+                say(note)
             job = tolaria.Job(
                 run_id=run_id,
                 directory=folder.shown,

@@ -18,6 +18,7 @@ from actors.alerts import AlertSender
 from actors.logs import log_as
 from actors.metrics import Reporter
 from actors.page import Keeper, open_page
+from actors.settings import Settings
 from actors.traces import TIMEOUT_S, SpanSender
 from esper.config import PageConfig
 from esper.leyline.alerts import Alert
@@ -244,6 +245,7 @@ class Nissa(NissaActor):
         otlp_endpoint: str | None = None,
     ) -> None:
         log_as(NAME)
+        self._settings = Settings(metrics_every_s, page, otlp_endpoint)
         self._traces, self._no_traces = None, ""
         if otlp_endpoint is not None:
             self._send_traces(otlp_endpoint)
@@ -292,6 +294,10 @@ class Nissa(NissaActor):
             self._no_traces = f"OpenTelemetry: {error}"
             log.warning("traces.unavailable", extra={"reason": str(error)})
 
+    def settings(self) -> Settings:
+        """What it was started with."""
+        return self._settings
+
     def missing(self) -> tuple[str, ...]:
         """What it went without, in words."""
         lost = self._no_traces if self._traces is None else self._traces.missing()
@@ -338,6 +344,12 @@ class NissaHandle:
     def missing(self) -> tuple[str, ...]:
         """What it went without so far, in words; raises `UnavailableError` without an answer in time."""
         return self._call(self.actor.missing.remote(), 2 * TIMEOUT_S + self._deadline_s)
+
+    def settings(self) -> Settings:
+        """What it was started with; raises `UnavailableError` without an answer in time, or one that cannot say."""
+        if not hasattr(self.actor, "settings"):
+            raise UnavailableError("this Nissa is of an older version, and does not say what it was started with")
+        return self._call(self.actor.settings.remote(), self._deadline_s)
 
     def state(self) -> str:
         """What it is doing, in words."""

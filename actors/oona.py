@@ -46,17 +46,25 @@ RECOVER_S = 1.0
 """From a sync that failed to the next attempt."""
 APPEND_WAIT_S = 5.0
 """How long a shard holds a batch before it says that there is no room."""
+PROTOCOL = 1
+"""Of the calls between programs and shards: it rises whenever one of them changes, as a platform may be older or newer
+than who joins it."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What a shard says of itself."""
+    """What a shard says of itself.
+
+    Attributes:
+        protocol: see `PROTOCOL`; shards from before it was told have none.
+    """
 
     num_shards: int
     config: OonaConfig
     pid: int
+    protocol: int
 
 
 class OonaShard:
@@ -105,7 +113,7 @@ class OonaShard:
 
     async def describe(self) -> ShardInfo:
         """Answers once the log is read."""
-        return ShardInfo(self._num_shards, self._config, os.getpid())
+        return ShardInfo(self._num_shards, self._config, os.getpid(), PROTOCOL)
 
     async def append(self, body: bytes, wait_s: float) -> bool:
         """Takes a batch in its turn; False if there was no room within `wait_s`."""
@@ -293,6 +301,10 @@ class OonaShard:
 
     def _note_write(self) -> None:
         self._num_written += 1
+        if self._fault is None:  # else `_recover` sees to it
+            self._begin_sync()
+
+    def _begin_sync(self) -> None:
         if self._config.fsync == "interval" and (self._syncing is None or self._syncing.done()):
             self._syncing = asyncio.create_task(self._sync_later())
 
@@ -340,6 +352,8 @@ class OonaShard:
                 break
         logger.warning("oona.sync.recovered", extra={"shard": self._name})
         self._num_synced, self._fault = target, None
+        if self._num_synced < self._num_written:  # written meanwhile, as when a member died; nobody else would sync it
+            self._begin_sync()
         self._tell_all()
 
 
@@ -621,11 +635,23 @@ def connect(prefix: str = "oona", *, namespace: str = NAMESPACE) -> OonaHandle:
     Raises:
         NotFoundError: if there is none.
         UnavailableError: if it does not answer.
+        ConflictError: if it speaks another protocol.
     """
     first = _find(prefix, 0, namespace)
     info: ShardInfo = _get(first.describe.remote(), prefix, START_S)
+    check_protocol(info, prefix)
     others = [_find(prefix, index, namespace) for index in range(1, info.num_shards)]
     return OonaHandle(prefix, namespace, (first, *others), info.config)
+
+
+def check_protocol(info: ShardInfo, prefix: str) -> None:
+    """Raises `ConflictError` for a shard that speaks another protocol than this program."""
+    theirs = getattr(info, "protocol", 0)
+    if theirs != PROTOCOL:
+        raise ConflictError(
+            f"{prefix} speaks protocol {theirs}, this program {PROTOCOL}: they are of different versions of Esper",
+            remedy="run the version of the platform, or start it anew: esper platform down, then up",
+        )
 
 
 def _find(prefix: str, index: int, namespace: str) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 from actors import autonomous, gateway, nissa, oona, pool, serving, tamiyo, urza
 from actors.cluster import NAMESPACE
+from actors.settings import Settings
 from esper.config import RunConfig
 from esper.leyline import Bus, ConflictError, EsperError, NotFoundError, UnavailableError
 from esper.leyline.keys import load, load_or_create, public_hex
@@ -45,6 +46,7 @@ class Platform:
         view: Nissa.
         public_key: whose signature its kernels carry, 64 hexadecimal digits.
         watcher: AutonomousTamiyo; None for a run that asks.
+        notes: what people should hear of once: settings that another run's hold in place of.
     """
 
     storage: Storage
@@ -54,6 +56,7 @@ class Platform:
     view: nissa.NissaHandle
     public_key: str
     watcher: Any = None
+    notes: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
@@ -61,7 +64,8 @@ def running(config: RunConfig, *, owned: bool) -> Iterator[Platform]:
     """The platform of the run's storage: found, or brought up.
 
     Args:
-        config: the run's configuration; the first run's settings of the bus and the pool hold for all that share it.
+        config: the run's configuration; the first run's settings of the bus, the pool and Nissa hold for all that share
+            it. `Platform.notes` says what differs of Nissa's.
         owned: whether this Ray ends with this process; then the platform is taken down at the end, else left running.
 
     Raises:
@@ -107,22 +111,26 @@ def up(config: RunConfig, *, detached: bool, wait_for_serve: bool = False) -> Pl
         archive=config.oona.archive,
     )
     compilers = _pool(storage, config, make_bus, public_hex(key), detached=detached)
+    wanted = Settings(config.nissa.metrics_every_s, config.nissa.page, config.nissa.otlp_endpoint)
+    kept = _kept_settings(f"nissa-{storage.key}", wanted)
+    for words in kept:
+        _LOG.warning("nissa.settings.kept", extra={"what": words})
     view = nissa.spawn(
         make_bus,
         partial(urza.connect, config.storage, config.storage_options),
         name=f"nissa-{storage.key}",
         detached=detached,
-        metrics_every_s=config.nissa.metrics_every_s,
+        metrics_every_s=wanted.metrics_every_s,
         storage=storage,
-        page=config.nissa.page,
-        otlp_endpoint=config.nissa.otlp_endpoint,
+        page=wanted.page,
+        otlp_endpoint=wanted.otlp_endpoint,
     )
     if wait_for_serve:
         serving.deploy(storage, http, config.tamiyo)
     watcher = None
     if config.tamiyo.control == "listen":
         watcher = autonomous.spawn(make_bus, storage, detached=detached, canary=config.tamiyo.canary)
-    return Platform(storage, bus, hub, compilers, view, public_hex(key), watcher)
+    return Platform(storage, bus, hub, compilers, view, public_hex(key), watcher, kept)
 
 
 def find(address: str, options: dict[str, Any] | None = None) -> list[ActorState]:
@@ -192,6 +200,18 @@ def _oona(storage: Storage, config: RunConfig, *, detached: bool) -> oona.OonaHa
     except ConflictError:
         # another driver was faster; anything else is told by this
         return oona.connect(prefix)
+
+
+def _kept_settings(name: str, wanted: Settings) -> tuple[str, ...]:
+    """A note, where a Nissa of this name runs already with other settings. Nothing waits for one that is not there."""
+    try:
+        view = nissa.connect(name=name)
+        differ = view.settings().told_beside(wanted)
+    except UnavailableError:
+        return ()
+    if not differ:
+        return ()
+    return (f"Nissa runs already, with the settings of the run that started it: {', '.join(differ)}",)
 
 
 def _pool(storage: Storage, config: RunConfig, make_bus: Callable[[], Bus], public_key: str, *, detached: bool) -> Any:

@@ -85,7 +85,8 @@ class Live:
     def __init__(self, *, max_runs: int = MAX_RUNS, max_ids: int = MAX_IDS, max_kernels: int = MAX_KERNELS) -> None:
         self._views: OrderedDict[str, LiveView] = OrderedDict()
         self._stories: dict[str, deque[Note]] = {}
-        self._seen: OrderedDict[str, None] = OrderedDict()
+        # by topic: a log that is read again after a while is long in telemetry, and short in what is counted
+        self._seen: dict[Topic, OrderedDict[str, None]] = {}
         self._kernels: OrderedDict[tuple[str, str], bool] = OrderedDict()  # (blueprint, signature) -> is ready
         self._alerts: OrderedDict[str, Alert] = OrderedDict()  # of the platform as a whole
         self._compiled: dict[Pipeline, Compiled] = {}
@@ -101,10 +102,11 @@ class Live:
         Raises:
             pydantic.ValidationError: if the payload is not its topic's contract; nothing has changed then.
         """
-        if message.event_id in self._seen:
+        seen = self._seen.setdefault(message.topic, OrderedDict())
+        if message.event_id in seen:
             return None
         body = message.body()
-        _remember(self._seen, message.event_id, None, self._max_ids)
+        _remember(seen, message.event_id, None, self._max_ids)
         if isinstance(body, Blueprint):
             for target in body.targets:
                 self._kernel(body.blueprint_id, target, ready=False)
@@ -238,6 +240,7 @@ def _on_run_started(view: LiveView, body: RunStarted, at: float) -> LiveView:
         view,
         resumed_from_epoch=body.resumed_from_epoch,
         seeds=seeds,
+        kernel_runs=tuple(replace(runs, step=-1) for runs in view.kernel_runs),  # they run again, and count again
         steps_seen=0,
         clock=((at, body.resumed_from_epoch / body.num_epochs),),
     )
@@ -318,20 +321,23 @@ def _on_health(view: LiveView, body: LayerHealthReport, _at: float) -> LiveView:
 
 
 def _ran(view: LiveView, body: LayerHealthReport, seeds: Mapping[str, SeedView]) -> tuple[KernelRuns, ...]:
-    """With what the kernels of a site did in one more interval. Steps that come again after a resume did run again."""
-    known = {(runs.site, runs.blueprint): runs for runs in view.kernel_runs}
+    """With what the kernels of a site did in one more interval; what was told before counts once, however long ago."""
+    before = {(runs.site, runs.blueprint): runs for runs in view.kernel_runs}
+    known = dict(before)
     for signal in body.seeds:
         if not signal.runs:
             continue
         seed = seeds.get(_key(body.layer_id, signal.seed_id))
         name = signal.blueprint or (seed.blueprint if seed else None) or UNKNOWN
         old = known.get((body.layer_id, name)) or KernelRuns(body.layer_id, name)
-        if not old.num and len(known) >= NUM_SEEDS:
+        is_told = (body.layer_id, name) in before and before[body.layer_id, name].step >= body.step
+        if is_told or (not old.num and len(known) >= NUM_SEEDS):
             continue
         known[body.layer_id, name] = replace(
             old,
             num=old.num + signal.runs,
             latency_ms=old.latency_ms if signal.latency_ms is None else signal.latency_ms,
+            step=body.step,
         )
     return tuple(known.values())
 

@@ -111,7 +111,7 @@ def _cell(identifier: str, view: LiveView, site: str, seeds: Sequence[SeedView])
     return (
         f'<li id="{identifier}" class="site{lit}"><svg viewBox="0 0 84 100" aria-hidden="true" focusable="false">'
         f'<path class="wire" d="M0 {_GROUND:g}H84"/>{drawn}{_node(score)}</svg>'
-        f'<b title="{name}">{html.escape(_cut(site))}</b><span class="stage {css}">{stage}</span><small>{what}</small>'
+        f'<b title="{name}">{html.escape(_cut(site)).replace(".", ".<wbr>")}</b><span class="stage {css}">{stage}</span><small>{what}</small>'
         f'<span class="health">{_health_words(score)}</span><span class="dims">{html.escape(shape(view, site))}</span></li>'
     )
 

@@ -70,6 +70,7 @@ class _Way:
     in_stage: list[SpanEvent] = field(default_factory=list)
     in_all: list[SpanEvent] = field(default_factory=list)
     is_over: bool = False
+    has_begun: bool = False  # whether the beginning of its stage is known
 
     @property
     def run_id(self) -> str:
@@ -80,7 +81,7 @@ class _Way:
         return _digits(16, self.trace_id, "root")
 
     def enter(self, event: LifecycleEvent) -> None:
-        self.stage, self.since, self.in_stage = event.to_stage, event.timestamp, []
+        self.stage, self.since, self.in_stage, self.has_begun = event.to_stage, event.timestamp, [], True
         self.entered = {"esper.step": event.step, "esper.epoch": event.epoch, "esper.begun_because": event.reason}
 
     def child(self, at: float, why: Mapping[str, Value], error: str | None = None) -> Span:
@@ -146,7 +147,7 @@ class Spans:
         is_error = event.to_stage is SeedStage.ROLLED_BACK
         error = event.reason if is_error else None
         spans = []
-        if way.stage is event.from_stage and way.stage is not SeedStage.DORMANT:
+        if way.stage is event.from_stage and way.has_begun:
             why = {"esper.ended_because": event.reason, "esper.to_stage": event.to_stage.value}
             spans.append(way.child(event.timestamp, why | _evidence(event.evidence), error))
         way.enter(event)
@@ -166,7 +167,8 @@ class Spans:
             "esper.trace_id": known,
         }
         way = self._ways[known] = _Way(trace_id, event.timestamp, attributes, stage=event.from_stage)
-        way.since = event.timestamp
+        if event.from_stage is not SeedStage.DORMANT:  # what is kept of the log begins amid it
+            way.attributes["esper.beginning_lost"] = True
         if len(self._ways) > MAX_WAYS:
             self._ways.popitem(last=False)
         return way

@@ -69,12 +69,14 @@ class KernelRuns:
     Attributes:
         num: their forwards so far.
         latency_ms: of a forward, in the last interval in which one was timed; of several kernels, of the one last told.
+        step: of the last report.
     """
 
     site: str
     blueprint: str
     num: int = 0
     latency_ms: float | None = None
+    step: int = -1
 
 
 @dataclass(frozen=True, slots=True)

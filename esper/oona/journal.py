@@ -11,7 +11,6 @@ import logging
 import math
 import struct
 from collections.abc import Collection, Sequence
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,11 @@ from esper.oona.deadletters import letters_of, spent_reason
 from esper.oona.drops import DropTold
 from esper.oona.frames import Frame
 from esper.oona.groups import LISTENER
+from esper.oona.kinds import PLACE, TIME, Kind
 from esper.oona.log import SegmentLog
 from esper.oona.start import Start
 from esper.oona.transport import Shelf
+from esper.oona.unplaced import first_offsets
 from esper.oona.wire import Batch, Leased, Record, decode_batch
 
 FORGET_AFTER_S = 86_400.0
@@ -37,26 +38,6 @@ LOOK_S = 0.5
 """From one look for such groups to the next: there may be thousands."""
 
 logger = logging.getLogger(__name__)
-
-
-class Kind(IntEnum):
-    """Kinds of frames."""
-
-    SNAPSHOT = 0
-    BATCH = 1
-    JOIN = 2
-    LEASE = 3
-    ACK = 4
-    LEAVE = 5
-    FORGET = 6
-    TIMED_BATCH = 7  # the time, then the body; logs of the second form
-    BURY = 8
-    DROP = 9
-    GAP = 10  # what was here could not be read
-    PLACED_BATCH = 11  # the time, the first offset, then the body
-
-
-_TIME, _PLACE = struct.Struct("<d"), struct.Struct("<dQ")
 
 
 class Journal:
@@ -85,6 +66,9 @@ class Journal:
         self._look_at = now
         self._roll_at = math.inf
         self._is_gapped = False  # a part of the log was lost
+        self._knows_offset = True  # of the next record; not behind such a part, until something tells it
+        self._places: dict[int, int] | None = None  # see `first_offsets`
+        self._number = 0  # of the frame that is read
         self._lost: set[str] = set()  # groups of which it is not known any more what they read
         self._replay(now)
         try:
@@ -133,7 +117,7 @@ class Journal:
                 self._write_json(Kind.DROP, (name, offsets))
                 self._broker.drop(name, offsets)
                 self._told.tell(name, len(offsets))
-            self._write(Kind.PLACED_BATCH, _PLACE.pack(at, self._broker.next_offset) + body)
+            self._write(Kind.PLACED_BATCH, PLACE.pack(at, self._broker.next_offset) + body)
             self._broker.append(batch, at)
         return admission
 
@@ -291,6 +275,7 @@ class Journal:
 
     def _replay(self, now: float) -> None:
         for num_frames, frame in enumerate(self._log.replay()):
+            self._number = num_frames
             try:
                 self._apply(frame, now, is_first=num_frames == 0)
             except (ValueError, TypeError, KeyError, struct.error) as error:
@@ -300,30 +285,40 @@ class Journal:
     def _apply(self, frame: Frame, now: float, *, is_first: bool) -> None:
         kind = Kind(frame.kind)
         if kind is Kind.PLACED_BATCH:
-            at, offset = _PLACE.unpack_from(frame.body)
+            at, offset = PLACE.unpack_from(frame.body)
             self._place(offset)
-            self._broker.append(decode_batch(frame.body[_PLACE.size :]), at)
+            self._broker.append(decode_batch(frame.body[PLACE.size :]), at)
         elif kind is Kind.TIMED_BATCH:
-            (at,) = _TIME.unpack_from(frame.body)
-            self._repeat_unplaced(frame.body[_TIME.size :], at)
+            (at,) = TIME.unpack_from(frame.body)
+            self._repeat_unplaced(frame.body[TIME.size :], at)
         elif kind is Kind.BATCH:  # logs of the first form
             self._repeat_unplaced(frame.body, 0.0)
         elif kind is Kind.GAP:
-            self._is_gapped = True
+            self._is_gapped, self._knows_offset = True, False
         elif kind is Kind.SNAPSHOT:
             self._take_over(json.loads(frame.body), now, is_first=is_first)
         else:
             self._repeat(kind, json.loads(frame.body), now)
 
     def _repeat_unplaced(self, body: bytes, at: float) -> None:
-        if self._is_gapped:
-            raise ValueError("its offset is not known, as something before it was lost")
+        self._find_place()
         self._broker.append(decode_batch(body), at)
+
+    def _find_place(self) -> None:
+        """Of the first record behind a part that was lost, in a log whose frames do not tell it."""
+        if self._knows_offset:
+            return
+        if self._places is None:
+            self._places = first_offsets(self._log.replay())
+        if self._number not in self._places:
+            raise ValueError("its offset is not known, as something before it and something behind it was lost")
+        self._place(self._places[self._number])
 
     def _place(self, offset: int) -> None:
         """The next record has this offset; only what was lost may lie before it."""
         if self._is_gapped:
             self._broker.kept.skip_to(offset)
+            self._knows_offset = True
         if offset != self._broker.next_offset:
             raise ValueError(f"it begins at {offset}, not at {self._broker.next_offset}")
 
@@ -333,6 +328,7 @@ class Journal:
             return
         if self._is_gapped:
             self._broker.reconcile(snapshot, now=now)
+            self._knows_offset = True
             self._lost.clear()
         self._broker.recount(snapshot)
 
@@ -373,8 +369,8 @@ class Journal:
         """`place` is the offset of the first letter, which logs of the second form do not tell."""
         known = self._known(name, offsets)
         records = [Record(topic, key, data.encode()) for topic, key, data in letters]
-        if place is not None and records:
-            self._place(place)
+        if records:
+            self._find_place() if place is None else self._place(place)
         if name in self._lost:
             self._broker.append_letters(records, at)
         else:

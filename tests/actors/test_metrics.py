@@ -15,27 +15,49 @@ from pathlib import Path
 
 import pytest
 import ray
+from nissa_story import artifact
 from test_nissa_metrics import DASHBOARD, queries
+from urza_samples import design
 
 from actors import nissa, oona, urza
 from actors.cluster import disconnect
 from esper.config import OonaConfig
 from esper.leyline import EpochRecord, FieldReport, LifecycleEvent, OonaMessage, Outcome, SeedStage, Topic
 from esper.leyline.kernels import SiteKind, SiteSignature
+from esper.leyline.signals import HealthSignal, LayerHealthReport, StepBatch
+from esper.nissa.metrics import METRICS
 
 pytestmark = pytest.mark.ray
 
 RUN = "run-metrics"
 SITE = SiteSignature(kind=SiteKind.VECTOR, channels=4)
 WAIT_S = 120.0
+BACKLOG = 100
 
 
 def published():
     for epoch in range(3):
         yield Topic.EPOCH, EpochRecord(
             run_id=RUN, epoch=epoch, num_epochs=3, step=10 * (epoch + 1), train_loss=0.5, val_loss=0.25, params=77,
-            val_metric=0.75, metric_name="accuracy", total_flops=1000 * (epoch + 1),
+            val_metric=0.75, metric_name="accuracy", total_flops=1000 * (epoch + 1), rollbacks=1,
+            flops_by_purpose={"host": 900 * (epoch + 1), "shadow": 100 * (epoch + 1)},
+            seconds_by_purpose={"host": 0.5 * (epoch + 1)}, cache_hits=2, cache_misses=1, flops_per_sample=12,
         )  # fmt: skip
+        signal = HealthSignal(
+            layer_id="a", seed_id="s", epoch=epoch, stage=SeedStage.GRAFTING, alpha=0.5, blueprint="b", runs=11,
+            latency_ms=0.25, health_score=0.5, grow_potential=0.125, train_loss=0.75,
+        )  # fmt: skip
+        step = 10 * (epoch + 1)
+        yield (
+            Topic.SEED_HEALTH,
+            LayerHealthReport(run_id=RUN, layer_id="a", signature=SITE, epoch=epoch, step=step, seeds=(signal,)),
+        )
+        yield Topic.STEPS, StepBatch(run_id=RUN, first_step=step - 10, losses=(0.5,) * 10, milliseconds=(4.0,) * 10)
+    yield Topic.KERNEL_READY, artifact("b", SITE).model_copy(update={"compile_s": 2.5})
+    yield Topic.LIFECYCLE, LifecycleEvent(
+        run_id=RUN, step=5, epoch=0, site="a", seed="s", from_stage=SeedStage.TRAINING, to_stage=SeedStage.GRAFTING,
+        reason="no", refused=True,
+    )  # fmt: skip
     yield Topic.LIFECYCLE, LifecycleEvent(
         run_id=RUN, step=10, epoch=1, site="a", seed="s", from_stage=SeedStage.FINE_TUNING,
         to_stage=SeedStage.FOSSILIZED, reason="proven",
@@ -46,6 +68,27 @@ def published():
     )  # fmt: skip
 
 
+def trouble(bus):
+    """One message is given up, one comes again, and some give way to newer ones."""
+    picky = bus.subscribe([Topic.EPOCH], group="picky", from_start=True)
+    picky.reject(picky.poll(max_messages=1, timeout_s=WAIT_S), reason="no")
+    gone = bus.subscribe([Topic.LIFECYCLE], group="gone", from_start=True)
+    assert gone.poll(timeout_s=WAIT_S)
+    gone.close()  # without a word
+    again = bus.subscribe([Topic.LIFECYCLE], group="gone")
+    again.ack(again.poll(timeout_s=WAIT_S))
+    slow = bus.subscribe([Topic.STEPS], group="slow", from_start=True)
+    for first in range(0, 4 * BACKLOG, BACKLOG // 2):
+        late = [
+            StepBatch(run_id="run-other", first_step=i, losses=(1.0,), milliseconds=(1.0,))
+            for i in range(first, first + BACKLOG // 2)
+        ]
+        bus.publish([OonaMessage.of(Topic.STEPS, body, sender_id="t", key="run-other") for body in late])
+        bus.flush()
+    for subscription in (picky, again, slow):
+        subscription.close()
+
+
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory):
     """The address of Ray's metrics on this node, where a Nissa exports what is on a bus."""
@@ -53,13 +96,16 @@ def endpoint(tmp_path_factory):
         num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False, namespace="esper"
     )
     try:
-        handle = oona.spawn(OonaConfig(), tmp_path_factory.mktemp("oona"), prefix="oona-metrics")
+        handle = oona.spawn(OonaConfig(backlog=BACKLOG), tmp_path_factory.mktemp("oona"), prefix="oona-metrics")
         address = str(tmp_path_factory.mktemp("urza"))
         hub = urza.spawn(address)
         view = nissa.spawn(handle.bus, partial(urza.connect, address), metrics_every_s=0.5)
         bus = handle.bus()
         bus.publish([OonaMessage.of(topic, body, sender_id="t", key=RUN) for topic, body in published()])
         bus.flush()
+        trouble(bus)
+        # no compiler runs here, so it stays in the queue
+        urza.connect(address).submit_blueprint(design(), name="queued", targets=[SITE])
         assert view.drain(RUN, timeout_s=WAIT_S) is not None
         [node] = ray.nodes()
         yield f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
@@ -123,6 +169,18 @@ def test_ray_exports_cpu_and_memory_of_the_actors(endpoint):
     until(exported, "figures of the actors' processes")
 
 
+def test_every_metric_reaches_the_endpoint(endpoint):
+    missing = []
+
+    def exported():
+        lines = get(f"http://{endpoint}/metrics").splitlines()
+        names = {line.split("{")[0] for line in lines if line.startswith("ray_esper_")}
+        missing[:] = sorted({metric.exported for metric in METRICS.values()} - names)
+        return not missing
+
+    until(exported, missing)
+
+
 @pytest.fixture
 def prometheus(endpoint, tmp_path):
     """The address of a Prometheus that scrapes the node."""
@@ -175,6 +233,32 @@ def test_prometheus_answers_every_query_of_the_dashboard(prometheus):
     progress = (f'ray_esper_run_epochs_total{{run="{RUN}"}} / on (run) group_left () '
                 f'max by (run) (ray_esper_run_planned_epochs{{run="{RUN}"}})')  # fmt: skip
     until(lambda: value(progress) == 1.0, "the last epoch")
+    kernel = f'{{run="{RUN}", site="a", blueprint="b"}}'
+    expected = {
+        f"ray_esper_kernel_runs_total{kernel}": 33,
+        f"ray_esper_kernel_latency_seconds{kernel}": 0.00025,
+        f'ray_esper_site_grow_potential{{run="{RUN}", site="a"}}': 0.125,
+        f'ray_esper_run_step_seconds{{run="{RUN}"}}': 0.004,
+        f'ray_esper_ledger_flops_total{{run="{RUN}", purpose="shadow"}}': 300,
+        f'ray_esper_ledger_seconds_total{{run="{RUN}", purpose="host"}}': 1.5,
+        f'ray_esper_run_rollbacks_total{{run="{RUN}"}}': 1,
+        f'ray_esper_transitions_total{{run="{RUN}", stage="{SeedStage.FOSSILIZED.value}"}}': 1,
+        f'ray_esper_run_cache_lookups_total{{run="{RUN}", result="hit"}}': 2,
+        'sum(ray_esper_compile_jobs{state="queued"})': 1,
+        "sum(ray_esper_compiled_kernels_total)": 1,
+        "sum(ray_esper_compile_seconds_total)": 2.5,
+        'ray_esper_bus_lag_messages{group="slow"} > bool 0': 1,
+        'ray_esper_bus_dropped_total{group="slow"} > bool 0': 1,
+        'sum(ray_esper_bus_redelivered_total{group="gone"}) > bool 0': 1,
+        'ray_esper_bus_dead_total{group="picky"}': 1,
+    }
+    found = {}
+
+    def as_expected():
+        found.update({query: value(query) for query in expected})
+        return found == expected
+
+    until(as_expected, found)
     states = {
         rule["name"]: rule["health"]
         for group in json.loads(get(f"{prometheus}/api/v1/rules"))["data"]["groups"]

@@ -12,6 +12,9 @@ import pytest
 from actors.alerts import AlertSender
 from actors.cluster import disconnect
 from actors.nissa import NissaActor, NissaHandle, connect, spawn
+from actors.platform import _kept_settings
+from actors.settings import Settings
+from esper.config import PageConfig
 from esper.leyline.alerts import AlertKind
 from esper.leyline.bus import BusStats, GroupStats
 from esper.leyline.errors import UnavailableError
@@ -273,3 +276,20 @@ def test_errors_and_absence_arrive_as_unavailable(cluster):
 
     with pytest.raises(UnavailableError, match="not there at present"):
         ask_until_it_is_gone()
+
+
+@pytest.mark.ray
+def test_who_shares_a_nissa_hears_whose_settings_hold(cluster):
+    first = Settings(None, PageConfig(enabled=False), None)
+    assert _kept_settings("shared", first) == ()  # it does not run yet
+    handle = spawn(full_log, name="shared", namespace="esper", metrics_every_s=None, page=first.page)
+    handle.drain(RUN, timeout_s=60)
+    assert _kept_settings("shared", first) == ()
+    other = Settings(5.0, PageConfig(enabled=False), "http://someone:4318/secret")
+    (words,) = _kept_settings("shared", other)
+    assert words == (
+        "Nissa runs already, with the settings of the run that started it: "
+        "nissa.metrics_every_s stays null, nissa.otlp_endpoint stays null"
+    )
+    assert "nissa.page stays as it is" in _kept_settings("shared", first._replace(page=PageConfig(port=1)))[0]
+    cluster.kill(handle.actor)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import ray
@@ -14,7 +15,7 @@ from bus_conformance import WAIT_S, BusConformance, numbers, step, take
 from ray import cloudpickle
 
 from actors.cluster import disconnect
-from actors.oona import RayTransport, connect, spawn
+from actors.oona import PROTOCOL, RayTransport, ShardInfo, check_protocol, connect, spawn
 from esper.config import OonaConfig
 from esper.leyline import BusCounts, ConflictError, NotFoundError, Topic, UnavailableError
 from esper.oona import Start
@@ -384,6 +385,75 @@ def test_a_disk_that_fails_for_a_while_is_waited_for_and_nothing_is_lost(start, 
     (group,) = bus.stats().groups
     assert (group.acknowledged, group.pending) == (400, 0)
     bus.close()
+
+
+def test_what_is_written_while_a_failed_sync_is_tried_again_is_synced_too(start):
+    """As when a member dies meanwhile: no call follows that would begin another sync."""
+    handle = start(OonaConfig(batch=32, fsync_ms=1.0))
+    bus = handle.bus()
+    subscription = bus.subscribe([Topic.STEPS], group="g")
+    bus.publish([step(0)])
+    bus.flush()  # the first one begins a segment, which is a sync of its own
+
+    def fail(_shard):
+        import errno
+        import os
+
+        from esper.oona import log
+
+        def fsync(_fd):
+            raise OSError(errno.EIO, "Input/output error")
+
+        log.whole_fsync, log.os.fsync = os.fsync, fsync
+
+    def heal(shard):
+        import asyncio
+
+        from esper.oona import log
+
+        loop = shard._recovering.get_loop()
+
+        async def leave():
+            shard._leave("g", "somebody")
+
+        def fsync(fd):  # in a thread, while the shard goes on
+            log.os.fsync = log.whole_fsync
+            asyncio.run_coroutine_threadsafe(leave(), loop).result(10)
+            log.whole_fsync(fd)
+
+        log.os.fsync = fsync
+
+    def state(shard):
+        return shard._fault is not None, shard._num_written - shard._num_synced
+
+    def until(wanted):
+        deadline = time.monotonic() + WAIT_S
+        while (found := ray.get(handle.shards[0].__ray_call__.remote(state), timeout=WAIT_S)) != wanted:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.05)
+
+    ray.get(handle.shards[0].__ray_call__.remote(fail), timeout=WAIT_S)
+    bus.publish([step(1)])
+    until((True, 1))
+    ray.get(handle.shards[0].__ray_call__.remote(heal), timeout=WAIT_S)
+    until((False, 0))
+    assert numbers(take(subscription, 2)) == [0, 1]
+    subscription.close()
+    bus.close()
+
+
+def test_shards_and_programs_of_different_versions_say_so(start):
+    handle = start()
+    info = ray.get(handle.shards[0].describe.remote(), timeout=WAIT_S)
+    check_protocol(info, "oona")
+    assert info.protocol == PROTOCOL
+    with pytest.raises(ConflictError, match=rf"protocol {PROTOCOL + 1}, this program {PROTOCOL}.*esper platform down"):
+        check_protocol(dataclasses.replace(info, protocol=PROTOCOL + 1), "oona")
+    old = object.__new__(ShardInfo)  # as one comes that was pickled before there was such a number
+    for name in ("num_shards", "config", "pid"):
+        object.__setattr__(old, name, getattr(info, name))
+    with pytest.raises(ConflictError, match="protocol 0"):
+        check_protocol(old, "oona")
 
 
 def test_a_sync_that_fails_is_tried_until_the_disk_has_everything(start):

@@ -103,6 +103,21 @@ def test_a_site_whose_seed_lives_again_keeps_the_runs_of_its_first_design():
     assert live.view(RUN).kernel_runs == view.kernel_runs
 
 
+def test_a_long_log_that_is_read_again_counts_nothing_twice():
+    """Of telemetry there is more than is remembered; what is counted stands on topics of its own, or has a step."""
+    live = Live(max_ids=40)
+    assert len(messages()) > 3 * 40
+    exported = []
+    for _ in range(2):
+        for message in messages():
+            live.apply(message)
+        view = live.view(RUN)
+        counters = [s for s in (*of_run(view), *of_compiled(live.compiled())) if METRICS[s.metric].kind is Kind.COUNTER]
+        exported.append({sample.key: sample.value for sample in counters})
+    assert exported[0] == exported[1]
+    assert {key[0] for key in exported[0]} >= {"esper_kernel_runs", "esper_transitions", "esper_compiled_kernels"}
+
+
 def test_kernels_that_were_compiled_are_counted_with_their_seconds_once():
     live = heard()
     for message in messages():  # delivered again

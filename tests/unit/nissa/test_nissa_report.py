@@ -24,7 +24,7 @@ from esper.nissa.palette import LIGHT, TO_DARK
 from esper.nissa.report import render
 from esper.nissa.stages import LOOKS
 
-_VOID = {"meta", "link", "br", "img", "input", "hr"}
+_VOID = {"meta", "link", "br", "img", "input", "hr", "wbr"}
 
 
 class Page(HTMLParser):

@@ -143,3 +143,19 @@ def test_what_no_adaptation_goes_by_makes_no_span_and_memory_is_bounded():
     spans.take(rung(2.0), 2.0)
     [root] = spans.take(moved(S.GERMINATED, S.CANCELLED, 2.0, trace=f"{1:032x}"), 2.0)[-1:]
     assert root.start == 2.0  # the first is forgotten
+
+
+def test_a_stage_whose_beginning_is_not_kept_makes_no_span_and_the_root_says_so():
+    """The bus lets old messages go; a Nissa that starts anew reads what is left."""
+    whole = through(*life())
+    *children, root = through(*life()[3:])
+    assert [child.name for child in children] == [stage.value.lower() for stage in LIFE[4:-1]]
+    known = {span.span_id: span for span in whole}
+    for child in children:  # the same spans as those of a Nissa that saw it all
+        assert (child.start, child.end) == (known[child.span_id].start, known[child.span_id].end)
+        assert child.attributes["esper.beginning_lost"]
+    assert root.attributes["esper.beginning_lost"] is True
+    assert (root.span_id, root.start, root.end) == (whole[-1].span_id, 4.0, 7.0)
+    assert "esper.beginning_lost" not in whole[-1].attributes
+    [only] = through(moved(S.TRAINING, S.CULLED, 5.0))
+    assert (only.name, only.start, only.end, only.attributes["esper.outcome"]) == ("adaptation", 5.0, 5.0, "culled")
