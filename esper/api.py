@@ -19,6 +19,7 @@ without one: `train_local`, the one function that trains a workload in this proc
         resume: bool = False,                    # go on from the last whole checkpoint in `directory`, if there is one
         on_epoch: Callable[[EpochRecord], None] | None = None,   # after each epoch, on every rank (ray.train.report)
         device: torch.device | None = None,      # None follows tolaria.use_gpu
+        trials: Trials | None = None,            # where forks of the run may train; each runs `fork_local`
     ) -> RunSummary
 
 It writes `summary.json`, `history.json`, `checkpoints/` and, in deterministic mode, `commands.jsonl` below
@@ -58,15 +59,17 @@ from esper.leyline.experience import ExperienceLog, NoExperience
 from esper.leyline.growth import SeedView
 from esper.leyline.kernels import SiteSignature
 from esper.leyline.ops import fits
-from esper.leyline.ports import AssetHub, Bus, Controller, FaultPlan, NoFaults
+from esper.leyline.ports import AssetHub, Bus, Controller, FaultPlan, NoFaults, Trials
 from esper.leyline.signals import EpochRecord
 from esper.leyline.summary import HISTORY_FILE, REPORT_FILE, RunHistory, RunSummary
+from esper.leyline.trials import Fork, ForkResult
 from esper.storage import Storage
 from esper.tamiyo.controller import LocalController, fallback_controller
 from esper.tamiyo.gnn import KIND, pin
 from esper.tolaria.checkpoint import Checkpoints, Restored
 from esper.tolaria.contents import refill, require_portable
 from esper.tolaria.course import Ports, never
+from esper.tolaria.forks import Forked
 from esper.tolaria.loop import Trainer
 from esper.tolaria.numerics import numerics
 from esper.tolaria.optim import Optimization, OptimizerFactory, SchedulerFactory
@@ -388,6 +391,10 @@ class Grown:
             "budget": None if budget is None else budget.model_dump(),
         }
         config = _resolve(self._config, settings, _checked(overrides))
+        if config.tamiyo.trials.enabled:
+            raise ConfigError(
+                "a fork cannot run a loop of your own", field="tamiyo.trials.enabled", remedy="train by esper.grow"
+            )
         if hub is None:
             hub, public_key = local_hub(self.host.sites.values(), config)
         elif public_key is None:
@@ -451,6 +458,7 @@ def train_local(
     on_epoch: Callable[[EpochRecord], None] | None = None,
     device: torch.device | None = None,
     experience: ExperienceLog | None = None,
+    trials: Trials | None = None,
 ) -> RunSummary:
     """Trains a workload in this process; see the module. The workload's model is wrapped and trained in place.
 
@@ -480,6 +488,7 @@ def train_local(
             tamiyo_circuit=tamiyo_breaker.circuit,
             ranks=ranks,
             stop=stop,
+            trials=trials,
             faults=faults or NoFaults(),
             experience=experience or NoExperience(),
         )
@@ -495,6 +504,40 @@ def train_local(
                 on_epoch=on_epoch,
             )
             return trainer.run()
+        finally:
+            host.close()
+
+
+def fork_local(
+    workload_factory: WorkloadFactory,
+    config: RunConfig,
+    packed: bytes,
+    fork: Fork,
+    *,
+    hub: AssetHub,
+    public_key: bytes,
+    faults: FaultPlan | None = None,
+) -> ForkResult:
+    """Runs one fork of a run in this process (docs/adr/0013). What goes wrong with the fork is told in its result.
+
+    Args:
+        workload_factory: makes the run's workload anew.
+        config: of the run.
+        packed: the run's state between two steps.
+        fork: what to do.
+        hub: where the candidate's kernel comes from.
+        public_key: whose signature it must bear.
+        faults: a script of faults, for tests.
+
+    Raises:
+        EsperError: if it cannot begin: the workload is not the run's, or `packed` is not whole.
+    """
+    with numerics(seed=config.seed, deterministic=False, num_threads=config.tolaria.num_threads):
+        workload = workload_factory()
+        host = _wrap_workload(workload, config, torch.device("cpu"))
+        host.attach(hub, public_key, wait=True, native=False)
+        try:
+            return Forked(host, workload, config, packed=packed, fork=fork, faults=faults).run()
         finally:
             host.close()
 

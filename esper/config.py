@@ -386,6 +386,37 @@ class GnnConfig(Section):
     """Draws from its probabilities instead of taking the most probable, however uncertain: to gather experience."""
 
 
+class TrialsConfig(Section):
+    """Trials by fork: before an adaptation begins, forks of the run show what it would cause (docs/adr/0013)."""
+
+    enabled: bool = False
+    """Where nothing is idle, or the budget of trials is spent, Tamiyo decides on shadow evidence alone."""
+    candidates: PositiveInt = 3
+    """Ways to grow that are compared, at most; beside them one fork does not grow."""
+    strategies: tuple[Strategy, ...] = ()
+    """Ways into the live path that are compared for each kernel; none: `tamiyo.strategy`."""
+    steps: Annotated[int, Field(ge=5)] = 100
+    """That each fork trains: 40% behind the host, 20% blending in, and the rest on the live path."""
+    seeds: PositiveInt = 1
+    """Pairs of forks for each candidate, all but the first over other orders of data."""
+    at_once: PositiveInt = 2
+    """Forks that run at once, at most."""
+    cpus: PositiveFloat = 0.5
+    """CPUs of the cluster that a fork takes, if they are idle; no fork waits for them."""
+    z: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    """Standard errors by which a candidate's gain must exceed 0 before it begins."""
+    flops_share: PositiveFloat = 0.5
+    """What trials may cost, as a share of what the run itself has cost so far."""
+    late_epochs: PositiveInt = 10
+    """A trial that has not ended after so many epochs is given up."""
+
+    @model_validator(mode="after")
+    def _can_be_tried(self) -> TrialsConfig:
+        if "performance_linked" in self.strategies:
+            raise ValueError("performance_linked goes by validations between epochs, which a fork has none of")
+        return self
+
+
 class TamiyoConfig(Section):
     """The controller."""
 
@@ -418,6 +449,8 @@ class TamiyoConfig(Section):
     """For the `bandit` policy."""
     gnn: GnnConfig = GnnConfig()
     """For the `gnn` policy."""
+    trials: TrialsConfig = TrialsConfig()
+    """Whether growth is tried on forks of the run first."""
     deadline_s: PositiveFloat = 5.0
     """Outside deterministic mode training goes on without an answer after so long."""
     startup_s: PositiveFloat = 60.0
@@ -655,6 +688,23 @@ class RunConfig(Section):
     def _replays_what_it_hears(self) -> RunConfig:
         if self.deterministic and self.tamiyo.control == "listen":
             raise ValueError("tamiyo.control: what a run hears depends on the clock, so a deterministic one must ask")
+        return self
+
+    @model_validator(mode="after")
+    def _trials_fit(self) -> RunConfig:
+        tamiyo = self.tamiyo
+        if not tamiyo.trials.enabled:
+            return self
+        if self.deterministic:
+            raise ValueError("tamiyo.trials: a deterministic run has none: when they end depends on the clock")
+        if self.tolaria.use_gpu:
+            raise ValueError("tamiyo.trials: forks run on idle CPUs, and would not compute what a GPU does")
+        if tamiyo.policy in {"none", "schedule"}:
+            raise ValueError(f"tamiyo.trials: policy {tamiyo.policy} chooses nothing that could be tried")
+        if tamiyo.strategy == "performance_linked" and not tamiyo.trials.strategies:
+            raise ValueError(
+                "tamiyo.trials: performance_linked goes by validations between epochs; name other strategies"
+            )
         return self
 
     @model_validator(mode="after")

@@ -25,6 +25,7 @@ from esper.kasmina.neighbour import has_neighbours
 from esper.kasmina.outputs import path_of
 from esper.kasmina.probe import tensors_of
 from esper.kasmina.reports import layer_report
+from esper.kasmina.seed import Offer
 from esper.kasmina.shadow import AllReduce, train_shadow
 from esper.kasmina.sites import find_sites
 from esper.kasmina.sums import Sums, merged
@@ -279,6 +280,18 @@ class Host:
 
     def apply(self, command: KasminaControlCommand, *, run_id: str, epoch: int, step: int) -> Change:
         return self._life.apply(command, Moment(run_id, epoch, step))
+
+    def offer(
+        self, seed_id: str, kernel_id: str, trial: Evidence | None, weights: Mapping[str, torch.Tensor] | None
+    ) -> None:
+        self._life.find(seed_id)[1].offer = None if trial is None else Offer(kernel_id, trial, weights)
+
+    def kernel_weights(self, seed_id: str) -> dict[str, torch.Tensor]:
+        layer, seed = self._life.find(seed_id)
+        return {name: tensor.detach().clone() for name, tensor in layer.kernel(seed).state_dict().items()}
+
+    def graft_now(self, seed_id: str, *, run_id: str, epoch: int, step: int, reason: str) -> Change:
+        return self._life.graft_now(seed_id, reason, Moment(run_id, epoch, step))
 
     def growth_state(self) -> dict[str, Any]:
         return snapshot.save(self._life)

@@ -24,6 +24,7 @@ from esper.leyline.compiled import runs_compiled
 from esper.leyline.errors import (
     EsperError,
     IllegalTransitionError,
+    KernelRejectedError,
     NotFoundError,
     PermanentError,
     SafetyError,
@@ -224,6 +225,9 @@ class Lifecycle:
         seed.strategy, seed.lr_factor, seed.trace_id = command.strategy, command.lr_factor, command.command_id
         loaded = outcome.facts.blueprint if isinstance(outcome, LoadedKernel) else None
         seed.requested, seed.requested_blueprint = kernel_id, loaded or command.blueprint
+        if seed.offer is not None and seed.offer.kernel_id != kernel_id:
+            seed.offer = None  # a trial of another kernel says nothing of this one
+        seed.trial = None if seed.offer is None else seed.offer.trial
         change = Change((self._enter(layer, seed, target, command.reason, moment),))
         if outcome is None:
             self.arrivals.request(layer, seed)
@@ -246,10 +250,21 @@ class Lifecycle:
             self.plant(layer)
         return Change((event,))
 
+    def graft_now(self, seed_id: str, reason: str, moment: Moment) -> Change:
+        """See `Growable.graft_now`."""
+        layer, seed = self.find(seed_id)
+        if seed.stage is not SeedStage.TRAINING:
+            raise IllegalTransitionError(
+                f"seed {seed_id} is {seed.stage}; only one in TRAINING is grafted", field="stage"
+            )
+        change = self._take_pending() + self._graft(layer, seed, reason, moment)
+        self._refresh(layer)
+        return change
+
     def _graft(self, layer: Layer, seed: Seed, reason: str, moment: Moment) -> Change:
         direct = seed.strategy is BlendStrategy.DIRECT
         if direct:
-            seed.evidence = Evidence(
+            seed.evidence = seed.trial or Evidence(
                 kind=EvidenceKind.NONE,
                 reason="direct: trained with the host from its first step, so nothing was compared",
             )
@@ -302,6 +317,12 @@ class Lifecycle:
     def _take_in(self, layer: Layer, seed: Seed, outcome: LoadedKernel | EsperError, moment: Moment) -> Change:
         if isinstance(outcome, EsperError):
             return self._remove(layer, seed, SeedStage.CANCELLED, f"kernel refused: {outcome}", moment)
+        offer, seed.offer = seed.offer, None
+        if offer is not None:
+            try:
+                offer.give_to(outcome.module)
+            except KernelRejectedError as error:  # the same on every rank: all hold the same weights
+                return self._remove(layer, seed, SeedStage.CANCELLED, f"kernel refused: {error}", moment)
         self.arrivals.put(layer, seed, outcome)
         return Change(rungs=self._take_rungs())
 

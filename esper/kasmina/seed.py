@@ -6,6 +6,7 @@ site does with it (the layer).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from torch import nn
 from esper.kasmina.table import SeedTable
 from esper.leyline.blueprints import BlueprintIR
 from esper.leyline.contract import Contract
+from esper.leyline.errors import KernelRejectedError
 from esper.leyline.growth import SeedView
 from esper.leyline.kernels import SiteSignature
 from esper.leyline.seeds import SeedStage, advance
@@ -34,6 +36,38 @@ class KernelFacts(Contract):
     flops_per_sample: Annotated[int, Field(ge=0)]
     replaces: bool = False
     zero_at_birth: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a fork found out about a kernel.
+
+    Attributes:
+        kernel_id: of which.
+        trial: what the fork came to.
+        weights: that the kernel begins with; None are its own.
+    """
+
+    kernel_id: str
+    trial: Evidence
+    weights: Mapping[str, torch.Tensor] | None = None
+
+    def give_to(self, module: nn.Module) -> None:
+        """Puts the weights into a kernel's module.
+
+        Raises:
+            KernelRejectedError: if they are not those of its design, or not finite.
+        """
+        if self.weights is None:
+            return
+        own = module.state_dict()
+        if {name: (t.shape, t.dtype) for name, t in own.items()} != {
+            name: (t.shape, t.dtype) for name, t in self.weights.items()
+        }:
+            raise KernelRejectedError("the weights that came from its trial are not those of its design")
+        if not all(bool(tensor.isfinite().all()) for tensor in self.weights.values()):
+            raise KernelRejectedError("the weights that came from its trial are not finite")
+        module.load_state_dict(self.weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +92,8 @@ class Seed:
         losses: sum and count of the shadow's losses since the last interval.
         fault: how its kernel failed in use; empty while it did not.
         trace_id: the id of the command that began its present life.
+        offer: what a trial found out about the kernel that is to come.
+        trial: what the kernel's fork came to, in its present life.
     """
 
     def __init__(self, seed_id: str, site: str, table: SeedTable, row: int) -> None:
@@ -83,6 +119,8 @@ class Seed:
         self.fault = ""
         self.trace_id = ""
         self.reason = ""
+        self.offer: Offer | None = None
+        self.trial: Evidence | None = None
 
     @property
     def stage(self) -> SeedStage:
@@ -151,6 +189,7 @@ class Seed:
             native=self.native,
             trace_id=self.trace_id,
             fault=self.fault,
+            trial=self.trial,
         )
 
     def begin_training(self, module: nn.Module, learning_rate: float) -> None:
@@ -175,7 +214,7 @@ class Seed:
         self.lr_factor = 1.0
         self.requested = self.requested_blueprint = self.facts = None
         self.spans = []
-        self.evidence = self.baseline = None
+        self.evidence = self.baseline = self.trial = self.offer = None
         self.val_finite = True
         self.losses = (0.0, 0)
         self.fault = self.trace_id = ""

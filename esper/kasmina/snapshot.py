@@ -12,7 +12,7 @@ from typing import Any
 
 from esper.kasmina.layer import Layer, all_layers, layer_at
 from esper.kasmina.lifecycle import Lifecycle, Moment
-from esper.kasmina.seed import KernelFacts, Retirement, Seed
+from esper.kasmina.seed import KernelFacts, Offer, Retirement, Seed
 from esper.kasmina.table import SeedTable
 from esper.leyline.errors import ConflictError
 from esper.leyline.kernels import SiteSignature
@@ -94,8 +94,17 @@ def _save_seed(seed: Seed, *, has_kernel: bool) -> dict[str, Any]:
         "fault": seed.fault,
         "trace_id": seed.trace_id,
         "reason": seed.reason,
+        "trial": seed.trial.model_dump(mode="json") if seed.trial else None,
+        "offer": _save_offer(seed.offer),
         "optimizer": copy.deepcopy(seed.optimizer.state_dict()) if seed.optimizer else None,
     }
+
+
+def _save_offer(offer: Offer | None) -> list[Any] | None:
+    if offer is None:
+        return None
+    weights = None if offer.weights is None else {name: tensor.clone() for name, tensor in offer.weights.items()}
+    return [offer.kernel_id, offer.trial.model_dump(mode="json"), weights]
 
 
 def _restore_layer(life: Lifecycle, layer: Layer, entry: Mapping[str, Any]) -> None:
@@ -127,6 +136,9 @@ def _restore_seed(seed: Seed, saved: Mapping[str, Any]) -> None:
     seed.fault = saved.get("fault", "")
     seed.trace_id = saved.get("trace_id", "")
     seed.reason = saved["reason"]
+    seed.trial = Evidence.model_validate(saved["trial"]) if saved.get("trial") else None
+    if offer := saved.get("offer"):
+        seed.offer = Offer(offer[0], Evidence.model_validate(offer[1]), offer[2])
 
 
 def _restore_kernel(life: Lifecycle, layer: Layer, seed: Seed, saved: Mapping[str, Any]) -> None:

@@ -66,6 +66,7 @@ from esper.leyline.ports import (
     NoFaults,
     ReadPage,
     Subscription,
+    Trials,
 )
 from esper.leyline.seeds import ENDED, NEXT, TRANSITIONS, SeedStage, advance
 from esper.leyline.signals import (
@@ -113,6 +114,16 @@ from esper.leyline.summary import (
     StepTimes,
 )
 from esper.leyline.track import TrackRecord
+from esper.leyline.trials import (
+    Fork,
+    ForkPrice,
+    ForkResult,
+    TrialCandidate,
+    TrialOutcome,
+    TrialRequest,
+    TrialResult,
+    TrialState,
+)
 
 __all__ = [
     "API_VERSION",
@@ -162,6 +173,9 @@ __all__ = [
     "FencedError",
     "FieldReport",
     "Flops",
+    "Fork",
+    "ForkPrice",
+    "ForkResult",
     "Gate",
     "GroupStats",
     "HealthSignal",
@@ -218,6 +232,12 @@ __all__ = [
     "TopicStats",
     "TrackRecord",
     "TransientError",
+    "TrialCandidate",
+    "TrialOutcome",
+    "TrialRequest",
+    "TrialResult",
+    "TrialState",
+    "Trials",
     "UnavailableError",
     "UserError",
     "ValidationReport",

@@ -54,6 +54,7 @@ class SeedView:
         lr_factor: its learning rate on the live path, as a factor of the host's.
         native: id of the kernel whose native code computes it; None where it runs from its IR.
         trace_id: of the adaptation under way: the id of the command that began it; empty without one.
+        trial: what its fork came to, where the adaptation has won a trial.
         fault: how its kernel failed in use; empty while it did not.
     """
 
@@ -76,6 +77,7 @@ class SeedView:
     native: str | None = None
     trace_id: str = ""
     fault: str = ""
+    trial: Evidence | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +271,41 @@ class Growable(Protocol):
 
         Raises:
             IllegalTransitionError: if the command asks for a step the table does not hold.
+        """
+        ...
+
+    # ---- for trials by fork
+
+    def offer(
+        self, seed_id: str, kernel_id: str, trial: Evidence | None, weights: Mapping[str, torch.Tensor] | None
+    ) -> None:
+        """Says what a fork found out about a kernel that is about to germinate in a DORMANT seed.
+
+        Args:
+            seed_id: whose.
+            kernel_id: another kernel than this takes nothing of it.
+            trial: what the fork came to; None withdraws the offer.
+            weights: that the kernel begins with, by name; where they do not fit, it is refused. None: its own.
+
+        Raises:
+            NotFoundError: if there is no such seed.
+        """
+        ...
+
+    def kernel_weights(self, seed_id: str) -> dict[str, torch.Tensor]:
+        """Copies of the weights of a seed's kernel, by name.
+
+        Raises:
+            NotFoundError: if there is no such seed, or it has no kernel.
+        """
+        ...
+
+    def graft_now(self, seed_id: str, *, run_id: str, epoch: int, step: int, reason: str) -> Change:
+        """In a fork: grafts a seed in TRAINING whatever its gate says: the fork is there to find out.
+
+        Raises:
+            IllegalTransitionError: from any other stage.
+            NotFoundError: if there is no such seed.
         """
         ...
 

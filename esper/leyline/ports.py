@@ -22,6 +22,7 @@ from esper.leyline.kernels import (
 from esper.leyline.messages import OonaMessage, Topic
 from esper.leyline.signals import AdaptationSignal, FieldReport, SystemStatePacket
 from esper.leyline.summary import BusCounts
+from esper.leyline.trials import Fork, ForkResult
 
 # ---------------------------------------------------------------- Oona
 
@@ -303,6 +304,37 @@ class Controller(Protocol):
     """Tamiyo as a trainer sees it. The state is JSON, opaque to the trainer, which checkpoints it."""
 
     def decide(self, state: dict[str, Any], packet: SystemStatePacket) -> tuple[dict[str, Any], AdaptationSignal]: ...
+
+
+# ---------------------------------------------------------------- trials
+
+
+class Trials(Protocol):
+    """Where forks of a run train, on what nobody else uses. One trial at a time; used on rank 0 alone."""
+
+    def idle(self) -> int:
+        """How many forks could begin at once now."""
+        ...
+
+    def start(self, checkpoint: bytes, forks: Sequence[Fork]) -> None:
+        """Begins a trial; returns at once. Forks begin as room comes, in their order.
+
+        Args:
+            checkpoint: what all of them begin from; see `esper.tolaria.forks.pack`.
+            forks: what each does.
+
+        Raises:
+            UnavailableError: if they cannot be begun here.
+        """
+        ...
+
+    def results(self) -> Mapping[str, ForkResult]:
+        """Those that have ended, by id: well, or with a failure. What was begun is among them at last."""
+        ...
+
+    def cancel(self, reason: str) -> Mapping[str, ForkResult]:
+        """Ends what still runs, and returns all results: those that are ended by it have `reason` as their failure."""
+        ...
 
 
 # ---------------------------------------------------------------- faults

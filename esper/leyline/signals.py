@@ -8,45 +8,12 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from esper.leyline.contract import API_VERSION, Contract, Finite, Fraction, Name, new_id, now
+from esper.leyline.evidence import PAIRED, BlendStrategy, Evidence, EvidenceKind  # noqa: F401 - told with them
 from esper.leyline.kernels import SiteSignature, ValidationReport
 from esper.leyline.seeds import SeedStage
 from esper.leyline.steering import PersonsWord
 from esper.leyline.track import TrackRecord
-
-# ---------------------------------------------------------------- evidence
-
-
-class EvidenceKind(StrEnum):
-    """How a figure was obtained, and so what it can say."""
-
-    SHADOW = "shadow"  # paired: validation with the shadow on, minus validation of the untouched host
-    HARM = "harm"  # validation against the pre-graft band; says nothing of worth
-    FORK = "fork"  # paired against a run that does not grow
-    NONE = "none"  # no evidence was taken (`direct`)
-
-
-PAIRED = frozenset({EvidenceKind.SHADOW, EvidenceKind.FORK})
-"""Kinds that compare with not growing, and so can say what growth is worth."""
-
-
-class Evidence(Contract):
-    """A paired comparison on validation data, in units of the task's loss.
-
-    Attributes:
-        gain: mean of (baseline loss - candidate loss) over pairs; positive is better.
-        stderr: standard error of `gain`.
-        baseline, candidate: mean losses of the two sides.
-        num_pairs: samples (or batches, for a loss without per-sample form) that were compared.
-    """
-
-    kind: EvidenceKind
-    gain: Finite = 0.0
-    stderr: Annotated[Finite, Field(ge=0.0)] = 0.0
-    baseline: Finite = 0.0
-    candidate: Finite = 0.0
-    num_pairs: Annotated[int, Field(ge=0)] = 0
-    reason: str = ""
-
+from esper.leyline.trials import TrialRequest, TrialState
 
 # ---------------------------------------------------------------- telemetry
 
@@ -236,6 +203,7 @@ class SystemStatePacket(Contract):
         missing: systems the run goes without at present, in words.
         words: what people said of adaptations, the newest of each.
         ended: what became of the run's adaptations so far, in their order.
+        trials: of trials by fork; None in a run without them.
     """
 
     api_version: int = API_VERSION
@@ -249,6 +217,7 @@ class SystemStatePacket(Contract):
     missing: tuple[str, ...] = ()
     words: tuple[PersonsWord, ...] = ()
     ended: tuple[FieldReport, ...] = ()
+    trials: TrialState | None = None
 
 
 class RunState(Contract):
@@ -297,16 +266,6 @@ class Action(StrEnum):
     RETIRE = "retire"  # alpha ramps to 0 while the host trains; then the site is exactly the identity
 
 
-class BlendStrategy(StrEnum):
-    """How a trained kernel enters the live path."""
-
-    RAMP = "ramp"  # alpha follows a curve
-    DIRECT = "direct"  # from its first step, untrained: needs a kernel that is zero at birth
-    GRAD_NORM_GATED = "grad_norm_gated"  # a curve that holds while the kernel's gradient is far larger than usual
-    DRIFT_CONTROLLED = "drift_controlled"  # a curve on which the site's output moves by a bounded share at each step
-    PERFORMANCE_LINKED = "performance_linked"  # a curve of which each good validation releases a quarter
-
-
 class KasminaControlCommand(Contract):
     """One order to one seed.
 
@@ -314,6 +273,7 @@ class KasminaControlCommand(Contract):
         command_id: that of a GERMINATE is the trace id of the adaptation that begins with it.
         kernel_id, blueprint, strategy: for GERMINATE.
         lr_factor: likewise; the kernel's learning rate on the live path, as a factor of the host's.
+        trial_id: likewise, of the trial that it has won: it begins with the weights that its fork trained.
         reason: why, in words; shown to people and kept in the summary.
     """
 
@@ -325,6 +285,7 @@ class KasminaControlCommand(Contract):
     blueprint: str | None = None
     strategy: BlendStrategy = BlendStrategy.RAMP
     lr_factor: Annotated[Finite, Field(gt=0)] = 1.0
+    trial_id: str = ""
     reason: Annotated[str, Field(min_length=1)]
 
 
@@ -461,6 +422,7 @@ class AdaptationSignal(Contract):
         value: what the policy expects of the run from here on, in units of its reward; None where it expects nothing.
         explanation: of a learned policy's choice.
         memory: Tamiyo's state after it, where nobody asked and so nobody gets it as an answer: the run keeps it.
+        trial: what is asked for before anything begins.
     """
 
     api_version: int = API_VERSION
@@ -471,6 +433,7 @@ class AdaptationSignal(Contract):
     severity: Severity = Severity.INFO
     commands: tuple[KasminaControlCommand, ...] = ()
     vetoes: tuple[Veto, ...] = ()
+    trial: TrialRequest | None = None
     reason: Annotated[str, Field(min_length=1)]
     value: Finite | None = None
     explanation: Explanation | None = None
@@ -560,6 +523,7 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
     ROLLED_BACK = "rolled_back"
     UNFINISHED = "unfinished"  # the run ended first
+    TRIED = "tried"  # in a fork alone: another won the trial, or none did
 
 
 class StageSpan(Contract):
@@ -577,6 +541,7 @@ class FieldReport(Contract):
         blueprint_id: empty where the kernel was refused or never came: it is known by name alone then.
         stages: those it went through, the last of them up to its end.
         evidence: of its worth, as it was last measured; None where nothing was.
+        trial: what its fork came to, of an adaptation that had won a trial.
         flops, seconds: of all that was computed for it behind the host.
         failure_reason: why it ended, in words; empty for a fossil.
     """
@@ -594,6 +559,7 @@ class FieldReport(Contract):
     outcome: Outcome
     stages: tuple[StageSpan, ...] = ()
     evidence: Evidence | None = None
+    trial: Evidence | None = None
     num_parameters: Annotated[int, Field(ge=0)] = 0
     flops: Annotated[int, Field(ge=0)] = 0
     seconds: Finite = 0.0

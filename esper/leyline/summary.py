@@ -11,6 +11,7 @@ from esper.leyline.alerts import Alert
 from esper.leyline.contract import API_VERSION, Contract, Finite, now
 from esper.leyline.native import RungChange
 from esper.leyline.signals import Choice, CircuitState, EpochRecord, FieldReport, LifecycleEvent, VetoRecord
+from esper.leyline.trials import TrialResult
 
 SUMMARY_FILE = "summary.json"
 HISTORY_FILE = "history.json"
@@ -85,18 +86,20 @@ class Flops(Contract):
     """FLOPs of the whole run by purpose; a multiply-add counts 2.
 
     `host` is forward and backward of the live path (fossils included), `shadow` the training and validation of
-    kernels behind it (rejected ones too), `telemetry` what the sampled steps cost on top.
+    kernels behind it (rejected ones too), `telemetry` what the sampled steps cost on top, `trials` that of forks
+    (training and validation of all of them; one that died after it began is counted at its limit).
     """
 
     host: int = 0
     shadow: int = 0
     telemetry: int = 0
     validation: int = 0
+    trials: int = 0
     total: int = 0
 
 
 class Seconds(Contract):
-    """Wall-clock seconds of the trainer by purpose."""
+    """Wall-clock seconds of the trainer by purpose; `trials` is what asking for them took: forks run elsewhere."""
 
     host: Finite = 0.0
     shadow: Finite = 0.0
@@ -104,6 +107,7 @@ class Seconds(Contract):
     validation: Finite = 0.0
     control: Finite = 0.0
     checkpoint: Finite = 0.0
+    trials: Finite = 0.0
     total: Finite = 0.0
 
 
@@ -168,6 +172,8 @@ class RunSummary(Contract):
     rollbacks: tuple[Rollback, ...] = ()
     vetoes: tuple[VetoRecord, ...] = ()
     """What policies wanted and the safety gates did not let through, with the reason."""
+    trials: tuple[TrialResult, ...] = ()
+    """What forks came to before an adaptation began, or none did."""
     urza: Circuit = Circuit()
     tamiyo: Circuit = Circuit()
     ledger: Ledger = Ledger()

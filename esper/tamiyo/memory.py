@@ -55,6 +55,14 @@ class BanditMemory(Contract):
     counted: tuple[str, ...] = ()
 
 
+class TrialMemory(Contract):
+    """A trial that was asked for, until its result has come."""
+
+    trial_id: str
+    epoch: Annotated[int, Field(ge=0)]
+    words: str
+
+
 class TamiyoState(Contract):
     """The memory of one run.
 
@@ -69,6 +77,8 @@ class TamiyoState(Contract):
         schedule_done: entries of the schedule that were carried out or given up, by position.
         bandit: None under policies that do not learn.
         windows: how the sites' health moved; None before the first decision.
+        trial: under way.
+        untried: whether it was said that there are no resources for trials.
     """
 
     version: Literal[1] = 1
@@ -86,6 +96,8 @@ class TamiyoState(Contract):
     schedule_done: tuple[int, ...] = ()
     bandit: BanditMemory | None = None
     windows: SiteWindows | None = None
+    trial: TrialMemory | None = None
+    untried: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Returns the memory as plain JSON values."""

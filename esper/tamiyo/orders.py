@@ -18,6 +18,7 @@ class Order:
         option: the kernel, for GERMINATE.
         entry: the schedule's, by position.
         deed: what is done, in words, where the reason does not say it.
+        trial_id: of the trial that it has won.
     """
 
     action: Action
@@ -29,6 +30,7 @@ class Order:
     lr_factor: float = 1.0
     entry: int | None = None
     deed: str = ""
+    trial_id: str = ""
 
     @property
     def in_words(self) -> str:

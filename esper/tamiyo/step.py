@@ -29,6 +29,7 @@ from esper.tamiyo.orders import Order, Policy, Proposal
 from esper.tamiyo.policies import NoGrowth, RandomGrowth, ScheduledGrowth
 from esper.tamiyo.safety import GOVERNOR_CRITICAL, GOVERNOR_OK, judge
 from esper.tamiyo.tending import Care, tend
+from esper.tamiyo.trying import consult
 
 
 def policy_for(config: TamiyoConfig, policies: Policies | None = None) -> Policy:
@@ -92,7 +93,13 @@ def conclude(case: Case, proposal: Proposal) -> tuple[dict[str, Any], Adaptation
     """Passes what a policy proposes, and what tending asks for, through the gates; returns the next state and the
     signal.
     """
-    seen, packet, config, care = case.state, case.packet, case.config, case.care
+    packet, config, care = case.packet, case.config, case.care
+    wanted = proposal
+    seen, proposal, trial = consult(case.state, packet, config, proposal)
+    explanation = proposal.explanation
+    if explanation is not None and proposal.orders != wanted.orders:
+        # what is done has another probability than what was wanted
+        explanation = explanation.model_copy(update={"log_prob": None})
     tending = care.removals if proposal.tends else care.orders
     verdict = judge(seen, packet, config, (*tending, *proposal.orders))
     vetoes = (*proposal.vetoes, *verdict.vetoes)
@@ -104,9 +111,10 @@ def conclude(case: Case, proposal: Proposal) -> tuple[dict[str, Any], Adaptation
         severity=_severity(packet, verdict.accepted, care),
         commands=tuple(_command(order, _id(seen, packet, str(i))) for i, order in enumerate(verdict.accepted)),
         vetoes=vetoes,
+        trial=trial,
         reason=_reason(packet, verdict.accepted, care.notes, proposal, vetoes),
-        value=proposal.explanation.value if proposal.explanation else None,
-        explanation=proposal.explanation,
+        value=explanation.value if explanation else None,
+        explanation=explanation,
     )
     return _remember(seen, proposal, verdict.accepted, care).to_json(), signal
 
@@ -189,6 +197,7 @@ def _command(order: Order, command_id: str) -> KasminaControlCommand:
         blueprint=order.option.blueprint if order.option else None,
         strategy=order.strategy,
         lr_factor=order.lr_factor,
+        trial_id=order.trial_id,
         reason=order.reason,
     )
 

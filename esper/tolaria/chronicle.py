@@ -24,10 +24,11 @@ from esper.leyline.signals import (
     StageSpan,
     VetoRecord,
 )
+from esper.leyline.trials import TrialResult, key_of
 from esper.tolaria.course import Course
 from esper.tolaria.outbox import Outbox
 from esper.tolaria.reach import Reach
-from esper.tolaria.recorder import Recorder
+from esper.tolaria.recorder import Recorder, report_id
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,40 @@ class Chronicle:
         self.outbox.publish(Topic.RUNGS, change, trace_id=change.trace_id)
         log.info("seed.rung", extra={**_fields(change), "rung": change.rung.value})
 
+    def tried(self, result: TrialResult, *, winner: str) -> None:
+        """Keeps what a trial came to, and reports its candidates but for the one that now begins in the run.
+
+        Args:
+            result: of the trial.
+            winner: id of that one's kernel with its site, as in `leyline.trials.key_of`; empty if none begins.
+        """
+        course = self._course
+        self.recorder.trial(result)
+        for number, outcome in enumerate(result.outcomes):
+            candidate = outcome.candidate
+            if outcome.evidence is None or key_of(candidate) == winner:
+                continue
+            report = FieldReport(
+                report_id=report_id(course.run_id, f"{result.trial_id}/{number}", Outcome.TRIED),
+                run_id=course.run_id,
+                trace_id=f"{result.trial_id}/{number}",
+                site=candidate.site,
+                seed_id=candidate.seed_id,
+                signature=course.growable.sites[candidate.site],
+                blueprint_id=candidate.blueprint_id,
+                blueprint=candidate.blueprint,
+                kernel_id=candidate.kernel_id,
+                outcome=Outcome.TRIED,
+                evidence=outcome.evidence,
+                trial=outcome.evidence,
+                num_parameters=candidate.num_parameters,
+                flops=outcome.flops,
+                seconds=outcome.seconds,
+                failure_reason="another won the trial" if winner else "no candidate won the trial",
+            )
+            self.recorder.keep(report)
+            self._send(report)
+
     def close(self, reason: str) -> None:
         """Ends what is still under way as UNFINISHED."""
         self.look()
@@ -166,7 +201,9 @@ class Chronicle:
         view = next((view for view in (*with_kernel, *views) if view.kernel_id is not None), None)
         if view is None:
             return  # nobody chose a kernel for it: there is nothing to say
-        report = self.recorder.report(replace(view, spans=self._spans(view)), outcome, reason=reason)
+        self._send(self.recorder.report(replace(view, spans=self._spans(view)), outcome, reason=reason))
+
+    def _send(self, report: FieldReport) -> None:
         hub = self._course.ports.hub
         if self._course.is_first:
             self.outbox.publish(Topic.FIELD_REPORTS, report, trace_id=report.trace_id)

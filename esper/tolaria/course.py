@@ -11,7 +11,7 @@ from torch import nn
 from esper.config import RunConfig
 from esper.leyline.experience import ExperienceLog, NoExperience
 from esper.leyline.growth import Growable, SeedView
-from esper.leyline.ports import AssetHub, Bus, Controller, FaultPlan, NoFaults
+from esper.leyline.ports import AssetHub, Bus, Controller, FaultPlan, NoFaults, Trials
 from esper.leyline.summary import Circuit
 from esper.tolaria.ledger import LedgerBook
 from esper.tolaria.optim import Optimization
@@ -36,6 +36,7 @@ class Ports:
         circuit, tamiyo_circuit: how the breakers around `hub` and `controller` stand.
         ranks: the other trainers of the run.
         stop: asked at every step; a reason ends the run cleanly.
+        trials: where forks of the run may train; None nowhere. Used on rank 0 alone.
         faults: a script of faults, for tests.
         experience: what decisions are logged to, on rank 0.
     """
@@ -49,6 +50,7 @@ class Ports:
     tamiyo_circuit: Callable[[], Circuit] = Circuit
     ranks: Ranks = field(default_factory=SoloRanks)
     stop: Callable[[], str | None] = never
+    trials: Trials | None = None
     faults: FaultPlan = field(default_factory=NoFaults)
     experience: ExperienceLog = field(default_factory=NoExperience)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from esper.leyline.errors import UnavailableError
 from esper.leyline.kernels import Pipeline, SiteSignature
 from esper.leyline.ports import AssetHub
 from esper.leyline.signals import AdaptationSignal, EpochRecord, FieldReport, LayerHealthReport, SystemStatePacket
+from esper.leyline.trials import TrialState
 from esper.tolaria.commands import CommandLog, LoggedDecision
 from esper.tolaria.consulting import Answer, Consulting
 from esper.tolaria.course import Course
@@ -30,14 +31,22 @@ class Deciding:
         reach: to Tamiyo and Urza.
         commands: the durable log, in deterministic mode on rank 0.
         steering: what people said, on rank 0.
+        trials: how trials by fork stand; asked on rank 0.
 
     Attributes:
         memory: Tamiyo's state, opaque.
     """
 
     def __init__(
-        self, course: Course, *, reach: Reach, commands: CommandLog | None, steering: Steering | None = None
+        self,
+        course: Course,
+        *,
+        reach: Reach,
+        commands: CommandLog | None,
+        steering: Steering | None = None,
+        trials: Callable[[], TrialState | None] = lambda: None,
     ) -> None:
+        self._trials = trials
         self._steering = steering
         self._course = course
         self._reach = reach
@@ -153,6 +162,7 @@ class Deciding:
             missing=self._reach.missing,
             words=() if self._steering is None else self._steering.heard(),
             ended=tuple(ended),
+            trials=self._trials(),
         )
         answer = self._consulting.ask(self.memory, packet)
         if answer is not None:

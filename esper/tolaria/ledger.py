@@ -92,6 +92,8 @@ class LedgerBook:
             ValueError: if the state has other purposes than this version.
         """
         flops, seconds = dict(state["flops"]), dict(state["seconds"])
+        for account in (flops, seconds):
+            account.setdefault("trials", 0)  # younger than the first checkpoints
         if set(flops) != set(self._flops) or set(seconds) != set(self._seconds):
             raise ValueError(f"the ledger's state has purposes {sorted(flops)} and {sorted(seconds)}")
         self._flops = {purpose: int(value) for purpose, value in flops.items()}

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -30,19 +28,16 @@ from esper.tolaria.commands import CommandLog
 from esper.tolaria.contents import contents, refill
 from esper.tolaria.course import Ports
 from esper.tolaria.evidence import Evaluation
-from esper.tolaria.optim import SEED_KEY, Optimization, clip_norms
+from esper.tolaria.optim import Optimization
 from esper.tolaria.patience import PatientStorage
 from esper.tolaria.ranks import Ranks
 from esper.tolaria.session import Session
 from esper.tolaria.steering import Steering
+from esper.tolaria.stepper import Stepper
 from esper.tolaria.weights import FIELD, Trained
 from esper.tolaria.workload import (
-    Batch,
     Workload,
-    batch_len,
     evaluation_batches,
-    model_args,
-    parts_of,
     to_device,
     training_batches,
 )
@@ -149,6 +144,7 @@ class Trainer:
             # not patient: a storage that fails must not hold the run up for what people may have said
             steering=Steering(Storage.at(directory, config.storage_options)) if self._is_first else None,
         )
+        self._stepper = Stepper(self.session)
         self._presence = Presence()
         self._best = Best()
         self._resumed_from: int | None = None
@@ -215,12 +211,11 @@ class Trainer:
     def _train_epoch(self) -> dict[str, float]:
         session, ranks = self.session, self._ports.ranks
         session.course.growable.module.train()
-        headline = self._workload.task.headline
         total, count = torch.zeros((), device=self._device), 0
         for batch in self._train.epoch(session.course.epoch, rank=ranks.rank, world=ranks.world):
             self._check_stop()
             try:
-                metric = self._train_step(to_device(batch, self._device), headline)
+                metric = self._stepper.step(to_device(batch, self._device))
             except KernelFaultError as error:
                 self.session.abandon(error)
                 continue
@@ -228,36 +223,6 @@ class Trainer:
                 total += metric
                 count += 1
         return {"train_metric": float(total) / count} if count else {}
-
-    def _train_step(self, batch: Batch, headline: str | None) -> torch.Tensor | None:
-        """One optimizer step; returns the headline metric, if there is one."""
-        session, optimization = self.session, self.session.course.optimization
-        optimization.optimizer.zero_grad(set_to_none=True)
-        loss, metric = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
-        parts = parts_of(batch, self._config.tolaria.accumulate)
-        for number, part in enumerate(parts):
-            share = batch_len(part) / batch_len(batch)
-            with _reducing(session.course.model, now=number == len(parts) - 1):
-                outputs, part_loss = self._forward(part)
-                (part_loss if len(parts) == 1 else share * part_loss).backward()
-            loss = loss + share * part_loss.detach()
-            if headline is not None:
-                with torch.no_grad():
-                    metric = metric + share * self._workload.task.metrics[headline](outputs, part[1])
-        if self._config.tolaria.clip_norm is not None:
-            clip_norms(_host_and_seeds(optimization), self._config.tolaria.clip_norm)
-        if self._config.tolaria.freeze_host and (adapting := session.adapting()):
-            optimization.hold_all_but(adapting)
-        optimization.step()
-        session.step(batch, loss)
-        return None if headline is None else metric
-
-    def _forward(self, part: Batch) -> tuple[Any, torch.Tensor]:
-        session, (inputs, targets) = self.session, part
-        with session.precision.forward():
-            outputs = session.course.model(*model_args(inputs))
-        outputs = session.precision.full(outputs)
-        return outputs, self._workload.task.loss_fn(outputs, targets)
 
     def _check_stop(self) -> None:
         ranks = self._ports.ranks
@@ -366,21 +331,6 @@ def _load_together(trained: Trained, growable: Growable, ranks: Ranks) -> None:
         raise error
     if refusal is not None:
         raise ConfigError(f"another worker: {refusal}", field=FIELD)
-
-
-def _reducing(model: torch.nn.Module, *, now: bool) -> AbstractContextManager[None]:
-    """Around a forward and its backward: whether the gradients so far are averaged over ranks at its end."""
-    if now or not isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        return nullcontext()
-    return model.no_sync()
-
-
-def _host_and_seeds(optimization: Optimization) -> list[list[torch.nn.Parameter]]:
-    host: list[torch.nn.Parameter] = []
-    seeds: list[torch.nn.Parameter] = []
-    for group in optimization.optimizer.param_groups:
-        (seeds if SEED_KEY in group else host).extend(group["params"])
-    return [host, seeds]
 
 
 def _device_of(growable: Growable) -> torch.device:

@@ -29,6 +29,7 @@ from esper.leyline.summary import (
     Start,
     StepTimes,
 )
+from esper.leyline.trials import TrialResult
 from esper.tolaria.evidence import Evaluation
 from esper.tolaria.task import Task
 
@@ -68,6 +69,7 @@ class Recorder:
         self._rollbacks: list[Rollback] = []
         self._reports: list[FieldReport] = []
         self._vetoes: list[VetoRecord] = []
+        self._trials: list[TrialResult] = []
         self._spent: dict[str, tuple[int, float]] = {}
 
     @property
@@ -89,6 +91,14 @@ class Recorder:
     def reports(self) -> tuple[FieldReport, ...]:
         """The adaptations that came to an end so far."""
         return tuple(self._reports)
+
+    def trial(self, result: TrialResult) -> None:
+        """Adds what a trial came to."""
+        self._trials.append(result)
+
+    def keep(self, report: FieldReport) -> None:
+        """Adds the report of what was tried in a fork alone."""
+        self._reports.append(report)
 
     def start(self, start: Start) -> None:
         """Notes what a trained model is worth before its first step."""
@@ -152,7 +162,7 @@ class Recorder:
         """
         flops, seconds = self._spent.pop(view.seed_id, (0, 0.0))
         report = FieldReport(
-            report_id=_report_id(self._head["run_id"], view.trace_id, outcome),
+            report_id=report_id(self._head["run_id"], view.trace_id, outcome),
             run_id=self._head["run_id"],
             trace_id=view.trace_id,
             site=view.site,
@@ -164,6 +174,7 @@ class Recorder:
             outcome=outcome,
             stages=view.spans,
             evidence=view.evidence,
+            trial=view.trial,
             num_parameters=view.num_parameters,
             flops=flops,
             seconds=seconds,
@@ -212,6 +223,7 @@ class Recorder:
             field_reports=tuple(self._reports),
             rollbacks=tuple(self._rollbacks),
             vetoes=tuple(self._vetoes),
+            trials=tuple(self._trials),
             ledger=ledger,
             steps=step_times(self._step_ms, self._graft_steps),
             compiler_in_trainer=_compiler_since(self._compiler_before),
@@ -234,6 +246,7 @@ class Recorder:
             "reports": [report.model_dump(mode="json") for report in self._reports],
             "rollbacks": [rollback.model_dump(mode="json") for rollback in self._rollbacks],
             "vetoes": [veto.model_dump(mode="json") for veto in self._vetoes],
+            "trials": [trial.model_dump(mode="json") for trial in self._trials],
             "spent": {seed: [flops, seconds] for seed, (flops, seconds) in self._spent.items()},
         }
 
@@ -251,6 +264,7 @@ class Recorder:
         self._rungs = [RungChange.model_validate(change) for change in state.get("rungs", ())]
         self._rollbacks = [Rollback.model_validate(rollback) for rollback in state.get("rollbacks", ())]
         self._vetoes = [VetoRecord.model_validate(veto) for veto in state.get("vetoes", ())]
+        self._trials = [TrialResult.model_validate(trial) for trial in state.get("trials", ())]
         self._reports = [FieldReport.model_validate(report) for report in state["reports"]]
         self._spent = {seed: (int(flops), float(seconds)) for seed, (flops, seconds) in state["spent"].items()}
 
@@ -303,7 +317,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _report_id(run_id: str, trace_id: str, outcome: Outcome) -> str:
+def report_id(run_id: str, trace_id: str, outcome: Outcome) -> str:
     """The same where an adaptation ends once more, in a run that was resumed from before its end: it counts once."""
     if not trace_id:
         return new_id()

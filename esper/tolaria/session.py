@@ -25,10 +25,10 @@ import torch
 
 from esper.config import RunConfig
 from esper.leyline.errors import KernelFaultError, NonFiniteError
-from esper.leyline.growth import ELSEWHERE, PREFIX, Growable
+from esper.leyline.growth import ELSEWHERE, PREFIX, Change, Growable
 from esper.leyline.messages import Topic
 from esper.leyline.seeds import SeedStage
-from esper.leyline.signals import AdaptationSignal, EpochRecord, LayerHealthReport, Severity
+from esper.leyline.signals import AdaptationSignal, EpochRecord, KasminaControlCommand, LayerHealthReport, Severity
 from esper.leyline.summary import Params, RunStatus, RunSummary
 from esper.tolaria import snapshot
 from esper.tolaria.adaptation import Adaptation
@@ -52,6 +52,7 @@ from esper.tolaria.recorder import Recorder, metrics_of
 from esper.tolaria.slowness import Slowness
 from esper.tolaria.steering import Steering
 from esper.tolaria.task import Task
+from esper.tolaria.trying import Trying
 from esper.tolaria.workload import Batch, Batches, batch_len, model_args, parts_of
 
 
@@ -123,7 +124,10 @@ class Session:
         self._adaptation = Adaptation(self.course, chronicle=self._chronicle, reach=self.reach, limits=limits)
         self._guard = Guard(self.course, adaptation=self._adaptation, chronicle=self._chronicle, limits=limits)
         self._optimizing = Optimizing(self.course, chronicle=self._chronicle, reach=self.reach)
-        self._deciding = Deciding(self.course, reach=self.reach, commands=commands, steering=steering)
+        self._trying = Trying(self.course, chronicle=self._chronicle, reach=self.reach)
+        self._deciding = Deciding(
+            self.course, reach=self.reach, commands=commands, steering=steering, trials=self._trying.state
+        )
         self.precision = Precision(config.tolaria.precision, where.type)
         self._costs = HostCosts(growable, task.loss_fn, precision=self.precision)
         self.host_size = HostSize(live_params(growable), self._costs.forward(example) // len(example[0]))
@@ -180,6 +184,7 @@ class Session:
         """
         self._chronicle.close(reason)
         self.keep_experience(is_over=is_over)
+        self._trying.close(reason)
         self._settle()
         self.outbox.send_steps(steps_per_epoch=self._steps_per_epoch)
         self.outbox.flush()
@@ -411,7 +416,23 @@ class Session:
             with course.ledger.timed("telemetry"):  # here, so that no step after a graft pays for the counting
                 for inputs, targets in self._parts(self._last_batch):
                     self._costs.training_step(inputs, targets)
+        with course.ledger.timed("trials"):
+            self._trying.begin()  # here the state is that of the next step
         self._agree_on_pace()
+        self._ready()
+
+    def obey(self, command: KasminaControlCommand) -> None:
+        """Carries out a command of whoever drives this session, or tells why not. Collective."""
+        self._adaptation.apply(command)
+
+    def change(self, act: Callable[[Growable], Change]) -> None:
+        """Between two steps: carries out what a fork does to its seeds, and readies the next step again.
+
+        Args:
+            act: is given the host, and returns what it changed there.
+        """
+        self._adaptation.absorb(act(self.course.growable))
+        self._prepared_for = -1
         self._ready()
 
     @property
@@ -520,7 +541,11 @@ class Session:
             return self._validate(), str(error)
 
     def _validate(self) -> Evaluation | None:
-        return None if self._val is None else self.evaluate(self._val, purpose="validation", mode="eval")
+        if self._val is None:
+            return None
+        found = self.evaluate(self._val, purpose="validation", mode="eval")
+        self._trying.validated(found.num_samples)
+        return found
 
     def _take_evidence(self, host: Evaluation | None) -> None:
         course = self.course
@@ -595,7 +620,10 @@ class Session:
             return
         for command in signal.commands:
             self._chronicle.chose(command, signal.policy, self._boundary.reports if self._boundary else ())
+            self._trying.offer(command)
             self._adaptation.apply(command)
+            self._trying.withdraw(command)
+        self._trying.heard(signal)
 
     # ---------------------------------------------------------------- for checkpoints
 
@@ -618,6 +646,7 @@ class Session:
             "recorder": self.recorder.state_dict(),
             "governor": self._guard.state_dict(),
             "went_without": list(self.reach.went_without),
+            "trials": self._trying.state_dict(),
             "boundary": None if boundary is None else _boundary_state(boundary),
         }
 
@@ -640,6 +669,7 @@ class Session:
         self._costs.load_shares(state.get("host_shares", ()))
         self.recorder.load_state_dict(state["recorder"])
         self.reach.restore(tuple(state["went_without"]))
+        self._trying.load_state_dict(state.get("trials", {}))
         self._boundary = None if state["boundary"] is None else _boundary_from(state["boundary"])
         self._adaptation.rebuild_parallel()
         self._guard.remember()
