@@ -19,6 +19,7 @@ from actors.cluster import NAMESPACE
 from actors.logs import log_as
 from actors.platform import Platform
 from actors.tamiyo import ServeController
+from actors.trials import Origin, RayTrials
 from esper.config import RunConfig
 from esper.leyline import (
     Bus,
@@ -153,6 +154,13 @@ def _train_here(job: Job, stop: Callable[[], str | None]) -> Ending:
     many = torch.distributed.is_available() and torch.distributed.is_initialized()
     bus = job.platform.bus.bus()
     controller = _controller(job, bus)
+    public_key = bytes.fromhex(job.config.kasmina.public_key or job.platform.public_key)
+    trials = None
+    if job.config.tamiyo.trials.enabled and (not many or torch.distributed.get_rank() == 0):
+        origin = Origin(job.workload, job.config, job.platform.hub, public_key)
+        # in the driver's own process a trainer takes cores that Ray does not know of
+        reserved = 0.0 if job.config.tolaria.num_workers else float(job.config.tolaria.num_threads)
+        trials = RayTrials(origin, reserved=reserved)
     try:
         return train_local(
             job.workload(),
@@ -162,7 +170,7 @@ def _train_here(job: Job, stop: Callable[[], str | None]) -> Ending:
             hub=job.platform.hub,
             bus=bus,
             controller=controller,
-            public_key=bytes.fromhex(job.config.kasmina.public_key or job.platform.public_key),
+            public_key=public_key,
             ranks=TorchRanks(device) if many else None,
             stop=stop,
             faults=job.faults,
@@ -170,12 +178,15 @@ def _train_here(job: Job, stop: Callable[[], str | None]) -> Ending:
             on_epoch=report,
             device=device,
             experience=_experience(job),
+            trials=trials,
         )
     except (UserError, SafetyError) as error:
         return error
     finally:
         if isinstance(controller, ListeningController):
             controller.close()
+        if trials is not None:
+            trials.cancel("the run has ended")  # one that failed did not say so
         bus.close()
 
 

@@ -172,6 +172,7 @@ class Fork:
         seed: 0 goes on exactly as the run would; others draw their data and dropout anew.
         steps: that it trains.
         max_flops: it stops beyond them.
+        behind, blending: steps in which its kernel trains behind the host, and is blended in; 0: their usual shares.
     """
 
     fork_id: str
@@ -179,6 +180,8 @@ class Fork:
     seed: int
     steps: int
     max_flops: int
+    behind: int = 0
+    blending: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,9 +99,11 @@ def figures(summary: RunSummary) -> list[tuple[str, str]]:
     rows.append(("parameters", f"{params.start:,} → {params.final:,}{grown}"))
     if flops.total:
         parts = [("host", flops.host), ("shadow", flops.shadow), ("validation", flops.validation)]
-        parts.append(("telemetry", flops.telemetry))
+        parts += [("telemetry", flops.telemetry), ("trials", flops.trials)]
         shares = ", ".join(f"{name} {value / flops.total:.0%}" for name, value in parts if value)
         rows.append(("FLOPs", f"{words.short(flops.total)} ({shares})"))
+    if summary.trials:
+        rows.append(("trials", words.trials(summary.trials)))
     if summary.ledger.seconds.total:
         rows.append(("time", f"{words.duration(summary.ledger.seconds.total)} in the trainer"))
     steps = summary.steps

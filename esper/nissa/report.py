@@ -181,11 +181,10 @@ def _cards(summary: RunSummary, history: RunHistory, lives: Sequence[Adaptation]
     if lives:
         kept = sum(life.outcome == "fossilized" for life in lives)
         cards.append(("Adaptations kept", f"{kept} of {len(lives)}", ""))
-    total = summary.ledger.flops.total
-    if total:
-        cards.append(
-            ("FLOPs in all", words.short(total), f"{summary.ledger.flops.shadow / total:.0%} for trials of kernels")
-        )
+    flops = summary.ledger.flops
+    if flops.total:
+        share = (flops.shadow + flops.trials) / flops.total
+        cards.append(("FLOPs in all", words.short(flops.total), f"{share:.0%} for trials of kernels"))
     if summary.finished_at is not None:
         cards.append(("Time", words.duration(summary.finished_at - summary.started_at), ""))
     return cards

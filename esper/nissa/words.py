@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 from esper.leyline.alerts import Alert
 from esper.leyline.native import Rung
 from esper.leyline.signals import CircuitState, Evidence, EvidenceKind, Severity
 from esper.leyline.summary import Circuit, Rollback, Start
+from esper.leyline.trials import TrialResult
 
 UNKNOWN = "—"
 """Stands for a figure that there is not."""
@@ -33,6 +34,14 @@ def start(begun: Start) -> str:
     if begun.weights:
         parts.append(f"from {begun.weights}")
     return ", ".join(parts)
+
+
+def trials(asked: Sequence[TrialResult]) -> str:
+    """`2 asked for, 6 kernels tried, 1 void: it had not ended 11 epochs later`."""
+    tried = sum(outcome.evidence is not None for result in asked for outcome in result.outcomes)
+    void = [result.failure for result in asked if result.failure]
+    said = f", {len(void)} void: {'; '.join(dict.fromkeys(void))}" if void else ""
+    return f"{len(asked)} asked for, {tried} kernels tried{said}"
 
 
 def rollback(back: Rollback) -> str:

@@ -38,7 +38,7 @@ SEED_STRIDE = 104_729
 
 def fork_config(config: RunConfig, fork: Fork, *, steps_per_epoch: int) -> RunConfig:
     """The settings of a fork: the run's, but for what paces a kernel; a fork that diverges is over at once."""
-    ramp_epochs = max(1, round(BLENDING * fork.steps)) / steps_per_epoch
+    ramp_epochs = (fork.blending or max(1, round(BLENDING * fork.steps))) / steps_per_epoch
     kasmina = config.kasmina.model_copy(update={"ramp_epochs": ramp_epochs, "shadow_every": 1, "max_slowdown": None})
     governor = config.tolaria.governor.model_copy(update={"max_rollbacks": 0, "snapshots": 1})
     tolaria = config.tolaria.model_copy(update={"governor": governor, "num_workers": 0})
@@ -138,7 +138,7 @@ class Forked:
             seed_everything(course.config.seed + SEED_STRIDE * fork.seed)
         else:
             set_rng_state(self._rng)
-        stepper, graft_at = Stepper(session), max(1, round(BEHIND * fork.steps))
+        stepper, graft_at = Stepper(session), fork.behind or max(1, round(BEHIND * fork.steps))
         for done, batch in enumerate(self._batches()):
             self._faults.at("fork", done)
             if done == graft_at and fork.candidate is not None and fork.candidate.strategy is not BlendStrategy.DIRECT:

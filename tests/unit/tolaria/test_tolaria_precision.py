@@ -16,10 +16,10 @@ from esper import kasmina
 from esper.leyline import RunStatus, SeedStage
 from esper.tamiyo.controller import LocalController
 from esper.tolaria.course import Ports
-from esper.tolaria.loop import _reducing
 from esper.tolaria.optim import Optimization
 from esper.tolaria.precision import Precision
 from esper.tolaria.session import Session
+from esper.tolaria.stepper import _reducing
 from esper.tolaria.task import TASKS
 from esper.tolaria.workload import batch_len, evaluation_batches, parts_of
 
