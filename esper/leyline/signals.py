@@ -328,6 +328,12 @@ class Veto(Contract):
         """Order and reason."""
         return f"{self.what}: {self.reason}"
 
+    @property
+    def subject(self) -> tuple[str, ...]:
+        """What it is about: equal for a veto that lasts, though the figures of a learned policy differ each time."""
+        has_figures = self.gate in {Gate.UNCERTAINTY, Gate.CONFIDENCE}
+        return (self.gate, self.site, self.seed_id, self.what, "" if has_figures else self.reason)
+
 
 class Attribution(Contract):
     """What one feature contributed to a learned policy's choice.

@@ -102,25 +102,28 @@ def find_candidates(
     room = room_of(state, packet)
     found: list[Candidate] = []
     excluded: dict[str, str] = {}
-    # gone through once, and judged once for all sites that have the same: there may be a hundred thousand pairs
-    ready: dict[str, list[KernelOption]] = {}
+    # sites that have the same kernels share one list, judged once: there may be a hundred thousand pairs
+    bundles: dict[tuple[str, ...], list[KernelOption]] = {}
     for option in packet.options:
-        for site in option.sites:
-            ready.setdefault(site, []).append(option)
+        bundles.setdefault(option.sites, []).append(option)
+    ready: dict[str, list[KernelOption]] = {}
+    for sites, bundle in bundles.items():
+        for site in sites:
+            ready[site] = [*ready[site], *bundle] if site in ready else bundle
+    none: list[KernelOption] = []
     own = {key.rpartition(":")[0] for key in (*state.failed, *packet.embargoed)}
-    judged: dict[tuple[int, ...], tuple[KernelOption, ...] | str] = {}
+    judged: dict[int, tuple[KernelOption, ...] | str] = {}
     for layer in packet.layers:
         seeds = _resting_seeds(layer, packet)
         if isinstance(seeds, str):
             excluded[layer.layer_id] = seeds
             continue
-        here = ready.get(layer.layer_id, [])
-        key = tuple([id(option) for option in here])
-        options = judged.get(key)
-        if options is None or layer.layer_id in own:
+        here = ready.get(layer.layer_id, none)
+        options = None if layer.layer_id in own else judged.get(id(here))
+        if options is None:
             options = _usable(layer.layer_id, here, state, packet, config, room, blueprint)
-        if layer.layer_id not in own:
-            judged[key] = options
+            if layer.layer_id not in own:
+                judged[id(here)] = options
         if isinstance(options, str):
             excluded[layer.layer_id] = options
         else:
@@ -160,7 +163,7 @@ def _usable(
         return "no kernel is ready" if blueprint is None else f"no kernel of {blueprint} is ready"
     usable: list[KernelOption] = []
     refusals: dict[str, None] = {}
-    for option in ready:
+    for option in sorted(ready, key=lambda one: (one.blueprint, one.kernel_id)):
         key = failure_key(site, option.blueprint)
         if blueprint is None and key in state.failed:
             refusals[f"{option.blueprint} failed there before"] = None
@@ -176,7 +179,7 @@ def _usable(
             usable.append(option)
     if not usable:
         return ", ".join(refusals)
-    return tuple(sorted(usable, key=lambda option: (option.blueprint, option.kernel_id)))
+    return tuple(usable)
 
 
 def _risk_above(limit: float | None, option: KernelOption) -> str | None:

@@ -162,7 +162,10 @@ class GraphPolicy:
 
     def propose(self, state: TamiyoState, packet: SystemStatePacket) -> Proposal:
         """Returns what the network chooses, or a wait with its reason."""
-        case = Case(state, packet, self._config, tend(state, packet, self._config))
+        return self.propose_for(Case(state, packet, self._config, tend(state, packet, self._config)))
+
+    def propose_for(self, case: Case) -> Proposal:
+        """As `propose`, where it is known already what tending asks for."""
         (proposal,) = propose_all(self._loaded, [case])
         return proposal
 

@@ -106,13 +106,13 @@ def _stacked(layers: tuple[LayerHealthReport, ...], first: np.ndarray) -> np.nda
     found: list[tuple[int, int]] = []
     for start, layer in zip(first.tolist(), layers, strict=True):
         below = None
-        for place, seed in sorted(
-            enumerate(layer.seeds, start), key=lambda entry: entry[1].stage is not SeedStage.FOSSILIZED
-        ):
+        is_fossil = [seed.stage is SeedStage.FOSSILIZED for seed in layer.seeds]
+        for place in [start + i for i, fossil in enumerate(is_fossil) if fossil]:
             if below is not None:
                 found.append((below, place))
-            if seed.stage is SeedStage.FOSSILIZED:
-                below = place
+            below = place
+        if below is not None:
+            found += [(below, start + i) for i, fossil in enumerate(is_fossil) if not fossil]
     return np.array(found, dtype=np.int64).reshape(-1, 2).T
 
 

@@ -119,7 +119,8 @@ class Verdict:
 
 def judge(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig, orders: Sequence[Order]) -> Verdict:
     """Passes orders through the gates, in their order; a place freed by a removal counts from the next packet on."""
-    seeds = {(seed.layer_id, seed.seed_id): seed for layer in packet.layers for seed in layer.seeds}
+    sites = {order.site for order in orders}
+    seeds = {(s.layer_id, s.seed_id): s for layer in packet.layers if layer.layer_id in sites for s in layer.seeds}
     ordered: set[tuple[str, str]] = set()
     accepted: list[Order] = []
     vetoes: list[Veto] = []

@@ -73,7 +73,8 @@ def step(
     """
     policy = policy_for(config, policies)
     case = case_of(state, packet, config, policy)
-    return conclude(case, policy.propose(case.state, packet))
+    tended = isinstance(policy, GraphPolicy)  # it needs what tending says, which is known here
+    return conclude(case, policy.propose_for(case) if tended else policy.propose(case.state, packet))
 
 
 def case_of(

@@ -128,7 +128,8 @@ class Recorder:
     def veto(self, record: VetoRecord) -> None:
         """Adds a veto; one that was given at the last decision already is counted there."""
         for place, known in enumerate(self._vetoes):
-            if (known.veto, known.trace_id) == (record.veto, record.trace_id) and known.last_epoch >= record.epoch - 1:
+            same = (known.veto.subject, known.trace_id) == (record.veto.subject, record.trace_id)
+            if same and known.last_epoch >= record.epoch - 1:
                 if known.last_epoch < record.epoch:  # of a decision that is carried out again, the first time counts
                     again = {"last_epoch": record.epoch, "num": known.num + 1}
                     self._vetoes[place] = known.model_copy(update=again)

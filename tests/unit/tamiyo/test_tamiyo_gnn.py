@@ -330,3 +330,11 @@ def test_strategies_are_those_that_the_run_allows():
     assert seen <= {BlendStrategy.RAMP, BlendStrategy.DRIFT_CONTROLLED}
     assert len(STRATEGIES) == 5
     assert math.isclose(sum(decide(GROWER).explanation.chances.values()), 1.0, abs_tol=1e-5)
+
+
+def test_a_veto_that_lasts_is_one_though_its_figures_differ():
+    torn = [net_that(Operation.GERMINATE, sharp=sharp) for sharp in (0.2, 0.6)]
+    (first,), (again,) = (decide(net, min_confidence=0.9).vetoes for net in torn)
+    assert first.reason != again.reason
+    assert first.subject == again.subject
+    assert first.subject != first.model_copy(update={"site": "elsewhere"}).subject
