@@ -193,7 +193,7 @@ def _proposal(loaded: Loaded, case: Case, view: Observation, found: Considered) 
     words = explanation.in_words
     if choice.operation is Operation.WAIT:
         return Proposal(words, tends=True, explanation=explanation, num_draws=num_draws)
-    orders = _orders(case, view, choice, words)
+    orders = _orders(case, view, choice, explanation)
     held = None if case.config.gnn.explore else _why_not(case.config, explanation, measured=found.is_calibrated)
     if held is None:
         return Proposal(words, orders, tends=True, explanation=explanation, num_draws=num_draws)
@@ -228,14 +228,14 @@ def _why_not(config: TamiyoConfig, found: Explanation, *, measured: bool) -> tup
     return None
 
 
-def _orders(case: Case, view: Observation, choice: ActionChoice, words: str) -> tuple[Order, ...]:
+def _orders(case: Case, view: Observation, choice: ActionChoice, told: Explanation) -> tuple[Order, ...]:
     """The orders of a choice, its own the last: before an advance go those who lose the race."""
     if choice.operation is Operation.GERMINATE:
         kernel_id, _ = view.kernel_names[view.option_kernel[choice.option]]
         site, seed_id = view.seed_names[view.resting[choice.site]]
         option = next(o for o in case.packet.options if o.kernel_id == kernel_id and site in o.sites)
         strategy = STRATEGIES[choice.strategy]
-        return (Order(Action.GERMINATE, site, seed_id, words, option, strategy, case.config.lr_factor),)
+        return (Order(Action.GERMINATE, site, seed_id, told.in_words, option, strategy, case.config.lr_factor),)
     key = view.seed_names[choice.seed]
     if choice.operation is not Operation.CULL:
         chosen = (orders for orders in case.care.advances if (orders[0].site, orders[0].seed_id) == key)
@@ -243,4 +243,4 @@ def _orders(case: Case, view: Observation, choice: ActionChoice, words: str) -> 
         return (*losers, advance)
     seeds = (seed for layer in case.packet.layers if layer.layer_id == key[0] for seed in layer.seeds)
     seed = next(seed for seed in seeds if seed.seed_id == key[1])
-    return (removal(seed, "/".join(key), "the policy gives it up"),)
+    return (removal(seed, "/".join(key), f"policy {told.version[:8]} gives it up ({told.confidence:.0%})"),)

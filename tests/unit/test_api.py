@@ -13,8 +13,23 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 import esper
 from esper import api
-from esper.leyline import ConfigError, RunStatus, SeedStage, SiteError
+from esper.config import parse_config
+from esper.leyline import (
+    BudgetState,
+    ConfigError,
+    EpochRecord,
+    NotFoundError,
+    PolicyCard,
+    RunStatus,
+    SeedStage,
+    SiteError,
+    SystemStatePacket,
+)
+from esper.storage import Storage
 from esper.tamiyo.controller import LocalController
+from esper.tamiyo.net import NetShape, PolicyNet
+from esper.tamiyo.observation import OBSERVATION_VERSION
+from esper.urza.policies import StoredPolicies
 
 GROW = (
     "deterministic=true",  # kernels are waited for, so that no epoch depends on the loader's pace
@@ -167,6 +182,27 @@ def test_wrap_with_ones_own_loop(known_length):
     model.eval()
     assert torch.equal(grown.export()(x), model(x))
     assert torch.equal(esper.export(grown)(x), model(x))
+
+
+def test_a_session_decides_by_the_learned_policy_that_its_storage_had_promoted_when_it_began(tmp_path):
+    chosen = parse_config({"storage": str(tmp_path), "tamiyo": {"policy": "gnn"}})
+    with pytest.raises(NotFoundError, match="promote"):
+        api._controller(chosen)
+    store = StoredPolicies(Storage.at(str(tmp_path)))
+    shape = NetShape(hidden=8, heads=2, members=2)
+    versions = []
+    for seed in range(2):
+        weights = PolicyNet(shape, seed=seed).to_bytes()
+        form = {"shape": shape.model_dump(), "observation_version": OBSERVATION_VERSION}
+        versions.append(store.put(PolicyCard.of(weights, name="one", **form), weights))
+    store.promote(versions[0])
+    controller = api._controller(chosen)
+    store.promote(versions[1])
+    epoch = EpochRecord(run_id="run", epoch=0, num_epochs=2, step=1, train_loss=1.0)
+    seen = SystemStatePacket(run_id="run", epoch=epoch, layers=(), budget=BudgetState(params_used=1, flops_used=1))
+    _, signal = controller.decide({}, seen)
+    assert signal.explanation.version == versions[0]
+    assert signal.commands == ()
 
 
 def test_a_session_is_left_by_an_error_as_it_is():
