@@ -615,6 +615,7 @@ class Session:
         self.outbox.publish(Topic.KASMINA_COMMANDS, signal)
         self._guard.words = "ok"
         if signal.severity is Severity.CRITICAL:
+            self._trying.heard(signal)
             self._guard.roll_back(f"Tamiyo: {signal.reason}")
             self._prepared_for = -1
             return

@@ -59,6 +59,7 @@ class Trying:
         self._result: TrialResult | None = None
         self._weights: dict[str, bytes] = {}
         self._val_samples = 0
+        self._price: ForkPrice | None = None
 
     # ---- what Tamiyo is told
 
@@ -73,7 +74,7 @@ class Trying:
             self._look(self._request)
         under_way = "" if self._request is None else self._request.trial_id
         if self._result is not None or under_way:
-            return TrialState(under_way=under_way, result=self._result)
+            return TrialState(reason="a trial is not settled yet", under_way=under_way, result=self._result)
         return self._room()
 
     def validated(self, num_samples: int) -> None:
@@ -97,9 +98,9 @@ class Trying:
         """Starts the forks of the trial that is wanted, from the run's present state, which is between two steps."""
         request, self._wanted = self._wanted, None
         port = self._course.ports.trials
-        if request is None or port is None:
+        if request is None or port is None or self._price is None:
             return
-        forks = tuple(_forks(request, self._price()))
+        forks = tuple(_forks(request, self._price))
         try:
             port.start(pack(self._course), forks)
         except EsperError as error:
@@ -113,8 +114,9 @@ class Trying:
         """Ends a trial that still runs, with the run. What it cost is booked."""
         if self._request is not None:
             self._void(self._request, reason)
-        self._result = self._wanted = None
-        self._weights = {}
+        result, self._result, self._wanted, self._weights = self._result, None, None, {}
+        if result is not None:
+            self._chronicle.tried(result, winner="")
 
     def _look(self, request: TrialRequest) -> None:
         course, port = self._course, self._course.ports.trials
@@ -186,9 +188,9 @@ class Trying:
 
     def offer(self, command: KasminaControlCommand) -> None:
         """Hands the weights of the fork that won to the seed for which a command is. Collective."""
-        if command.action is not Action.GERMINATE or not command.trial_id:
-            return
         course = self._course
+        if command.action is not Action.GERMINATE or not command.trial_id or course.seed(command.seed_id) is None:
+            return
         found = course.ports.ranks.broadcast(self._found(command) if course.is_first else None)
         if found is None:
             self._reach.miss(SYSTEM, f"the weights of trial {command.trial_id[:8]} are gone; the kernel begins anew")
@@ -236,16 +238,13 @@ class Trying:
             return TrialState(reason="no CPU is idle")
         flops = course.ledger.snapshot().flops
         left = math.floor(settings.flops_share * (flops.total - flops.trials)) - flops.trials
-        return TrialState(idle=idle, flops_left=max(0, left), price=self._price())
-
-    def _price(self) -> ForkPrice:
-        course, flops = self._course, self._course.ledger.snapshot().flops
-        return ForkPrice(
+        self._price = ForkPrice(  # kept, since what was asked for must be what is begun
             step=math.ceil(flops.host / max(1, course.step)),
             samples=course.config.tolaria.batch_size,
             validation=math.ceil(flops.validation / (course.epoch + 1)),
             val_samples=self._val_samples,
         )
+        return TrialState(idle=idle, flops_left=max(0, left), price=self._price)
 
     # ---- for checkpoints
 

@@ -37,13 +37,14 @@ from esper.hosts import build_host
 from esper.leyline import AssetHub, Fork, Outcome, Pipeline, RunSummary, SiteSignature, TrialCandidate
 from esper.leyline.errors import ConfigError
 from esper.tamiyo.controller import LocalController
+from esper.tolaria.course import Ports
 from esper.tolaria.evidence import compare, evaluate
 from esper.tolaria.forks import BEHIND, BLENDING, Forked
+from esper.tolaria.loop import Trainer
 from esper.tolaria.numerics import numerics
 from esper.tolaria.packing import pack
 from esper.tolaria.ranks import SoloRanks
 from esper.tolaria.schedules import optimizer_factory, scheduler_factory
-from esper.tolaria.session import Session
 from esper.tolaria.task import resolve_task
 from esper.tolaria.trials_here import TrialsHere
 from esper.tolaria.workload import Workload, evaluation_batches, example_of
@@ -156,7 +157,7 @@ def _correlations(cells: Sequence[Cells], of: Callable[[Tried], float]) -> Estim
     for cell in cells:
         truths, estimates = [tried.truth for tried in cell.tried], [of(tried) for tried in cell.tried]
         if len(truths) > 2 and len(set(truths)) > 1 and len(set(estimates)) > 1:
-            found.append(float(stats.spearmanr(estimates, truths).statistic))
+            found.append(float(stats.spearmanr(estimates, truths)[0]))  # pyright: ignore[reportArgumentType] - a float
     return mean_interval(found) if len(found) > 1 else None
 
 
@@ -298,24 +299,22 @@ class _Study:
         self, config: RunConfig, problem: _Problem, hub: AssetHub, key: bytes
     ) -> tuple[bytes, dict[str, tuple[str, SiteSignature]], int]:
         """The state of a run that has not grown, after `--at` epochs; its sites with their dormant seeds; its steps."""
-        kept: dict[str, Any] = {}
-        at = self._options.at
-        control = Session.control
-
-        def packing(self: Session) -> None:
-            control(self)
-            if self.course.epoch == at:
-                places = {seed.site: (seed.seed_id, seed.signature) for seed in self.course.growable.seeds()}
-                kept.update(packed=pack(self.course), places=places, step=self.course.step)
-
         none = self._config(config.seed, enabled=False, policy="none")
-        Session.control = packing
-        try:
-            short = none.model_copy(update={"tolaria": none.tolaria.model_copy(update={"epochs": self._options.at})})
-            self._train(short, problem, hub, key)
-        finally:
-            Session.control = control
-        return kept["packed"], kept["places"], kept["step"]
+        short = none.model_copy(update={"tolaria": none.tolaria.model_copy(update={"epochs": self._options.at})})
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            numerics(seed=config.seed, deterministic=False, num_threads=config.tolaria.num_threads),
+        ):
+            workload = problem()
+            host = kasmina.wrap(workload.model, example=workload.example, config=config.kasmina)
+            host.attach(hub, key, wait=False)
+            ports = Ports(hub=hub, controller=LocalController(short.tamiyo, seed=config.seed))
+            trainer = Trainer(host, workload, short, directory=folder, run_id="bench", ports=ports)
+            trainer.run()
+            host.close()
+            course = trainer.session.course
+            places = {seed.site: (seed.seed_id, seed.signature) for seed in host.seeds()}
+            return pack(course), places, course.step
 
     # ---- the choice
 

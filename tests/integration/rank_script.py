@@ -9,20 +9,23 @@ import threading
 import time
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from tolaria_support import BLUEPRINT, KEY, SIGNATURE, config, kernel_hub, train, workload
 from torch import distributed, nn
 
-from esper.api import local_hub
-from esper.config import CnnHost, GptHost, Host, MlpHost, ResNetHost, VitHost
+from esper.api import fork_local, local_hub
+from esper.config import CnnHost, GptHost, Host, MlpHost, ResNetHost, VitHost, parse_config
 from esper.hosts import build_host
 from esper.kasmina.layer import all_layers
+from esper.kasmina.seed import Seed
 from esper.kasmina.sites import find_sites
 from esper.leyline import NonFiniteError, SeedStage
 from esper.tolaria.numerics import digests
 from esper.tolaria.ranks import SoloRanks, TorchRanks
 from esper.tolaria.schedules import optimizer_factory
 from esper.tolaria.task import TASKS
+from esper.tolaria.trials_here import TrialsHere
 from esper.tolaria.workload import Workload
 
 HOSTS: dict[str, tuple[Host, tuple[int, ...], str, str]] = {
@@ -305,12 +308,47 @@ def silent(rank: int, ranks, folder: Path) -> dict:
     return growing(rank, ranks, folder, fetch=late, faults=tells, tolaria__agree_s=0.5)
 
 
+def trying(rank: int, ranks, folder: Path) -> dict:
+    """Rank 0 tries growth on forks; every rank keeps the weights with which its kernel begins to train."""
+    tree = config(tolaria__epochs=10).model_dump(mode="json")
+    tree |= {"deterministic": False}
+    tree["tamiyo"] |= {
+        "policy": "heuristic", "schedule": [], "warmup_epochs": 0, "plateau_window": 1, "plateau_threshold": 1000.0,
+        "trials": {"enabled": True, "steps": 9, "flops_share": 1000.0, "z": 0.0},
+    }  # fmt: skip
+    chosen = parse_config(tree)
+    hub, key = kernel_hub()
+    won: list[bytes] = []
+
+    def run(packed, fork):
+        result = fork_local(lambda: workload(chosen), chosen, packed, fork, hub=hub, public_key=key)
+        won.extend([result.weights] if result.weights else [])
+        return result
+
+    begun: list[dict[str, torch.Tensor]] = []
+    begin = Seed.begin_training
+
+    def watched(self, module, learning_rate):
+        begun.append({name: tensor.detach().clone() for name, tensor in module.state_dict().items()})
+        begin(self, module, learning_rate)
+
+    Seed.begin_training = watched
+    trials = TrialsHere(run) if rank == 0 else None
+    summary, weights = train(folder / "trying", chosen, ranks=ranks, trials=trials)
+    # the first that rank 0 sees is its fork's own
+    own = begun[1] if rank == 0 else begun[0]
+    forked = safetensors.torch.load(won[0]) if won else {}
+    events = [(event.step, event.to_stage.value) for event in summary.events]
+    return {"weights": weights, "begun": own, "forked": forked, "events": events}
+
+
 def seen_by(what: str, rank: int, ranks, folder: Path) -> dict:
     scenes = {
         "agreeing": lambda: agreeing(rank, ranks, folder),
         "tampered": lambda: growing(rank, ranks, folder, fetch=tampered),
         "silent": lambda: silent(rank, ranks, folder),
         "failing": lambda: failing(rank, ranks, folder),
+        "trying": lambda: trying(rank, ranks, folder),
         "straying": lambda: straying(rank, ranks, folder),
         "racing": lambda: racing(ranks, folder),
         "plain": lambda: plain(ranks, folder),

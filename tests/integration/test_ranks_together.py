@@ -129,3 +129,13 @@ def test_all_ranks_hold_the_same_bits_at_every_epoch_on_every_host(run):
         assert "TRAINING" in found["stages"], host
         assert any(name.startswith("_esper.") for name in epochs[1]), host  # a seed in TRAINING was among them
     assert all("GRAFTING" in first[host]["stages"] for host in ("mlp", "cnn", "mlp, bf16 in parts"))
+
+
+def test_the_weights_that_won_a_trial_on_rank_0_begin_on_every_rank(run):
+    first, second = run("trying")
+    assert first["forked"], "a fork left weights"
+    assert equal(first["begun"], first["forked"])
+    assert equal(second["begun"], first["forked"]), "bit by bit"
+    assert first["events"] == second["events"]
+    assert [stage for _, stage in first["events"]][:2] == ["GERMINATED", "TRAINING"]
+    assert equal(first["weights"], second["weights"])

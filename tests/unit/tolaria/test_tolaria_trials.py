@@ -270,8 +270,12 @@ def losing(fork, result):
 
 def test_where_nothing_wins_nothing_begins_and_the_loser_is_reported(tmp_path):
     settings = chosen()
-    summary, _ = train(tmp_path, settings, trials=Keeping(settings, losing))
+    trials = Keeping(settings, losing)
+    summary, _ = train(tmp_path, settings, trials=trials)
     assert summary.events == ()
+    none = next(result for fork, result in trials.seen.values() if fork.candidate is None)
+    row = history(tmp_path).epochs[summary.trials[0].epoch + STEPS // 3]
+    assert row.val_loss == none.loss, "three epochs later the run came to what its fork without growth came to"
     (report,) = summary.field_reports
     assert report.outcome is Outcome.TRIED
     assert report.evidence.kind is EvidenceKind.FORK
@@ -393,6 +397,7 @@ def test_a_run_that_ends_first_cancels_its_trial_and_books_it(tmp_path):
     summary, _ = train(tmp_path, settings, trials=trials)
     assert len(trials.cancelled) == 1
     assert "ended first" in trials.cancelled[0]
+    assert "ended first" in summary.trials[0].failure
     assert summary.ledger.flops.trials == sum(fork.max_flops for fork in trials.begun)
     assert summary.events == ()
 
