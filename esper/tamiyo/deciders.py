@@ -43,11 +43,7 @@ class Decider(Protocol):
 
 def wanted_version(config: TamiyoConfig) -> str | None:
     """The stored policy that a configuration asks for; None where its policy needs no weights."""
-    return (
-        None
-        if config.policy in WITHOUT_WEIGHTS
-        else config.model_dump(include={config.policy})[config.policy]["version"]
-    )
+    return config.gnn.version if config.policy == KIND else None
 
 
 Loader = Callable[[PolicyCard, bytes], Decider]

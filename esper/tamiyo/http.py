@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from fastapi import FastAPI
+from pydantic import Field
 
 from esper.config import TamiyoConfig
 from esper.leyline import AdaptationSignal, Contract, PolicyShelf, SystemStatePacket
@@ -27,7 +28,7 @@ class DecisionRequest(Contract):
     """
 
     packet: SystemStatePacket
-    state: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies it
+    state: dict[str, Any] = Field(default_factory=dict)
     config: TamiyoConfig = TamiyoConfig()
     seed: int = 0
     version: str | None = None

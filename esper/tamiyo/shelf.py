@@ -31,7 +31,7 @@ from esper.tamiyo import canary
 from esper.tamiyo.deciders import Decider, Loader, Question, Steps, load_policy
 
 BUILT_IN = "built-in"
-_NUM_KEPT = 8
+_NUM_KEPT, _WHOLE = 8, 64
 _LOG = logging.getLogger(__name__)
 
 
@@ -104,7 +104,8 @@ class Shelf:
             return live if live.version else self._loaded_as(find_policy(self._store, PROMOTED))
         if live.version is not None and live.version.startswith(version):
             return live
-        return self._loaded_as(find_policy(self._store, version))
+        whole = len(version) == _WHOLE  # then the store need not be listed
+        return self._loaded_as(version if whole else find_policy(self._store, version))
 
     def compare(self, question: Question, held: Held, signal: AdaptationSignal) -> None:
         """Asks the one in shadow the same question, if there is one and `held` is the one that it stands beside."""

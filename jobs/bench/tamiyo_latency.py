@@ -69,9 +69,9 @@ def _kinds(num_seeds: int, num_kernels: int) -> dict[str, Callable[[], Any]]:
         "graph with its edges": lambda: GraphBuilder().build(packet),
         "graph on kept edges": lambda: builder.build(packet),
     }
-    learned, policies = _learned()
+    gnn, policies = learned()
     for policy in POLICIES:
-        config = TamiyoConfig(policy=policy, gnn=learned)
+        config = TamiyoConfig(policy=policy, gnn=gnn)
         state = initial_state(config, 0)
         for epoch in range(9 - config.plateau_window, 9):
             record = packet.epoch.model_copy(update={"epoch": epoch})
@@ -79,10 +79,10 @@ def _kinds(num_seeds: int, num_kernels: int) -> dict[str, Callable[[], Any]]:
         _, signal = step(state, packet, config, policies)
         assert signal.commands, signal.reason
         kinds[f"step of {policy}"] = lambda state=state, config=config: step(state, packet, config, policies)
-    return kinds | _parts(packet, TamiyoConfig(policy="gnn", gnn=learned), policies)
+    return kinds | _parts(packet, TamiyoConfig(policy="gnn", gnn=gnn), policies)
 
 
-def _learned() -> tuple[GnnConfig, Policies]:
+def learned() -> tuple[GnnConfig, Policies]:
     """A network that wants to grow, and who holds it."""
     import torch
 

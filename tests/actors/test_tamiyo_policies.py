@@ -12,11 +12,12 @@ from test_tamiyo_serve import CONFIG, packet
 
 from actors import oona, tamiyo
 from actors.cluster import connected
-from esper.config import CanaryConfig, OonaConfig
+from esper.config import CanaryConfig, GnnConfig, OonaConfig
 from esper.leyline import CanaryVerdict, PolicyCard, PolicyChange, TamperedError, Topic
 from esper.storage import Storage
 from esper.tamiyo import initial_state, step
 from esper.tamiyo.http import DecisionRequest
+from esper.tamiyo.observation import OBSERVATION_VERSION
 from esper.urza.policies import StoredPolicies, _sealed
 
 pytestmark = pytest.mark.ray
@@ -87,6 +88,7 @@ def test_the_life_of_policies_without_a_dropped_request(desk, store, storage, ev
     """Promoted, hot reloaded, nominated and promoted by what it shows, while requests come."""
     first, second, third = put(store, "a", "heuristic"), put(store, "b", "schedule"), put(store, "c", "none")
     store.promote(first)
+    events(PolicyChange.LOADED, first)
     assert ask(desk) == "heuristic"
     answers, failures, over = [], [], threading.Event()
 
@@ -140,15 +142,22 @@ def test_a_corrupt_policy_is_refused_and_the_one_before_decides(desk, store, sto
     assert (refused.before, bool(refused.reason)) == (good, True)
     assert ask(desk) == "random"
     shelf = desk.policies()
-    assert (shelf.live, len(shelf.refused)) == (good, 1)
+    assert (shelf.live, ("promoted" if damage == "note" else bad) in shelf.refused) == (good, True)
     store.promote(good)
 
 
-def test_people_see_which_policy_decides_and_how_the_new_one_stands(desk, store):
+def test_people_see_which_policy_decides_and_how_the_new_one_stands(desk, store, events):
+    live, new = put(store, "live", "random", warmup_epochs=1), put(store, "new", "none", warmup_epochs=1)
+    store.promote(live)
+    events(PolicyChange.LOADED, live)
+    store.nominate(new)
+    events(PolicyChange.CANARY, new)
+    ask(desk)
     shelf = desk.policies()
-    assert shelf.live == store.promoted()
-    assert {card.name for card in shelf.policies} >= {"good", "a", "b", "c"}
-    assert shelf.canary.verdict is CanaryVerdict.PASSED
+    assert (shelf.live, shelf.canary.version, shelf.canary.beside) == (live, new, live)
+    assert shelf.canary.verdict is CanaryVerdict.RUNNING
+    assert {card.name for card in shelf.policies} >= {"live", "new"}
+    store.nominate(None)
 
 
 def test_many_callers_are_answered_together_and_each_gets_his_own(desk):
@@ -171,7 +180,40 @@ def test_many_callers_are_answered_together_and_each_gets_his_own(desk):
         if about["largest_batch"] > 1:
             break
     assert about["largest_batch"] > 1
-    assert about["imports_torch"] is False
+
+
+@pytest.fixture(scope="module")
+def learned(store):
+    """A small network, stored; the configuration that names it."""
+    from esper.tamiyo.net import NetShape, PolicyNet
+
+    shape = NetShape(hidden=16, members=2)
+    weights = PolicyNet(shape).to_bytes()
+    card = PolicyCard.of(weights, name="net", shape=shape.model_dump(), observation_version=OBSERVATION_VERSION)
+    return CONFIG.model_copy(update={"policy": "gnn", "gnn": GnnConfig(version=store.put(card, weights))})
+
+
+def test_a_learned_policy_decides_through_the_handle_as_it_does_here(desk, store, storage, learned):
+    controller = tamiyo.ServeController(learned, seed=3, storage=storage)
+    remote = local = initial_state(learned, 3)
+    for epoch in range(4):
+        local, expected = step(local, packet(epoch), learned, store.get)
+        remote, decided = controller.decide(remote, packet(epoch))
+        assert decided.explanation is not None
+        assert (decided.commands, decided.vetoes, decided.policy) == (expected.commands, expected.vetoes, "gnn")
+        assert decided.value == pytest.approx(expected.value, abs=1e-4)
+    assert remote == local
+
+
+def test_a_learned_policy_answers_many_at_once_as_one_by_one(desk, storage, learned):
+    controller, answers = tamiyo.ServeController(learned, seed=3, storage=storage), []
+    alone = controller.decide({}, packet(0))[1]
+    threads = [threading.Thread(target=lambda: answers.append(controller.decide({}, packet(0))[1])) for _ in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(90)
+    assert [(one.commands, one.vetoes) for one in answers] == [(alone.commands, alone.vetoes)] * 24
 
 
 def _until(condition, timeout_s=30.0):

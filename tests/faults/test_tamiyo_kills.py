@@ -8,7 +8,11 @@ import fault_support as support
 import pytest
 from fault_support import KillActors
 
-from esper.leyline import RunStatus
+from esper.leyline import PolicyCard, RunHistory, RunStatus
+from esper.storage import Storage
+from esper.tamiyo.net import NetShape, PolicyNet
+from esper.tamiyo.observation import OBSERVATION_VERSION
+from esper.urza.policies import StoredPolicies
 
 pytestmark = [
     pytest.mark.ray,
@@ -36,3 +40,27 @@ def test_a_run_whose_serve_is_killed_grows_as_ever(train, shared, tmp_path, name
     assert all(words.startswith("Tamiyo: ") for words in summary.went_without)
     assert all(words.endswith("; the trainer decides itself meanwhile") for words in summary.went_without)
     assert summary.rollbacks == ()
+
+
+def test_a_run_whose_policy_is_corrupt_goes_on_by_the_heuristic_and_says_so(train, shared):
+    storage = Storage.at(shared)
+    shape = NetShape(hidden=16, members=2)
+    weights = PolicyNet(shape).to_bytes()
+    card = PolicyCard.of(weights, name="net", shape=shape.model_dump(), observation_version=OBSERVATION_VERSION)
+    version = StoredPolicies(storage).put(card, weights)
+    settings = {"deterministic": False, "tamiyo__policy": "gnn", "tamiyo__gnn__version": version}
+    name = f"policies/{version}/weights.safetensors"
+    storage.write(name, weights[:-1])
+    summary = train(shared, "corrupt", **settings).summary
+    assert summary.status is RunStatus.FINISHED
+    [words] = summary.went_without
+    assert words.startswith("Tamiyo: it failed: the weights of the policy")
+    history = RunHistory.model_validate_json(storage.read("runs/corrupt/history.json"))
+    assert all(
+        words.startswith("without Tamiyo, decided by the trainer's own heuristic") for _, words in history.decisions
+    )
+    storage.write(name, weights)  # mended: the next run decides by it
+    summary = train(shared, "mended", **settings).summary
+    assert (summary.status, summary.went_without) == (RunStatus.FINISHED, ())
+    history = RunHistory.model_validate_json(storage.read("runs/mended/history.json"))
+    assert any(f"policy {version[:8]} chose" in words for _, words in history.decisions)
