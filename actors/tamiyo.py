@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 DEPLOYMENT = "Tamiyo"
 NUM_CPUS = 0.2
+_LARGE_QUESTIONS = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 << 20)}
+"""Serve's replicas refuse more than 4 MB, and a host of 10,000 seeds sends 7."""
 _RETRY_PAUSE_S = 0.1
 DEPLOYING = threading.Lock()
 """Serve pickles a deployment with a registry of the whole process: two threads at once fail."""
@@ -80,7 +82,7 @@ def deploy(
         make_deployment = serve.deployment(
             name=DEPLOYMENT,
             num_replicas=1,
-            ray_actor_options={"num_cpus": NUM_CPUS},
+            ray_actor_options={"num_cpus": NUM_CPUS, "runtime_env": {"env_vars": _LARGE_QUESTIONS}},
             # what comes while others are decided is decided together
             max_ongoing_requests=128,
             health_check_period_s=2.0,
@@ -256,6 +258,7 @@ class Asking:
             UnavailableError: if there is no answer by then.
             EsperError: what the replica raised.
         """
+        from grpc import RpcError
         from ray.exceptions import RayActorError, RayTaskError
         from ray.serve.exceptions import RayServeException
 
@@ -270,8 +273,8 @@ class Asking:
                 raise _cause(error) from error
             except TimeoutError:
                 break
-            except (RayActorError, RayServeException, TransientError) as error:
-                # the replica died, or the application is not up yet: both pass
+            except (RayActorError, RayServeException, RpcError, TransientError) as error:
+                # the replica died, the line to it broke, or the application is not up yet: all pass
                 last = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 _log.warning("tamiyo.call.failed", extra={"attempt": num_tries, "error": last})
                 self._handle = None

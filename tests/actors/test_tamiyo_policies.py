@@ -216,6 +216,12 @@ def test_a_learned_policy_answers_many_at_once_as_one_by_one(desk, storage, lear
     assert [(one.commands, one.vetoes) for one in answers] == [(alone.commands, alone.vetoes)] * 24
 
 
+def test_a_question_of_several_megabytes_is_answered(desk):
+    words = "x" * (6 << 20)
+    decision = desk.decide(DecisionRequest(packet=packet(0).model_copy(update={"missing": (words,)}), config=CONFIG))
+    assert decision.signal.commands == ()
+
+
 def _until(condition, timeout_s=30.0):
     deadline = time.monotonic() + timeout_s
     while not condition():
