@@ -7,6 +7,7 @@ the record of one in shadow, it finds again in the storage, or begins anew.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
@@ -119,8 +120,11 @@ class Tamiyo:
         """
         return await self._batching.ask(Asked(state, packet_json, config_json, storage, version))
 
-    def policies(self, storage: Storage) -> str:
+    async def policies(self, storage: Storage) -> str:
         """Returns the JSON of the storage's `PolicyShelf`; raises `StorageError`."""
+        return await asyncio.to_thread(self._view, storage)  # a slow storage must not hold decisions up
+
+    def _view(self, storage: Storage) -> str:
         shelf = self._shelf(storage)
         shelf.refresh()
         return shelf.view().model_dump_json()

@@ -60,7 +60,7 @@ def _measure(storage: Storage, rate: int, options: argparse.Namespace) -> dict[s
 
     assert storage.local is not None
     handle = oona.spawn(OonaConfig(), storage.local / "oona", prefix=oona.prefix_of(storage))
-    make_bus = partial(_bus, handle)
+    make_bus = partial(_bus, oona.prefix_of(storage))  # by name: a handle would not outlive a restart
     service = autonomous.spawn(make_bus, storage)
     bus = make_bus()
     try:
@@ -157,5 +157,7 @@ def _messages(run_id: str, epoch: int, num_seeds: int) -> list[OonaMessage]:
     return [OonaMessage.of(topic, body, sender_id="tolaria", key=run_id) for topic, body in bodies]
 
 
-def _bus(handle: Any) -> Bus:
-    return handle.bus()
+def _bus(prefix: str) -> Bus:
+    from actors import oona
+
+    return oona.connect(prefix).bus()
