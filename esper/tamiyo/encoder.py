@@ -49,11 +49,12 @@ def segment_softmax(scores: Tensor, owner: Tensor, size: int) -> Tensor:
 
 
 def segment_log_softmax(scores: Tensor, owner: Tensor, size: int) -> Tensor:
-    """Log of the softmax within segments; scores (E,), owner (E,), returns (E,)."""
-    highest = scores.new_full((size,), HIDDEN_SCORE).scatter_reduce(0, owner, scores.detach(), "amax")
-    raised = torch.exp(scores - highest[owner])
-    total = raised.new_zeros(size).index_add(0, owner, raised)
-    return scores - highest[owner] - torch.log(total.clamp_min(1e-30))[owner]
+    """Log of the softmax within segments; shapes as in `segment_softmax`."""
+    wide = owner.view(-1, *[1] * (scores.dim() - 1)).expand_as(scores)
+    highest = scores.new_full((size, *scores.shape[1:]), HIDDEN_SCORE)
+    lowered = scores - highest.scatter_reduce(0, wide, scores.detach(), "amax")[owner]
+    total = scores.new_zeros((size, *scores.shape[1:])).index_add(0, owner, torch.exp(lowered))
+    return lowered - torch.log(total.clamp_min(1e-30))[owner]
 
 
 def segment_mean(values: Tensor, owner: Tensor, size: int) -> Tensor:
@@ -89,31 +90,35 @@ class GraphAttention(nn.Module):
 
     def forward(self, nodes: dict[str, Tensor], edges: Edges) -> dict[str, Tensor]:
         """Returns what each node gathers; (nodes, width) each."""
-        return {kind: self._gather(kind, nodes, edges) for kind in nodes}
+        mapped = {kind: self._mapped(kind, values) for kind, values in nodes.items()}
+        return {kind: self._gather(kind, mapped, edges) for kind in nodes}
 
-    def _gather(self, kind: str, nodes: dict[str, Tensor], edges: Edges) -> Tensor:
-        size = len(nodes[kind])
-        asked = self._split(self.target[kind](nodes[kind]))
-        own = self._split(self.source[f"{kind}_self"](nodes[kind]))
-        messages, owners = [own], [torch.arange(size)]
-        scores = [self._score(f"{kind}_self", own + asked)]
+    def _mapped(self, kind: str, values: Tensor) -> dict[str, Tensor]:
+        """All maps of one kind of nodes in one product; (nodes, heads, width / heads) each."""
+        names = [f"{kind}_self", *(name for name, (origin, _) in RELATIONS.items() if origin == kind)]
+        maps = [self.target[kind], *(self.source[name] for name in names)]
+        weight = torch.cat([one.weight for one in maps])  # type: ignore[arg-type]
+        bias = torch.cat([one.bias for one in maps])  # type: ignore[arg-type]
+        each = (len(maps), self._heads, values.shape[1] // self._heads)
+        parts = functional.linear(values, weight, bias).unflatten(1, each).unbind(dim=1)
+        return dict(zip(["target", *names], parts, strict=True))
+
+    def _gather(self, kind: str, mapped: dict[str, dict[str, Tensor]], edges: Edges) -> Tensor:
+        asked, own = mapped[kind]["target"], mapped[kind][f"{kind}_self"]
+        size = len(asked)
+        names, messages, owners = [f"{kind}_self"], [own], [torch.arange(size)]
         for name, (origin, to) in RELATIONS.items():
             if to == kind and len(edges[name][0]):
                 source, target = edges[name]
-                sent = self._split(self.source[name](nodes[origin]))[source]
-                messages.append(sent)
+                names.append(name)
+                messages.append(mapped[origin][name][source])
                 owners.append(target)
-                scores.append(self._score(name, sent + asked[target]))
-        owner = torch.cat(owners)
+        owner, sent = torch.cat(owners), torch.cat(messages)
+        seen = functional.leaky_relu(sent + asked[owner], 0.2).split([len(one) for one in owners])
+        scores = [(values * self.attention[name]).sum(-1) for name, values in zip(names, seen, strict=True)]
         weights = segment_softmax(torch.cat(scores), owner, size)
-        weighted = torch.cat(messages) * weights[:, :, None]
-        return weighted.new_zeros(nodes[kind].shape).index_add(0, owner, weighted.flatten(1))
-
-    def _split(self, values: Tensor) -> Tensor:
-        return values.unflatten(1, (self._heads, values.shape[1] // self._heads))
-
-    def _score(self, name: str, values: Tensor) -> Tensor:
-        return (functional.leaky_relu(values, 0.2) * self.attention[name]).sum(-1)
+        weighted = (sent * weights[:, :, None]).flatten(1)
+        return weighted.new_zeros((size, weighted.shape[1])).index_add(0, owner, weighted)
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,8 @@ class PolicyNet(nn.Module):
         scores = self.site(torch.cat([encoded.site, encoded.graph[batch.site_of]], dim=1))[:, 0]
         site = self._segments(scores, batch.can_germinate, batch.site_of, num)
         scores = self.seed(torch.cat([encoded.seed, encoded.graph[batch.seed_of]], dim=1))
-        seed = [self._segments(scores[:, i], batch.can[:, i], batch.seed_of, num) for i in range(len(TENDED))]
-        return Judged(encoded, operation, site, torch.stack(seed, dim=1), self.value(encoded.graph)[:, 0])
+        seed = self._segments(scores, batch.can, batch.seed_of, num)
+        return Judged(encoded, operation, site, seed, self.value(encoded.graph)[:, 0])
 
     def score(self, batch: Batch, judged: Judged, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
         """Returns log-probability, entropy and value of choices, each (B,)."""
@@ -163,9 +163,8 @@ class PolicyNet(nn.Module):
         entropy = _entropy(judged.operation, batch.operations).sum(dim=1)
         spread = _sums(_entropy(judged.site, batch.can_germinate), batch.site_of, len(batch))
         entropy = entropy + chances[:, Operation.GERMINATE] * spread
-        for column, operation in enumerate(TENDED):
-            spread = _sums(_entropy(judged.seed[:, column], batch.can[:, column]), batch.seed_of, len(batch))
-            entropy = entropy + chances[:, operation] * spread
+        spread = _sums(_entropy(judged.seed, batch.can), batch.seed_of, len(batch))
+        entropy = entropy + (chances[:, list(TENDED)] * spread).sum(dim=1)
         tended = judged.seed[targets.seed, targets.column]
         log_prob = log_prob.index_add(0, targets.tending, tended)
         if len(targets.germinating):
@@ -210,9 +209,9 @@ class PolicyNet(nn.Module):
         return self._floored(scores, allowed.sum(dim=1)[:, None], allowed)
 
     def _segments(self, scores: Tensor, mask: Tensor, owner: Tensor, size: int) -> Tensor:
-        """Masked log-probabilities within segments: (E,)."""
+        """Masked log-probabilities within segments: (E,), or (E, columns) with a distribution in each column."""
         log_p = segment_log_softmax(torch.where(mask, scores, HIDDEN_SCORE), owner, size)
-        counts = torch.zeros(size).index_add(0, owner, mask.float())
+        counts = torch.zeros((size, *mask.shape[1:])).index_add(0, owner, mask.float())
         return self._floored(log_p, counts[owner], mask)
 
     def _floored(self, log_p: Tensor, counts: Tensor, mask: Tensor) -> Tensor:
@@ -307,4 +306,4 @@ def _entropy(log_p: Tensor, mask: Tensor) -> Tensor:
 
 
 def _sums(values: Tensor, owner: Tensor, size: int) -> Tensor:
-    return values.new_zeros(size).index_add(0, owner, values)
+    return values.new_zeros((size, *values.shape[1:])).index_add(0, owner, values)
