@@ -6,7 +6,7 @@ is not certain enough of what comes of its choice, or not decided enough, it wai
 comes with its explanation.
 
 The same state, packet, configuration and version give the same decision. Weights come from whoever holds them
-(`Policies`) and are kept by version in this process. torch is imported with the first of them.
+(`Policies`) and are kept by version in this process. torch and numpy are imported with the first of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from esper.leyline.policies import find_policy
 from esper.tamiyo.actions import STRATEGIES, ActionChoice, Operation
 from esper.tamiyo.draws import generator
 from esper.tamiyo.memory import TamiyoState
-from esper.tamiyo.observation import OBSERVATION_VERSION, Observation, observe_graph
 from esper.tamiyo.orders import Order, Proposal
 from esper.tamiyo.shape import NetShape
 from esper.tamiyo.tending import Care, removal, tend
@@ -43,6 +42,7 @@ from esper.tamiyo.tending import Care, removal, tend
 if TYPE_CHECKING:
     from esper.tamiyo.considering import Considered
     from esper.tamiyo.net import PolicyNet
+    from esper.tamiyo.observation import Observation
 
 KIND = "gnn"
 Policies = Callable[[str], tuple[PolicyCard, bytes]]
@@ -98,6 +98,7 @@ def ready(card: PolicyCard, weights: bytes) -> Loaded:
         TamperedError: if card and weights do not belong together, or the weights are broken.
     """
     from esper.tamiyo.net import PolicyNet
+    from esper.tamiyo.observation import OBSERVATION_VERSION
 
     if card.kind != KIND:
         raise PermanentError(f"policy {card.version[:12]} is of the kind {card.kind!r}, not {KIND}")
@@ -173,6 +174,7 @@ class GraphPolicy:
 def propose_all(loaded: Loaded, cases: Sequence[Case]) -> list[Proposal]:
     """Returns what the network chooses for each; together they cost little more than one."""
     from esper.tamiyo.considering import Draw, consider
+    from esper.tamiyo.observation import observe_graph
 
     if not cases:
         return []

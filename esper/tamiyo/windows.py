@@ -1,21 +1,23 @@
 """How the health of each site moved over the last epochs: a window in Tamiyo's memory, of bounded size.
 
 Of each site four figures are kept for `EPOCHS` epochs, as one block of numbers: 16 bytes a site and epoch. What was not
-measured is not a number there, and 0 with its flag 0 in the features.
+measured is not a number there, and 0 with its flag 0 in the features. numpy is imported with the first decision.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 from pydantic import Field
 
 from esper.leyline import Contract, LayerHealthReport, SystemStatePacket
-from esper.tamiyo.features import relative
+
+if TYPE_CHECKING:
+    import numpy as np
 
 EPOCHS = 5
 """How long a window is."""
@@ -49,6 +51,8 @@ class SiteWindows(Contract):
         Raises:
             ValueError: if the block does not hold whole epochs.
         """
+        import numpy as np
+
         block = np.frombuffer(base64.b64decode(self.figures, validate=True), dtype="<f4").astype(np.float64)
         if not self.epochs:
             return np.zeros((0, 0, len(FIGURES)))
@@ -57,6 +61,8 @@ class SiteWindows(Contract):
 
 def look(windows: SiteWindows | None, packet: SystemStatePacket) -> SiteWindows:
     """Returns the window with this packet's epoch in it; of an epoch that comes again the newer figures count."""
+    import numpy as np
+
     sites = digest_of([layer.layer_id for layer in packet.layers])
     epoch = packet.epoch.epoch
     seen = np.array([_figures(layer, epoch) for layer in packet.layers], dtype=np.float64).reshape(1, -1, len(FIGURES))
@@ -75,6 +81,10 @@ def digest_of(names: Sequence[str]) -> str:
 
 def trend_features(windows: SiteWindows | None, packet: SystemStatePacket) -> np.ndarray:
     """Returns (sites, TREND_FEATURES) float32, of a window that has already seen `packet`; zeros without one."""
+    import numpy as np
+
+    from esper.tamiyo.features import relative
+
     num_sites = len(packet.layers)
     if windows is None or not num_sites or windows.sites != digest_of([layer.layer_id for layer in packet.layers]):
         return np.zeros((num_sites, len(TREND_FEATURES)), dtype=np.float32)
@@ -95,7 +105,7 @@ def trend_features(windows: SiteWindows | None, packet: SystemStatePacket) -> np
 def _figures(layer: LayerHealthReport, epoch: int) -> tuple[float, ...]:
     """A site's figures, the same for all its seeds; those of another epoch are none."""
     if not layer.seeds or layer.epoch != epoch:
-        return (np.nan,) * len(FIGURES)
+        return (math.nan,) * len(FIGURES)
     seed = layer.seeds[0]
     values = (seed.activation_variance, seed.gradient_norm, seed.grow_potential, seed.health_score)
-    return tuple(np.nan if value is None else value for value in values)
+    return tuple(math.nan if value is None else value for value in values)
