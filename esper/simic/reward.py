@@ -118,6 +118,8 @@ class Meter:
     def _settle(self, ended: Sequence[FieldReport]) -> float:
         reward = 0.0
         for report in ended:
+            if report.outcome is Outcome.TRIED:
+                continue  # in a fork alone: its FLOPs are paid for, and the run is what it was
             trace = report.trace_id or report.seed_id
             if (key := report.trace_id or report.report_id) in self._counted:
                 continue

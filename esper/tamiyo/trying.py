@@ -17,7 +17,7 @@ from esper.tamiyo.candidates import Candidate, find_candidates
 from esper.tamiyo.heuristic import rank_sites, worth
 from esper.tamiyo.memory import TamiyoState, TrialMemory, failure_key
 from esper.tamiyo.orders import Order, Proposal
-from esper.tamiyo.safety import judge
+from esper.tamiyo.safety import judge, last_growth_epoch
 
 Consulted = tuple[TamiyoState, Proposal, TrialRequest | None]
 
@@ -51,6 +51,8 @@ def _ask(
     if trials is None or trials.price is None:
         why = "the trainer knows of no trials" if trials is None else trials.reason
         return *_untried(state, proposal, why), None
+    if packet.epoch.epoch >= last_growth_epoch(packet.epoch.num_epochs, config.last_epoch_fraction):
+        return *_untried(state, proposal, "its answer would come when nothing may begin any more"), None
     candidates = _affordable(_candidates(state, packet, config, grows), trials.price, trials.flops_left, config)
     if not candidates:
         why = f"{trials.flops_left:,} FLOPs left for trials pay for none"

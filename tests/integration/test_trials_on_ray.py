@@ -14,7 +14,11 @@ from esper.leyline import EvidenceKind, Outcome, RunStatus, SeedStage
 from jobs.environment import REPOSITORY
 from jobs.workload import ConfiguredWorkload
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
+]
 
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file

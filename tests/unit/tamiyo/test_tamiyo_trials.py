@@ -100,6 +100,18 @@ def test_without_resources_it_decides_on_shadow_evidence_alone(trials):
     assert "on shadow evidence alone" in signal.reason
 
 
+def test_a_trial_whose_answer_would_come_too_late_is_not_asked_for():
+    settings = config()
+    last = 20  # of 30 epochs
+    state, _ = step(initial_state(settings, 0), at(last - 1, None), settings)
+    _, signal = step(state, at(last, RICH), settings)
+    assert signal.trial is None
+    assert [command.action for command in signal.commands] == [Action.GERMINATE]
+    assert "when nothing may begin any more" in signal.reason
+    state, _ = step(initial_state(settings, 0), at(last - 2, None), settings)
+    assert step(state, at(last - 1, RICH), settings)[1].trial is not None
+
+
 def test_each_kernel_is_tried_by_every_strategy_that_suits_it():
     _, signal = plateau(config(strategies=["ramp", "direct"], candidates=9), RICH)
     assert {(c.site, c.strategy) for c in signal.trial.candidates} == {
