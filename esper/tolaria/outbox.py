@@ -9,6 +9,11 @@ from esper.leyline.signals import StepBatch
 from esper.leyline.summary import BusCounts
 from esper.tolaria.reach import Reach
 
+ENOUGH_STEPS, MOST_STEPS = 20, 256
+"""Steps that travel together: at least where they are fast, and at most."""
+SHORT_MS, LONG_MS = 200.0, 2000.0
+"""Milliseconds of steps in a message: at least, as nobody looks more often and each message costs; and at most."""
+
 
 class Outbox:
     """Publishes for one run.
@@ -17,14 +22,13 @@ class Outbox:
         bus: None publishes nothing.
         run_id: the key of all messages.
         reach: what to do when the bus does not answer.
-        steps_per_message: steps that travel together.
     """
 
-    def __init__(self, bus: Bus | None, *, run_id: str, reach: Reach, steps_per_message: int = 20) -> None:
+    def __init__(self, bus: Bus | None, *, run_id: str, reach: Reach) -> None:
         self._bus = bus
         self._run_id = run_id
         self._reach = reach
-        self._steps_per_message = steps_per_message
+        self._waited_ms = 0.0
         self._first_step = 0
         self._losses: list[float] = []
         self._milliseconds: list[float] = []
@@ -42,12 +46,15 @@ class Outbox:
         self._reach.ask("Oona", lambda: bus.publish(messages))
 
     def step(self, step: int, loss: float, milliseconds: float, *, steps_per_epoch: int) -> None:
-        """Adds one step; every `steps_per_message` they are sent."""
+        """Adds one step; those that wait are sent when they are enough."""
         if not self._losses:
             self._first_step = step
         self._losses.append(loss)
         self._milliseconds.append(milliseconds)
-        if len(self._losses) >= self._steps_per_message:
+        self._waited_ms += milliseconds
+        num = len(self._losses)
+        is_due = self._waited_ms >= LONG_MS or (num >= ENOUGH_STEPS and self._waited_ms >= SHORT_MS)
+        if is_due or num >= MOST_STEPS:
             self.send_steps(steps_per_epoch=steps_per_epoch)
 
     def mark(self, step: int) -> None:
@@ -66,7 +73,7 @@ class Outbox:
             steps_per_epoch=steps_per_epoch,
             marks=tuple(self._marks),
         )
-        self._losses, self._milliseconds, self._marks = [], [], []
+        self._losses, self._milliseconds, self._marks, self._waited_ms = [], [], [], 0.0
         self.publish(Topic.STEPS, batch)
 
     def flush(self) -> None:
