@@ -20,6 +20,7 @@ from jobs.bus import bus_app
 from jobs.gains import gains
 from jobs.kernels import kernels_app
 from jobs.options import DEFAULT_STORAGE, Json, RunArg, Storage, complete_run, print_json
+from jobs.policy import policy_app
 from jobs.steering import approve, veto
 from jobs.trace import trace
 from jobs.ui import ui
@@ -41,6 +42,7 @@ app.add_typer(blueprints_app, name="blueprints")
 app.add_typer(kernels_app, name="kernels")
 app.add_typer(urza_app, name="urza")
 app.add_typer(bus_app, name="bus")
+app.add_typer(policy_app, name="policy")
 app.command("alerts")(alerts)
 app.command("trace")(trace)
 

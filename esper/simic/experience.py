@@ -26,7 +26,7 @@ import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
-from esper.config import RunConfig, SimicConfig
+from esper.config import RewardConfig, RunConfig, SimicConfig
 from esper.delta import Tidied, tidy
 from esper.leyline import AdaptationSignal, EpochRecord, FieldReport, StorageError, SystemStatePacket, new_id, now
 from esper.simic.moments import About, Episode, Moment
@@ -181,6 +181,20 @@ class ExperienceWriter:
         except (DeltaError, OSError, StorageError, pa.ArrowException) as error:
             self._problem, self._num_lost = " ".join(str(error).split())[:300], self._num_lost + len(rows)
             _log.warning("experience.unwritten", extra={"run": self._about.run_id, "reason": self._problem})
+
+
+def append_episode(storage: Storage, episode: Episode, prices: RewardConfig) -> None:
+    """Writes an episode that is over, in one commit.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    log = ExperienceWriter(storage, episode.about, SimicConfig(rows_per_write=1 << 30, reward=prices))
+    for moment in episode.moments:
+        log.decided(moment.state, moment.packet, moment.signal)
+    problem = log.close(episode.last, episode.ended, is_over=episode.is_over)
+    if problem is not None:
+        raise StorageError(problem, field="storage")
 
 
 def _table_of(rows: Sequence[dict[str, Any]], about: About) -> pa.Table:

@@ -163,13 +163,13 @@ class Ppo:
         _check(samples)
         advantages = normalised(samples.advantages - self.harm_weight * samples.harms)
         done: list[tuple[Losses, float]] = []
+        kl = 0.0
         for _ in range(self.config.epochs):
-            before = len(done)
-            done.extend(self._step(part, samples, advantages) for part in self._parts(len(samples)))
-            kl = _mean(float(one.kl) for one, _ in done[before:])
+            moved = [self._step(part, samples, advantages) for part in self._parts(len(samples))]
+            done += moved
+            kl = _mean(float(one.kl) for one, _ in moved)
             if kl > 4.0 * self.config.target_kl:
                 break
-        kl = _mean(float(one.kl) for one, _ in done[before:])
         self._adapt(kl, mean_harm)
         return Report(
             num_steps=len(done),

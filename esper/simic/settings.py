@@ -59,6 +59,12 @@ class RolloutConfig(Section):
     cpus_per_worker: PositiveFloat = 0.5
     episodes: PositiveInt = 8
     """Of one update."""
+    seeds: PositiveInt = 32
+    """Of the runs; they come again, each with its twin without growth, which is played once."""
+    replayed: Annotated[int, Field(ge=0)] = 4
+    """Episodes of older policies that each update looks at again, by V-trace."""
+    kept: PositiveInt = 64
+    """Episodes to choose those from."""
     deadline_s: PositiveFloat = 300.0
     """One that takes longer is given up."""
 
@@ -78,6 +84,8 @@ class TrainTamiyoConfig(Section):
     """Fresh runs of the heuristic, to imitate beside those that are logged."""
     iterations: Annotated[int, Field(ge=0)] = 10
     """Updates of PPO."""
+    judged: Annotated[int, Field(ge=0)] = 6
+    """Seeds of each task, never trained on, on which the policy is laid beside the heuristic at the end."""
     net: dict[str, Any] = Field(default_factory=dict)
     """Hyper-parameters of the net (`esper.tamiyo.shape.NetShape`); what is not named is as there."""
     reward: RewardConfig = RewardConfig()

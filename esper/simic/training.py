@@ -1,0 +1,432 @@
+"""The training of a policy: imitation of what was logged, then PPO from rollouts; goes on after a kill where it was.
+
+After every step of it the whole state is written to `<storage>/simic/<name>/state.pt`, and what people may want to see
+to `progress.json` beside it. At the end the policy goes to the store, with a card that says what it was trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from esper.config import RunConfig
+from esper.leyline import DataError, NotFoundError
+from esper.leyline.policies import PolicyCard, PolicyOrigin, PolicyStore
+from esper.simic.experience import Experience, append_episode, code_digest
+from esper.simic.gae import effective_share, gae, vtrace
+from esper.simic.imitation import imitate
+from esper.simic.lessons import Lessons, lessons_of, split
+from esper.simic.ppo import Ppo, Samples
+from esper.simic.replay import Replay
+from esper.simic.reward import Twin
+from esper.simic.rollouts import NET, Ask, Played, Rollouts, twin_of
+from esper.simic.settings import TrainTamiyoConfig
+from esper.storage import Storage
+from esper.tamiyo.batch import collate
+from esper.tamiyo.calibration import Lesson as Forecast
+from esper.tamiyo.calibration import teach
+from esper.tamiyo.net import PolicyNet
+from esper.tamiyo.observation import OBSERVATION_VERSION
+from esper.tamiyo.shape import NetShape
+
+_LOG = logging.getLogger(__name__)
+
+JUDGED_FROM = 100_000
+"""Seeds from here on are never trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """An episode of the net, with the log-probabilities of its choices when they were made."""
+
+    lessons: Lessons
+    log_probs: np.ndarray
+
+
+class Training:
+    """One training.
+
+    Args:
+        config: see there.
+        tasks: the configurations of its runs.
+        rollouts: plays them.
+        storage: where state, experience and the policy go.
+        store: of policies.
+        told: hears of each step, as a plain dict with `stage`.
+    """
+
+    def __init__(
+        self,
+        config: TrainTamiyoConfig,
+        tasks: Sequence[RunConfig],
+        rollouts: Rollouts,
+        *,
+        storage: Storage,
+        store: PolicyStore,
+        told: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self._config, self._tasks, self._rollouts = config, list(tasks), rollouts
+        self._storage, self._store, self._told = storage, store, told or _silent
+        self._folder = f"simic/{config.name}"
+        # what may change without another training: how long it goes on, and on how many workers
+        fixed = config.model_dump(mode="json", exclude={"iterations", "rollout", "judged", "storage_options"})
+        self._settings = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+        self.net = PolicyNet(NetShape.model_validate(config.net), seed=config.seed)
+        self.ppo = Ppo(self.net, collate, config.ppo, seed=config.seed)
+        self._replay: Replay[Taught] = Replay(config.rollout.kept, seed=config.seed)
+        self._twins: dict[str, Twin] = {}
+        self._runs: list[str] = []
+        self._seeds: set[int] = set()
+        self.iteration = -1  # of the next update; -1: imitation comes first
+        self.history: list[dict[str, Any]] = []
+
+    def run(self) -> str:
+        """Trains to the end and returns the policy's version.
+
+        Raises:
+            DataError: if a state of other settings lies in the way, or no episode could be played.
+            StorageError: if the storage fails.
+        """
+        self._restore()
+        if self.iteration < 0:
+            self._imitate()
+            self.iteration = 0
+            self._save()
+        while self.iteration < self._config.iterations:
+            self._improve()
+            self.iteration += 1
+            self._save()
+        return self._publish()
+
+    # ---------------------------------------------------------------- the parts
+
+    def _imitate(self) -> None:
+        config = self._config
+        logged = [*Experience(self._storage).episodes(policies=list(config.imitation.policies))]
+        asks = [
+            Ask(task=i % len(self._tasks), seed=config.seed + i, policy=config.imitation.policies[0])
+            for i in range(config.warm_up)
+        ]
+        played = [one for one in self._play(asks, "warm-up") if one.episode is not None]
+        fresh = [(one.ask, one.episode) for one in played if one.episode is not None]
+        self._find_twins([ask for ask, _ in fresh])
+        lessons = [lessons_of(one, config.reward) for one in logged]
+        lessons += [lessons_of(one, config.reward, twin=self._twin(ask)) for ask, one in fresh]
+        lessons = [one for one in lessons if one.items]
+        self._runs += [one.of for one in lessons]
+        if not lessons or not config.imitation.epochs:
+            self._tell("imitation", episodes=len(lessons), words="nothing was imitated")
+            return
+        learned, held_out = split(lessons, config.imitation.held_out, seed=config.seed)
+        report = imitate(self.net, collate, learned, held_out, config.imitation, seed=config.seed)
+        self._tell("imitation", episodes=len(lessons), logged=len(logged), **asdict(report))
+
+    def _improve(self) -> None:
+        """One update of PPO."""
+        config = self._config
+        asks = self._asks()
+        self._find_twins(asks)
+        self.net.eval()
+        played = [*self._play(asks, f"update {self.iteration + 1}")]
+        whole = [(one.episode, self._twin(one.ask)) for one in played if one.episode is not None]
+        lessons = [lessons_of(episode, config.reward, twin=twin) for episode, twin in whole]
+        lessons = [one for one in lessons if one.items]
+        if not lessons:
+            problems = "; ".join(sorted({one.problem for one in played}))
+            raise DataError(f"none of {len(asks)} rollouts could be played: {problems}")
+        self._runs += [one.of for one in lessons]
+        samples, taught = self._fresh(lessons)
+        again, refused, share = self._again()
+        report = self.ppo.update(_joined([*samples, *again]), mean_harm=_mean([one.harm for one in lessons]))
+        for one, part in zip(taught, samples, strict=True):
+            self._replay.add(one, float(np.abs(part.advantages).mean()))
+        totals = [one.total for one in lessons]
+        self._tell(
+            "ppo",
+            iteration=self.iteration + 1,
+            episodes=len(lessons),
+            failed=len(asks) - len(lessons),
+            mean_return=_mean(totals),
+            stderr=_stderr(totals),
+            mean_harm=_mean([one.harm for one in lessons]),
+            operations=_operations(lessons),
+            replayed=len(again),
+            too_old=refused,
+            effective=share,
+            **asdict(report),
+        )
+
+    def _fresh(self, lessons: Sequence[Lessons]) -> tuple[list[Samples], list[Taught]]:
+        found, taught = [], []
+        for one in lessons:
+            log_probs, values = self._judge(one)
+            paid, dones = np.array([item.reward for item in one.items]), _dones(one)
+            ppo = self._config.ppo
+            worth = gae(paid, np.append(values, 0.0), dones, gamma=ppo.gamma, lam=ppo.lam)
+            found.append(_samples(one, log_probs, worth.advantages, worth.returns, self._harm(one)))
+            taught.append(Taught(one, log_probs))
+        return found, taught
+
+    def _again(self) -> tuple[list[Samples], int, float]:
+        """Samples of older policies by V-trace, how many episodes were too old, and what share the rest is worth."""
+        if not len(self._replay) or not self._config.rollout.replayed:
+            return [], 0, 0.0
+        ppo = self._config.ppo
+        places, drawn, _ = self._replay.sample(self._config.rollout.replayed)
+        found: list[Samples] = []
+        shares: list[float] = []
+        refused = 0
+        for place, one in dict(zip(places, drawn, strict=True)).items():
+            log_probs, values = self._judge(one.lessons)
+            ratios = log_probs - one.log_probs
+            if (share := effective_share(ratios)) < ppo.min_effective:
+                refused += 1
+                self._replay.update([place], np.zeros(1))
+                continue
+            paid = np.array([item.reward for item in one.lessons.items])
+            worth = vtrace(paid, np.append(values, 0.0), _dones(one.lessons), ratios, gamma=ppo.gamma)
+            cut = np.minimum(np.exp(ratios), 1.0)
+            found.append(
+                _samples(one.lessons, log_probs, worth.advantages, worth.returns, cut * self._harm(one.lessons))
+            )
+            self._replay.update([place], np.array([np.abs(worth.advantages).mean()]))
+            shares.append(share)
+        return found, refused, _mean(shares) if shares else 0.0
+
+    @torch.no_grad()
+    def _judge(self, lessons: Lessons) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities and values of an episode's choices by the net as it is."""
+        batch = collate([item.observation for item in lessons.items])
+        log_probs, _, values = self.net.evaluate(batch, [item.choice for item in lessons.items])
+        return log_probs.double().numpy(), values.double().numpy()
+
+    def _harm(self, lessons: Lessons) -> np.ndarray:
+        """What harm came after each choice, beyond the mean of the episode."""
+        harm = np.array([item.harm for item in lessons.items])
+        ahead = np.cumsum(harm[::-1])[::-1]
+        return ahead - ahead.mean()
+
+    # ---------------------------------------------------------------- rollouts
+
+    def _asks(self) -> list[Ask]:
+        rollout, first = self._config.rollout, self.iteration * self._config.rollout.episodes
+        card, weights = self._card()
+        numbers = range(first, first + rollout.episodes)
+        return [
+            Ask(
+                task=i % len(self._tasks),
+                seed=self._config.seed + i // len(self._tasks) % rollout.seeds,
+                policy=NET,
+                card=card,
+                weights=weights,
+                draw=self.iteration,
+            )
+            for i in numbers
+        ]
+
+    def _play(self, asks: Sequence[Ask], stage: str) -> list[Played]:
+        found = []
+        for one in self._rollouts.play(asks):
+            found.append(one)
+            self._told({"stage": "rollout", "of": stage, "done": len(found), "all": len(asks), "problem": one.problem})
+            if one.episode is None:
+                _LOG.warning("rollout.failed", extra={"seed": one.ask.seed, "reason": one.problem})
+            elif one.ask.policy != "none":
+                self._seeds.add(one.ask.seed)
+                append_episode(self._storage, one.episode, self._config.reward)
+        return found
+
+    def _find_twins(self, asks: Sequence[Ask]) -> None:
+        """Plays the runs without growth that are not known yet."""
+        unknown = {_key(ask): Ask(task=ask.task, seed=ask.seed, policy="none") for ask in asks}
+        wanted = [ask for key, ask in unknown.items() if key not in self._twins]
+        for one in self._play(wanted, "twins"):
+            if one.episode is not None:
+                self._twins[_key(one.ask)] = twin_of(one.episode)
+
+    def _twin(self, ask: Ask) -> Twin | None:
+        return self._twins.get(_key(ask))
+
+    # ---------------------------------------------------------------- the end
+
+    def _publish(self) -> str:
+        calibration = self._calibrate()
+        card, weights = self._card()
+        results = self._judge_beside_heuristic(card, weights) if self._config.judged else []
+        origin = PolicyOrigin(
+            runs=tuple(dict.fromkeys(self._runs)),
+            hosts=tuple(sorted({task.host.type for task in self._tasks})),
+            tasks=tuple(sorted({task.name for task in self._tasks})),
+            episodes=len(self._runs),
+            seeds=tuple(sorted(self._seeds)),
+            code_digest=code_digest(),
+        )
+        told = {
+            "trained_on": origin,
+            "parents": (f"imitation of {', '.join(self._config.imitation.policies)}",),
+            "calibration": calibration,
+            "results": tuple(results),
+            "notes": f"{self.iteration} updates of PPO after imitation; rewards of {self._config.reward.model_dump()}",
+        }
+        version = self._store.put(card.model_copy(update=told), weights)
+        self._tell("policy", version=version, results=results, calibration=calibration)
+        return version
+
+    def _card(self) -> tuple[PolicyCard, bytes]:
+        """The net as it is, with a card of the least."""
+        weights, shape = self.net.to_bytes(), self.net.shape.model_dump(mode="json")
+        name = self._config.name
+        return (
+            PolicyCard.of(weights, name=name, kind=NET, shape=shape, observation_version=OBSERVATION_VERSION),
+            weights,
+        )
+
+    def _calibrate(self) -> dict[str, Any]:
+        """Teaches the net's doubt from fresh episodes: how far its forecasts are from what comes."""
+        asks = self._asks()
+        self._find_twins(asks)
+        played = [one for one in self._play(asks, "calibration") if one.episode is not None]
+        whole = [(one.episode, self._twin(one.ask)) for one in played if one.episode is not None]
+        lessons = [lessons_of(episode, self._config.reward, twin=twin) for episode, twin in whole]
+        try:
+            return teach(
+                self.net,
+                [
+                    Forecast(item.observation, item.choice, outcome, one.of)
+                    for one in lessons
+                    for item, outcome in zip(one.items, one.returns().tolist(), strict=True)
+                ],
+                seed=self._config.seed,
+            )
+        except DataError as error:
+            _LOG.warning("policy.uncalibrated", extra={"reason": str(error)})
+            return {"refused": str(error)}
+
+    def _judge_beside_heuristic(self, card: PolicyCard, weights: bytes) -> list[dict[str, Any]]:
+        """Rows of the policy at its most probable beside the heuristic, on seeds that nothing was learned from."""
+        rows = []
+        for i, task in enumerate(self._tasks):
+            seeds = range(JUDGED_FROM, JUDGED_FROM + self._config.judged)
+            own = [Ask(i, seed, NET, card, weights, greedy=True) for seed in seeds]
+            asks = [*own, *(Ask(i, seed, "heuristic") for seed in seeds)]
+            twins = {
+                one.ask.seed: twin_of(one.episode)
+                for one in self._rollouts.play([Ask(i, seed, "none") for seed in seeds])
+                if one.episode is not None
+            }
+            totals: dict[str, dict[int, float]] = {NET: {}, "heuristic": {}}
+            for one in self._rollouts.play(asks):
+                if one.episode is not None and one.ask.seed in twins:
+                    whole = lessons_of(one.episode, self._config.reward, twin=twins[one.ask.seed])
+                    totals[one.ask.policy][one.ask.seed] = whole.total
+            both = sorted(totals[NET].keys() & totals["heuristic"].keys())
+            difference = [totals[NET][seed] - totals["heuristic"][seed] for seed in both]
+            rows.append(
+                {
+                    "task": task.name,
+                    "seeds": len(both),
+                    "gnn": _mean([totals[NET][seed] for seed in both]) if both else None,
+                    "heuristic": _mean([totals["heuristic"][seed] for seed in both]) if both else None,
+                    "difference": _mean(difference) if both else None,
+                    "stderr": _stderr(difference),
+                }
+            )
+        return rows
+
+    # ---------------------------------------------------------------- state
+
+    def _tell(self, stage: str, **figures: Any) -> None:
+        row = {"stage": stage, **figures}
+        self.history.append(row)
+        self._told(row)
+
+    def _save(self) -> None:
+        state = {
+            "settings": self._settings,
+            "iteration": self.iteration,
+            "net": self.net.state_dict(),
+            "ppo": self.ppo.state_dict(),
+            "twins": {key: (list(twin.val_losses), twin.total_flops) for key, twin in self._twins.items()},
+            "runs": self._runs,
+            "seeds": sorted(self._seeds),
+            "history": json.dumps(self.history),
+        }
+        into = io.BytesIO()
+        torch.save(state, into)
+        self._storage.write(f"{self._folder}/state.pt", into.getvalue())
+        self._storage.write(f"{self._folder}/progress.json", json.dumps(self.history, indent=1).encode())
+
+    def _restore(self) -> None:
+        try:
+            data = self._storage.read(f"{self._folder}/state.pt")
+        except NotFoundError:
+            return
+        state = torch.load(io.BytesIO(data), weights_only=True)
+        if state["settings"] != self._settings:
+            raise DataError(
+                f"a training of other settings lies in {self._storage.shown}/{self._folder}",
+                field="name",
+                remedy="give this one another name, or remove that folder",
+            )
+        self.net.load_state_dict(state["net"])
+        self.ppo.load_state_dict(state["ppo"])
+        self.iteration = state["iteration"]
+        self._twins = {key: Twin(tuple(losses), flops) for key, (losses, flops) in state["twins"].items()}
+        self._runs, self._seeds = state["runs"], set(state["seeds"])
+        self.history = json.loads(state["history"])
+        self._told({"stage": "resumed", "iteration": self.iteration})
+
+
+def _silent(row: dict[str, Any]) -> None:
+    """Says nothing."""
+
+
+def _key(ask: Ask) -> str:
+    return f"{ask.task}/{ask.seed}"
+
+
+def _dones(lessons: Lessons) -> np.ndarray:
+    return np.arange(len(lessons.items)) == len(lessons.items) - 1
+
+
+def _samples(
+    lessons: Lessons, log_probs: np.ndarray, advantages: np.ndarray, returns: np.ndarray, harms: np.ndarray
+) -> Samples:
+    observations = [item.observation for item in lessons.items]
+    return Samples(observations, [item.choice for item in lessons.items], log_probs, advantages, returns, harms)
+
+
+def _joined(parts: Sequence[Samples]) -> Samples:
+    arrays = ("log_probs", "advantages", "returns", "harms")
+    return Samples(
+        [seen for part in parts for seen in part.observations],
+        [choice for part in parts for choice in part.choices],
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in arrays),
+    )
+
+
+def _operations(lessons: Sequence[Lessons]) -> dict[str, int]:
+    """How often each operation was chosen."""
+    found: dict[str, int] = {}
+    for one in lessons:
+        for item in one.items:
+            found[item.choice.operation.name] = found.get(item.choice.operation.name, 0) + 1
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _stderr(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

@@ -1,0 +1,106 @@
+"""`esper policy` on a storage with two policies."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from typer.testing import CliRunner
+
+from esper.leyline.errors import ConfigError, NotFoundError
+from esper.leyline.policies import PolicyCard
+from esper.storage import Storage
+from esper.urza.policies import StoredPolicies
+from jobs.cli import app
+from jobs.policy import _complete_policy
+from jobs.train_tamiyo import in_words, load, main
+
+
+@pytest.fixture
+def storage(tmp_path, monkeypatch):
+    monkeypatch.setenv("ESPER_STORAGE", str(tmp_path))
+    return Storage.at(tmp_path)
+
+
+@pytest.fixture
+def versions(storage):
+    store = StoredPolicies(storage)
+    found = []
+    for value in (0.0, 1.0):
+        weights = safetensors.torch.save({"w": torch.full((2,), value)})
+        rows = ({"task": "digits", "gnn": value, "seeds": 3},)
+        found.append(
+            store.put(
+                PolicyCard.of(weights, name="gnn", observation_version=1, results=rows, created_at=value), weights
+            )
+        )
+    return found
+
+
+def run(*arguments):
+    done = CliRunner().invoke(app, ["policy", *arguments], catch_exceptions=False, standalone_mode=False)
+    return done.output
+
+
+def test_ls_and_promote(storage, versions):
+    assert [row["version"] for row in json.loads(run("ls", "--json"))] == versions
+    assert not any(row["promoted"] for row in json.loads(run("ls", "--json")))
+    assert json.loads(run("promote", versions[1][:10], "--json")) == {"promoted": versions[1], "before": None}
+    assert [row["promoted"] for row in json.loads(run("ls", "--json"))] == [False, True]
+    assert versions[1][:12] in run("promote", versions[0])  # says in place of which
+    assert versions[0][:12] in run("ls")
+
+
+def test_show_names_what_it_came_to(storage, versions):
+    shown = run("show", versions[0][:8])
+    assert versions[0] in shown
+    assert "digits" in shown
+    assert json.loads(run("show", versions[0], "--json"))["version"] == versions[0]
+    run("promote", versions[1])
+    assert versions[1] in run("show")
+
+
+def test_where_there_is_none_it_says_what_to_do(storage):
+    assert "esper policy train" in run("ls")
+    with pytest.raises(NotFoundError, match="no policy was promoted"):
+        run("show")
+
+
+def test_completion_knows_the_versions(storage, versions, monkeypatch):
+    assert set(_complete_policy("")) == set(versions)
+    assert _complete_policy(versions[0][:20]) == [versions[0]]
+    monkeypatch.setenv("ESPER_STORAGE", "ftp://nowhere")
+    assert _complete_policy("") == []
+
+
+def test_a_wrong_setting_is_named(tmp_path, capsys):
+    path = tmp_path / "training.yaml"
+    path.write_text("name: x\nppo: {lr: 0.1}\n")
+    assert load(path, ["ppo.clip=0.3", "tasks=[a.yaml]"]).ppo.clip == 0.3
+    with pytest.raises(ConfigError, match=r"ppo\.lr"):
+        load(path, ["ppo.lr=-1"])
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
+        load(path, ["iterations"])
+    assert main(["--config", str(tmp_path / "none.yaml")]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_each_step_is_told_in_words():
+    rows = [
+        {"stage": "rollout", "of": "update 1", "done": 1, "all": 8, "problem": "it broke"},
+        {"stage": "resumed", "iteration": 3},
+        {"stage": "imitation", "episodes": 0, "words": "nothing was imitated"},
+        {
+            "stage": "ppo", "iteration": 1, "mean_return": 0.1, "stderr": None, "episodes": 1, "kl": 0.01,
+            "entropy": 1.0, "value": 0.2, "replayed": 0, "too_old": 1,
+        },
+        {"stage": "policy", "version": "v", "results": [{"task": "t", "gnn": 0.1, "heuristic": 0.2, "seeds": 2}]},
+    ]  # fmt: skip
+    told = [in_words(row) for row in rows]
+    assert "it broke" in told[0]
+    assert "update 3" in told[1]
+    assert told[2] == "nothing was imitated"
+    assert "return +0.100 of 1 runs" in told[3]
+    assert "the heuristic +0.200" in told[4]
