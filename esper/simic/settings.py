@@ -14,7 +14,7 @@ Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 class PpoConfig(Section):
     """See `esper.simic.ppo`."""
 
-    lr: PositiveFloat = 3e-4
+    lr: PositiveFloat = 1e-3
     epochs: PositiveInt = 4
     """Passes over the samples of an update; fewer where the policy has moved four times as far as `target_kl`."""
     minibatch: PositiveInt = 64

@@ -9,9 +9,13 @@ import yaml
 
 from esper.config import RunConfig, TextData, load_config
 from esper.hosts import build_host
+from esper.simic.rollouts import load_tasks
+from esper.simic.settings import TrainTamiyoConfig
+from jobs import train_tamiyo
 
 FOLDER = Path(__file__).parents[2] / "configs"
-FILES = sorted(FOLDER.glob("*.yaml"))
+TRAININGS = {"tamiyo_ppo"}  # of policies, not of networks
+FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem not in TRAININGS)
 
 
 def test_the_promised_files_are_there():
@@ -24,6 +28,16 @@ def test_shipped_file_loads_under_a_name_of_its_own(path):
     config = load_config(path)
     assert config.name == path.stem.replace("_", "-")
     assert not Path(config.storage).is_absolute()
+
+
+def test_the_training_of_a_policy_names_every_key_there_is_with_the_value_it_would_have_anyway():
+    """But for `overrides`, and how much there is of it."""
+    path = FOLDER / "tamiyo_ppo.yaml"
+    config = train_tamiyo.load(path, [])
+    assert set(keys(yaml.safe_load(path.read_text()))) == set(keys(config.model_dump(mode="json")))
+    amounts = {"overrides", "warm_up", "iterations"}
+    assert config.model_dump(exclude=amounts) == TrainTamiyoConfig().model_dump(exclude=amounts)
+    assert all(task.deterministic for task in load_tasks(config, FOLDER))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
