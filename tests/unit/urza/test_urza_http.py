@@ -88,7 +88,12 @@ def test_a_posted_design_is_compiled_found_and_downloaded(client, hub):
     assert artifact.content == container
     assert artifact.headers["content-type"] == "application/octet-stream"
     assert hashlib.sha256(artifact.content).hexdigest() == record.kernel_id
-    assert client.get("/health").json() == {"status": "ok", "api_version": 1, **hub.census().model_dump()}
+    assert client.get("/health").json() == {
+        "status": "ok",
+        "api_version": 1,
+        "tamiyo": None,
+        **hub.census().model_dump(),
+    }
 
 
 def test_an_artifact_is_cached_by_its_name_and_sent_in_pieces(client, hub, monkeypatch):
