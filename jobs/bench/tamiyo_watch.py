@@ -79,6 +79,9 @@ def _drive(bus: Bus, service: Any, rate: int, options: argparse.Namespace) -> di
 
     from actors.autonomous import GROUP
 
+    def about() -> Any:
+        return ray.get(service.about.remote(), timeout=_WAIT_S)
+
     heard = _Heard(bus)
     num_epochs = max(1, round(options.seconds * rate / (options.runs * options.seeds)))
     told: dict[tuple[str, int], float] = {}
@@ -94,7 +97,7 @@ def _drive(bus: Bus, service: Any, rate: int, options: argparse.Namespace) -> di
     seconds = time.perf_counter() - began
     sent = num_epochs * options.runs * options.seeds
     deadline = time.monotonic() + _WAIT_S
-    while (seen := ray.get(service.about.remote(), timeout=_WAIT_S))["told"] + seen["overtaken"] < len(told):
+    while (seen := about())["told"] + seen["overtaken"] < len(told):
         if time.monotonic() > deadline:
             break
         time.sleep(0.05)
