@@ -313,29 +313,33 @@ class Training:
             return {"refused": str(error)}
 
     def _judge_beside_heuristic(self, card: PolicyCard, weights: bytes) -> list[dict[str, Any]]:
-        """Rows of the policy at its most probable beside the heuristic, on seeds that nothing was learned from."""
+        """Rows of the policy at its most probable (`gnn`), as it draws, and of the heuristic, on seeds that nothing was
+        learned from.
+        """
         rows = []
         for i, task in enumerate(self._tasks):
             seeds = range(JUDGED_FROM, JUDGED_FROM + self._config.judged)
-            own = [Ask(i, seed, NET, card, weights, greedy=True) for seed in seeds]
+            own = [Ask(i, seed, NET, card, weights, greedy=greedy) for seed in seeds for greedy in (True, False)]
             asks = [*own, *(Ask(i, seed, "heuristic") for seed in seeds)]
             twins = {
                 one.ask.seed: twin_of(one.episode)
                 for one in self._rollouts.play([Ask(i, seed, "none") for seed in seeds])
                 if one.episode is not None
             }
-            totals: dict[str, dict[int, float]] = {NET: {}, "heuristic": {}}
+            totals: dict[str, dict[int, float]] = {NET: {}, "drawn": {}, "heuristic": {}}
             for one in self._rollouts.play(asks):
                 if one.episode is not None and one.ask.seed in twins:
                     whole = lessons_of(one.episode, self._config.reward, twin=twins[one.ask.seed])
-                    totals[one.ask.policy][one.ask.seed] = whole.total
-            both = sorted(totals[NET].keys() & totals["heuristic"].keys())
+                    who = "drawn" if one.ask.policy == NET and not one.ask.greedy else one.ask.policy
+                    totals[who][one.ask.seed] = whole.total
+            both = sorted(totals[NET].keys() & totals["heuristic"].keys() & totals["drawn"].keys())
             difference = [totals[NET][seed] - totals["heuristic"][seed] for seed in both]
             rows.append(
                 {
                     "task": task.name,
                     "seeds": len(both),
                     "gnn": _mean([totals[NET][seed] for seed in both]) if both else None,
+                    "drawn": _mean([totals["drawn"][seed] for seed in both]) if both else None,
                     "heuristic": _mean([totals["heuristic"][seed] for seed in both]) if both else None,
                     "difference": _mean(difference) if both else None,
                     "stderr": _stderr(difference),
