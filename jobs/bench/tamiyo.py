@@ -130,9 +130,8 @@ def compare(cells: Sequence[ExamCell]) -> tuple[list[dict[str, Any]], list[Goal]
             pairs = [own[seed].test - other[seed].test for seed in seeds]
             row["beyond_heuristic"] = round(statistics.fmean(pairs), 4)
             if any(pairs):
-                row["p"] = round(
-                    float(stats.ttest_rel(*([one[s].test for s in seeds] for one in (own, other))).pvalue), 4
-                )
+                ours, theirs = ([one[seed].test for seed in seeds] for one in (own, other))
+                row["p"] = round(float(stats.ttest_rel(ours, theirs).pvalue), 4)
         rows.append(row)
     for task in dict.fromkeys(cell.task for cell in cells):
         for better, worse in (("gnn", "heuristic"), ("heuristic", "random")):
