@@ -100,7 +100,7 @@ class Arena:
         path = self._folder / f"control-{kind}-{seed}.json"
         if not path.exists():
             if kind == "swap":
-                self._wait_for_native()
+                self._have_native_code()
             settings = self._settings(kind, deterministic=False, num_workers=0) | {"seed": seed}
             summary = self._undisturbed(f"control-{kind}-{seed}", kind, settings).summary
             assert summary.went_without == ()
@@ -117,14 +117,12 @@ class Arena:
         assert bool(found.summary.rollbacks) == (kind == "sick")
         return found
 
-    def ask_for_native(self) -> None:
-        """Has the native code compiled that the runs swap to, if it is not there: a run is over long before that."""
-        if (self._folder / "control-swap-0.json").exists():
-            return
+    def _have_native_code(self) -> None:
+        """Has the native code compiled that the runs swap to, and waits for it: a run is over long before that, and a
+        plan with a storage of its own takes this platform down.
+        """
         settings = self._settings("swap", deterministic=False, num_workers=0)
         self._train(self._store, f"asks-for-native-code-{time.time_ns()}", Chaos("swap", self._folder), **settings)
-
-    def _wait_for_native(self) -> None:
         hub = urza.connect(str(self._store))
         until = time.monotonic() + WAIT_S
         while not (found := hub.kernels(status=KernelStatus.VALIDATED, pipeline=Pipeline.OPTIMIZED)):
@@ -220,12 +218,8 @@ class Arena:
 
 
 @pytest.fixture(scope="module")
-def arena(train, request):
-    found = Arena(train, Path(os.environ.get("ESPER_SOAK_DIR", ".soak")).resolve() / "chaos-on-ray")
-    calls = [item.callspec for item in request.session.items if hasattr(item, "callspec") and item.path == request.path]
-    if any(Plan.drawn(call.params["number"]).kind == "swap" for call in calls):
-        found.ask_for_native()  # it takes minutes; other plans are carried out meanwhile
-    return found
+def arena(train):
+    return Arena(train, Path(os.environ.get("ESPER_SOAK_DIR", ".soak")).resolve() / "chaos-on-ray")
 
 
 @pytest.mark.soak
