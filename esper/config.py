@@ -697,6 +697,8 @@ class RunConfig(Section):
             return self
         if self.deterministic:
             raise ValueError("tamiyo.trials: a deterministic run has none: when they end depends on the clock")
+        if tamiyo.control == "listen":
+            raise ValueError("tamiyo.trials: who watches the runs that listen is not told what their forks have shown")
         if self.tolaria.use_gpu:
             raise ValueError("tamiyo.trials: forks run on idle CPUs, and would not compute what a GPU does")
         if tamiyo.policy in {"none", "schedule"}:

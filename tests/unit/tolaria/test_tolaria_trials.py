@@ -489,6 +489,7 @@ def test_the_budget_of_trials_is_held(tmp_path):
         ("tamiyo.policy=none", "chooses nothing"),
         ("tamiyo.strategy=performance_linked", "validations between epochs"),
         ("tamiyo.trials.strategies=[performance_linked]", "validations between epochs"),
+        ("tamiyo.control=listen", "is not told what their forks have shown"),
         ("tolaria.use_gpu=true", "idle CPUs"),
     ],
 )
