@@ -163,6 +163,9 @@ def down(address: str, options: dict[str, Any] | None = None) -> list[ActorState
 
     storage = Storage.at(address, options)
     ended = []
+    # first, while Urza can take it: work that nobody gives back counts as the death of its worker, and two are enough
+    with contextlib.suppress(ValueError):
+        _dismiss([ray.get_actor(f"compilers-{storage.key}", namespace=NAMESPACE)])
     with contextlib.suppress(UnavailableError):
         urza.connect(address, options).close()
     with contextlib.suppress(NotFoundError, UnavailableError):
@@ -262,10 +265,15 @@ def _take_down(platform: Platform, config: RunConfig) -> None:
 
 def _stop_consumers(platform: Platform) -> None:
     """Lets those who wait for news leave, so that no question is open when Oona ends."""
+    consumers = (platform.compilers, platform.view.actor, platform.watcher)
+    _dismiss([actor for actor in consumers if actor is not None])
+
+
+def _dismiss(consumers: list[Any]) -> None:
+    """Asks actors to leave, and to give back what they were at. One that does not is told of, no more."""
     import ray
 
-    consumers = (platform.compilers, platform.view.actor, platform.watcher)
-    leaving = [actor.stop.remote() for actor in consumers if actor is not None]
+    leaving = [actor.stop.remote() for actor in consumers]
     _done, late = ray.wait(leaving, num_returns=len(leaving), timeout=10.0)
     if late:
         _LOG.warning("platform.end.failed", extra={"system": "consumers", "reason": f"{len(late)} did not leave"})

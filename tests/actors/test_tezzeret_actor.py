@@ -20,12 +20,14 @@ from urza_samples import VECTOR, design
 
 from actors import oona, pool, urza
 from actors.cluster import NAMESPACE, disconnect
+from actors.platform import down
 from esper.config import OonaConfig, TezzeretConfig
 from esper.leyline import BlueprintStatus, CompiledKernelArtifact, EsperError, SiteKind, SiteSignature, Topic
 from esper.leyline.blueprints import parse_ir
 from esper.leyline.container import unpack
 from esper.leyline.limits import DEFAULT_LIMITS, IRLimits
 from esper.storage import Storage
+from esper.urza.catalog import TargetState
 
 pytestmark = pytest.mark.ray
 
@@ -102,11 +104,12 @@ def platform(tmp_path, gate):
         return made[-1]
 
     yield start, hub, connect
-    for actor in made:
-        ray.get(actor.stop.remote(), timeout=90)
-        ray.kill(actor)
-    ray.kill(hub._actor)
-    bus.stop()
+    with contextlib.suppress(RayActorError, EsperError):  # a test may have taken it all down
+        for actor in made:
+            ray.get(actor.stop.remote(), timeout=90)
+            ray.kill(actor)
+        ray.kill(hub._actor)
+        bus.stop()
 
 
 def site(channels: int) -> SiteSignature:
@@ -187,6 +190,18 @@ def test_the_work_of_a_worker_that_is_killed_is_done_by_its_successor(platform, 
     assert (target.attempts, target.deaths) == (2, 1)
     [successor] = pids(compilers).values()
     assert successor != worker
+
+
+def test_a_platform_that_is_taken_down_counts_no_death_for_the_work_under_way(platform, gate, tmp_path):
+    start, hub, _ = platform
+    start()
+    blueprint = hub.submit_blueprint(design(), name="adapter", targets=[site(200)])
+    waiting(gate)
+    down(str(tmp_path / "store"))
+    again = urza.spawn(str(tmp_path / "store"), num_cpus=0.01, deadline_s=60.0)
+    [target] = again.targets(blueprint.blueprint_id)
+    ray.kill(again._actor)
+    assert (target.state, target.attempts, target.deaths) == (TargetState.QUEUED, 1, 0)
 
 
 def test_work_that_kills_its_compiler_twice_is_given_up_with_its_last_lines_and_the_worker_lives(platform, gate):
