@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from esper.leyline.errors import UnavailableError
@@ -21,6 +20,7 @@ from esper.tolaria.reach import Reach
 from esper.tolaria.steering import Steering
 
 _SETTLE_PAUSE_S = 0.1
+_SILENCES = 3
 
 
 class Deciding:
@@ -54,17 +54,28 @@ class Deciding:
         self._commands = commands
         self.memory: dict[str, Any] = {}
         self._request: threading.Thread | None = None
+        self._has_requested = False
         self._has_settled = False
         self._neighbours: dict[tuple[str, str], bool] = {}
 
     def begin(self) -> None:
         """Asks for the kernels that the sites may need. They are built beside the training."""
         course = self._course
-        if (request := course.ports.request_kernels) is None or not course.is_first:
+        if course.ports.request_kernels is None or not course.is_first:
             return
-        ask = partial(self._reach.ask, "Urza", request)
-        self._request = threading.Thread(target=ask, name="request-kernels", daemon=True)
+        self._request = threading.Thread(target=self._request_kernels, name="request-kernels", daemon=True)
         self._request.start()
+
+    def _request_kernels(self) -> None:
+        """Submits designs; one that was taken once is not built again."""
+        request = self._course.ports.request_kernels
+
+        def submit() -> bool:
+            assert request is not None
+            request()
+            return True
+
+        self._has_requested = self._reach.ask("Urza", submit) or False
 
     def decide(
         self,
@@ -123,14 +134,21 @@ class Deciding:
         return ready or 0, pending or 0
 
     def _settle(self, hub: AssetHub, signatures: Sequence[SiteSignature]) -> None:
-        """Waits until the first kernels are built; goes on without those that take longer."""
-        course = self._course
-        deadline = time.monotonic() + course.config.tamiyo.startup_s
+        """Waits until the first kernels are built; goes on without those that take longer, and without an Urza that
+        stays silent longer than its breaker does not ask it, three times over. What it did not take is submitted again.
+        """
+        course, began = self._course, time.monotonic()
+        patience_s = course.config.tamiyo.startup_s
         if self._request is not None:
-            self._request.join(course.config.tamiyo.startup_s)
+            self._request.join(patience_s)
         pause = threading.Event()  # never set: a wait that a signal handler can interrupt
-        while time.monotonic() < deadline and course.ports.stop() is None:
-            if not self._reach.ask("Urza", lambda: hub.pending(signatures, pipeline=Pipeline.FAST)):
+        while (passed_s := time.monotonic() - began) < patience_s and course.ports.stop() is None:
+            pending = self._reach.ask("Urza", lambda: hub.pending(signatures, pipeline=Pipeline.FAST))
+            if pending is None and passed_s > _SILENCES * course.config.kasmina.breaker_s:
+                return
+            if pending is not None and self._request is not None and not self._has_requested:
+                self._request_kernels()
+            elif pending == 0:
                 return
             pause.wait(_SETTLE_PAUSE_S)
 

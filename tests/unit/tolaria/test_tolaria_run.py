@@ -289,6 +289,56 @@ class Unfinished:
         return 2
 
 
+class Interrupted:
+    """A hub that is away at the start: it takes no submission and tells nothing until it was asked so many times."""
+
+    def __init__(self, inner, num_silent):
+        self._inner = inner
+        self.num_silent = num_silent
+        self.submitted = 0
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def _answer(self):
+        self.num_silent -= 1
+        if self.num_silent >= 0:
+            raise UnavailableError("it is away")
+
+    def register_sites(self, sites, *, run_id):
+        self._answer()
+        self._inner.register_sites(sites, run_id=run_id)
+
+    def submit_blueprint(self, *args, **given):
+        self.submitted += 1
+        return self._inner.submit_blueprint(*args, **given)
+
+    def pending(self, signatures, *, pipeline=None):
+        self._answer()
+        return self._inner.pending(signatures, pipeline=pipeline)
+
+
+def test_a_hub_that_is_away_at_the_start_is_waited_for_and_asked_for_kernels_again(tmp_path):
+    hub, key = kernel_hub()
+    away = Interrupted(hub, 5)
+    chosen = config(deterministic=False, kasmina__breaker_failures=100)
+    summary, _ = train(tmp_path, chosen, hub=away, public_key=key)
+    assert away.num_silent < 0
+    assert away.submitted > 0, "what it had not taken was submitted again"
+    assert [words.split(":")[0] for words in summary.went_without] == ["Urza"]
+    assert any(event.to_stage is SeedStage.GERMINATED for event in summary.events)
+
+
+def test_a_hub_that_stays_away_is_not_waited_for_forever(tmp_path):
+    hub, key = kernel_hub()
+    away = Interrupted(hub, 10**9)
+    chosen = config(deterministic=False, tamiyo__startup_s=3600.0, kasmina__breaker_s=0.1)
+    summary, _ = train(tmp_path, chosen, hub=away, public_key=key)
+    assert summary.status is RunStatus.FINISHED
+    assert away.submitted == 0
+    assert any(words.startswith("Urza") for words in summary.went_without)
+
+
 def test_kernels_that_were_not_built_in_time_are_named(tmp_path):
     hub, key = kernel_hub()
     chosen = config(deterministic=False, tamiyo__startup_s=0.05, tolaria__epochs=1)
