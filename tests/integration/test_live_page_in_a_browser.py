@@ -303,7 +303,7 @@ def test_a_run_of_the_main_job_is_seen_growing(look, tmp_path):
         page.wait_for_selector(".network .plant", timeout=PATIENCE_MS)
         picture = page.screenshot(path=tmp_path / "growing.png", full_page=True)
         assert len(picture) > 30_000
-        assert "→ grafting" in page.inner_text("#notes")
+        assert "→ grafting" in page.text_content("#notes")  # what is scrolled out of sight has no inner text
         assert "system.events.epoch" in page.inner_text("#bus")
         driver.process.send_signal(signal.SIGINT)
         driver.end()
