@@ -92,6 +92,7 @@ class Tamiyo:
         self._in_shadow = ThreadPoolExecutor(1, thread_name_prefix="shadow")
         self._num_in_shadow = threading.Semaphore(_MAX_IN_SHADOW)
         self._lock = threading.Lock()
+        self._has_ended = threading.Event()
         threading.Thread(target=self._follow, name="policies", daemon=True).start()
 
     def __repr__(self) -> str:
@@ -119,6 +120,10 @@ class Tamiyo:
             EsperError: if there is no such policy, or it cannot be loaded.
         """
         return await self._batching.ask(Asked(state, packet_json, config_json, storage, version))
+
+    def close(self) -> None:
+        """Ends its following of storages. Ray ends a replica's process; in others somebody has to."""
+        self._has_ended.set()
 
     async def policies(self, storage: Storage) -> str:
         """Returns the JSON of the storage's `PolicyShelf`; raises `StorageError`."""
@@ -197,8 +202,7 @@ class Tamiyo:
             return self._shelves[storage.uri]
 
     def _follow(self) -> None:
-        pause = threading.Event()  # never set
-        while not pause.wait(self._poll_s):
+        while not self._has_ended.wait(self._poll_s):
             for shelf in list(self._shelves.values()):
                 try:
                     shelf.refresh()

@@ -181,7 +181,7 @@ def test_many_callers_at_once_each_get_their_own_answer(desk):
 
 def test_a_replica_answers_more_callers_than_a_few_together():
     """In this process: all ask before the loop hears of the first answer, which over Serve hangs on the machine."""
-    replica = Tamiyo()
+    replica = Tamiyo(poll_s=60.0)
 
     async def ask_all():
         initial = initial_state(CONFIG, 0)
@@ -189,7 +189,10 @@ def test_a_replica_answers_more_callers_than_a_few_together():
         return await asyncio.gather(*asked)
 
     state, signal = step(initial_state(CONFIG, 0), packet(0), CONFIG)
-    answers = asyncio.run(ask_all())
+    try:
+        answers = asyncio.run(ask_all())
+    finally:
+        replica.close()
     assert [(after, AdaptationSignal.model_validate_json(json)) for after, json in answers] == [(state, signal)] * 40
     about = replica.about()
     assert (about["decisions"], about["batches"], about["largest_batch"]) == (40, 2, 39)
