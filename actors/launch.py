@@ -134,7 +134,7 @@ def _train(
             + (f"; {cluster.dashboard}" if cluster.dashboard else "")
             + ("; Ray's dashboard did not start: going on without it" if _lacks_dashboard(config, cluster) else "")
         )
-        from actors import platform, tolaria
+        from actors import platform, room, tolaria
 
         with _signals(stop), platform.running(config, owned=cluster.owned) as systems:
             for note in systems.notes:
@@ -148,6 +148,7 @@ def _train(
                 resume=resume,
                 faults=faults,
             )
+            room.wait_for_room(config.tolaria, owned=cluster.owned, stop=stop, say=say)
             try:
                 with Follower(systems.view.fetch(run_id), view_for(config.nissa.view, sys.stdout)):
                     summary = _in_thread(lambda: tolaria.fit(job, stop))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from actors.cluster import NAMESPACE
 from actors.logs import log_as
 from actors.platform import Platform
+from actors.room import needs
 from actors.tamiyo import ServeController
 from actors.trials import Origin, RayTrials
 from esper.config import RunConfig
@@ -108,13 +109,12 @@ def fit(job: Job, stop: Callable[[], str | None]) -> RunSummary:
 
     tolaria = job.config.tolaria
     with _relay(job, stop) if tolaria.num_workers else contextlib.nullcontext() as flag:
-        resources = {"CPU": tolaria.cpus_per_worker, **({"GPU": 1} if tolaria.use_gpu else {})}
         trainer = TorchTrainer(
             partial(_train, job, flag) if tolaria.num_workers else partial(_train_here, job, stop),
             scaling_config=ScalingConfig(
                 num_workers=tolaria.num_workers,
                 use_gpu=tolaria.use_gpu,
-                resources_per_worker=resources if tolaria.num_workers else None,
+                resources_per_worker=needs(tolaria) if tolaria.num_workers else None,
             ),
             run_config=RunConfig(
                 name=job.run_id,
