@@ -81,8 +81,14 @@ class Shelf:
             return
         if nominated is None or nominated == self._live.version:
             self._shadow = None
-        elif self._shadow is None or self._shadow.version != nominated:
+        elif self._shadow is None or self._shadow.version != nominated or self._stands_beside_another():
             self._begin(nominated)
+
+    def _stands_beside_another(self) -> bool:
+        """Whether what was compared so far is of a policy that does not decide any more."""
+        with self._canary_lock:
+            record = self._canary
+        return record is not None and record.beside != (self._live.version or BUILT_IN)
 
     def held(self, version: str | None) -> Held:
         """The policy that decides.
@@ -105,7 +111,12 @@ class Shelf:
         if live.version is not None and live.version.startswith(version):
             return live
         whole = len(version) == _WHOLE  # then the store need not be listed
-        return self._loaded_as(version if whole else find_policy(self._store, version))
+        found = version if whole else find_policy(self._store, version)
+        try:
+            return self._loaded_as(found)
+        except TamperedError as error:  # the run that asks is told; so is everybody else
+            self._refuse(found, str(error))
+            raise
 
     def compare(self, question: Question, held: Held, signal: AdaptationSignal) -> None:
         """Asks the one in shadow the same question, if there is one and `held` is the one that it stands beside."""
@@ -113,7 +124,7 @@ class Shelf:
             shadow, record = self._shadow, self._canary
             if shadow is None or record is None or record.verdict is not CanaryVerdict.RUNNING:
                 return
-            if held.version != self._live.version:
+            if held.version != self._live.version or record.beside != (held.version or BUILT_IN):
                 return
             try:
                 [answer] = shadow.decider.decide([question])
@@ -168,13 +179,18 @@ class Shelf:
         self._say(PolicyChange.CANARY, version, before=self._live.version)
 
     def _end(self, record: CanaryRecord) -> None:
-        """Promotes it or not; either way it is no candidate any more."""
+        """Promotes it or not; either way it is no candidate any more. A person's word that came meanwhile stands: who
+        was promoted by hand is not replaced by one that was never compared with it, and who was nominated is next.
+        """
         before, shadow = self._live.version, self._shadow
         passed = record.verdict is CanaryVerdict.PASSED
         try:
+            if passed and self._is_another_to_decide(before):
+                return  # the next look begins anew, beside that one
             if passed:
                 self._store.promote(record.version)
-            self._store.nominate(None)
+            if self._store.nominated() == record.version:
+                self._store.nominate(None)
         except (EsperError, OSError) as error:
             self._refuse(record.version, f"it was in shadow, and its end cannot be noted: {error}")
             return
@@ -188,6 +204,14 @@ class Shelf:
             reason=record.reason,
             record=record,
         )
+
+    def _is_another_to_decide(self, before: str | None) -> bool:
+        """Whether somebody promoted another one since, which can be loaded as far as anybody knows."""
+        try:
+            promoted = self._store.promoted()
+        except TamperedError:
+            return False
+        return promoted not in (None, before) and promoted not in self._refused
 
     def _try(self, version: str) -> Held | None:
         """Loads a policy; None, and an event, if that fails."""

@@ -10,9 +10,9 @@ import base64
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from esper.leyline import Contract, LayerHealthReport, SystemStatePacket
 
@@ -44,6 +44,17 @@ class SiteWindows(Contract):
     sites: str = ""
     epochs: tuple[Annotated[int, Field(ge=0)], ...] = ()
     figures: str = ""
+
+    @model_validator(mode="after")
+    def _holds_whole_epochs(self) -> Self:
+        """Refuses a memory that was damaged on its way, where it is read and not where it is used. By its length alone:
+        it is read at every decision, and may be a megabyte.
+        """
+        num_bytes = len(self.figures) // 4 * 3 - self.figures[-2:].count("=")
+        row = 4 * len(FIGURES) * len(self.epochs)
+        if num_bytes and (not row or num_bytes % row):
+            raise ValueError(f"{num_bytes} bytes are no {len(self.epochs)} epochs of {len(FIGURES)} figures")
+        return self
 
     def table(self) -> np.ndarray:
         """Returns (epochs, sites, FIGURES) float64; what was not measured is NaN.

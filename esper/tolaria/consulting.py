@@ -56,11 +56,13 @@ class Consulting:
                 _require_fitting(answer.signal, packet)
             except UnavailableError as error:
                 raise UnavailableError(f"{error.message}{self._instead()}", field=error.field) from error
-            except EsperError as error:
+            except Exception as error:
+                # the edge of the run towards another system: whatever breaks there must not end the training
                 if self._course.config.deterministic:
                     raise
-                _LOG.warning("tamiyo.failed", extra={"error": str(error), "epoch": packet.epoch.epoch})
-                raise UnavailableError(f"it failed: {error}{self._instead()}") from error
+                words = _in_words(error)
+                _LOG.warning("tamiyo.failed", extra={"error": words, "epoch": packet.epoch.epoch})
+                raise UnavailableError(f"it failed: {words}{self._instead()}") from error
             return answer
 
         answer = self._reach.ask(_TAMIYO, question) or self._own(memory, packet)
@@ -76,9 +78,11 @@ class Consulting:
             return None
         try:
             answer = Answer(*fallback.decide(memory, packet))
-        except EsperError as error:
-            self._reach.miss("Tamiyo's fallback", str(error))
-            _LOG.warning("tamiyo.fallback.failed", extra={"error": str(error), "epoch": packet.epoch.epoch})
+            _require_fitting(answer.signal, packet)
+        except Exception as error:  # noqa: BLE001 - as above
+            words = _in_words(error)
+            self._reach.miss("Tamiyo's fallback", words)
+            _LOG.warning("tamiyo.fallback.failed", extra={"error": words, "epoch": packet.epoch.epoch})
             return None
         reason = f"without Tamiyo, decided by the trainer's own {answer.signal.policy}: {answer.signal.reason}"
         return answer._replace(signal=answer.signal.model_copy(update={"reason": reason}))
@@ -95,6 +99,11 @@ class Consulting:
                 "vetoes": (*signal.vetoes, *_vetoes(strange)),
             }
         )
+
+
+def _in_words(error: Exception) -> str:
+    """What we know of it: our own errors speak for themselves, others are named."""
+    return str(error) if isinstance(error, EsperError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _vetoes(strange: Sequence[KasminaControlCommand]) -> list[Veto]:

@@ -161,6 +161,69 @@ def test_one_that_does_not_pass_is_not_promoted_and_the_one_before_stays(store, 
     assert server.told[-1] is event  # it does not begin again
 
 
+@pytest.mark.parametrize("passes", [True, False])
+def test_who_was_nominated_meanwhile_is_next(store, server, passes):
+    first, second = put(store, value=0.2, acts=not passes), put(store, value=0.3)
+    store.nominate(first)
+    server.shelf.refresh()
+    store.nominate(second)  # not looked at yet when the first comes to its end
+    for _ in range(CANARY.decisions):
+        server.ask(None)
+    assert store.nominated() == second
+    server.shelf.refresh()
+    assert server.shelf.view().canary.version == second
+
+
+@pytest.mark.parametrize("looked", [True, False], ids=["looked at", "not looked at yet"])
+def test_who_was_promoted_by_hand_meanwhile_stays_and_the_candidate_begins_anew_beside_it(store, server, looked):
+    before, new, by_hand = (put(store, value=value) for value in (0.1, 0.2, 0.3))
+    store.promote(before)
+    store.nominate(new)
+    server.shelf.refresh()
+    for _ in range(CANARY.decisions - 1):
+        server.ask()
+    store.promote(by_hand)
+    if looked:
+        server.shelf.refresh()
+    server.ask()
+    assert store.promoted() == by_hand
+    server.shelf.refresh()
+    for _ in range(2 * CANARY.decisions):
+        assert server.ask()[0] == by_hand
+    record = server.shelf.view().canary
+    assert (record.version, record.beside, record.verdict) == (new, by_hand, CanaryVerdict.FAILED)
+    assert (record.num_decisions, record.value_before) == (CANARY.decisions, pytest.approx(0.3))
+    assert store.promoted() == by_hand
+
+
+def test_one_that_passes_takes_the_place_of_a_promoted_one_that_cannot_be_loaded(tmp_path):
+    storage = Storage.at(tmp_path)
+    store = StoredPolicies(storage)
+    good, bad, new = (put(store, value=value) for value in (0.1, 0.2, 0.3))
+    store.promote(good)
+    server = Server(store)
+    server.shelf.refresh()
+    store.promote(bad)
+    storage.write(f"policies/{bad}/weights.safetensors", b"torn")
+    store.nominate(new)
+    server.shelf.refresh()
+    for _ in range(CANARY.decisions):
+        assert server.ask()[0] == good
+    assert (store.promoted(), store.nominated(), server.ask()[0]) == (new, None, new)
+
+
+def test_a_damaged_policy_that_a_run_has_pinned_is_told_once(tmp_path):
+    storage = Storage.at(tmp_path)
+    store = StoredPolicies(storage)
+    bad = put(store, value=0.2)
+    storage.write(f"policies/{bad}/weights.safetensors", b"torn")
+    server = Server(store)
+    for _ in range(2):
+        with pytest.raises(TamperedError):
+            server.ask(bad)
+    assert server.changes == [(PolicyChange.REFUSED, bad)]
+
+
 def test_a_value_that_is_no_number_is_no_signal(server):
     _, signal = server.ask(None)
     with pytest.raises(ValueError, match="finite"):

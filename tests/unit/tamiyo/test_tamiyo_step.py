@@ -381,6 +381,15 @@ def test_a_repeated_epoch_after_a_rollback_replaces_its_loss():
     assert state["val_losses"] == [[0, 1.0], [1, 0.7]]
 
 
+@pytest.mark.parametrize("damage", [lambda text: text[:-8], lambda text: text[:-4], lambda _: "AAAA"])
+def test_a_memory_whose_windows_are_torn_is_refused_where_it_is_read(damage):
+    state, _ = step(initial_state(CONFIG, 0), packet(0, layer("a", 0), layer("b", 0)), CONFIG)
+    windows = {**state["windows"], "figures": damage(state["windows"]["figures"])}
+    assert read_state(state).windows is not None
+    with pytest.raises(ConflictError, match=r"state\.windows.*: cannot read Tamiyo's state"):
+        read_state({**state, "windows": windows})
+
+
 def test_a_foreign_state_is_refused_by_name():
     with pytest.raises(ConflictError, match=r"state\.version: cannot read Tamiyo's state"):
         step({"seed": 0, "version": 2}, packet(0), CONFIG)

@@ -51,6 +51,24 @@ def test_a_tamiyo_that_fails_is_done_without(tmp_path, error):
     assert words.startswith(f"Tamiyo: it failed: {error}")
 
 
+@pytest.mark.parametrize("error", [ValueError("not whole epochs"), ZeroDivisionError("0"), RuntimeError("shapes")])
+def test_what_breaks_in_tamiyo_never_ends_a_run(tmp_path, error):
+    failing = Counting(error)
+    summary, _ = train(tmp_path, config(deterministic="false"), controller=failing)
+    assert (summary.status, failing.asked) == (RunStatus.FINISHED, 8)
+    assert summary.events[0].to_stage is SeedStage.GERMINATED  # by the trainer's own decision
+    [words] = summary.went_without
+    assert words.startswith(f"Tamiyo: it failed: {type(error).__name__}: {error}")
+
+
+def test_what_breaks_in_the_trainers_own_decision_does_not_either(tmp_path, monkeypatch):
+    monkeypatch.setattr("esper.api.fallback_controller", lambda *_, **__: Counting(ValueError("broken")))
+    chosen = config(deterministic="false", tolaria__epochs=3)
+    summary, _ = train(tmp_path, chosen, controller=Counting(RuntimeError("too")))
+    assert (summary.status, summary.events) == (RunStatus.FINISHED, ())
+    assert "Tamiyo's fallback: ValueError: broken" in summary.went_without
+
+
 def test_in_deterministic_mode_a_tamiyo_that_fails_ends_the_run_with_its_error(tmp_path):
     with pytest.raises(TamperedError, match="torn"):
         train(tmp_path, controller=Counting(TamperedError("the policy is torn")))
