@@ -572,6 +572,15 @@ class FieldReport(Contract):
     failure_reason: str = ""
 
     @property
+    def worth(self) -> Evidence | None:
+        """The evidence that says what it was worth: of a fossil that had won a trial, what its fork came to beside one
+        that did not grow; else what was measured last. None where that was not paired.
+        """
+        tried = self.trial if self.outcome is Outcome.FOSSILIZED else None
+        evidence = tried if tried is not None and tried.kind is EvidenceKind.FORK and tried.num_pairs else self.evidence
+        return evidence if evidence is not None and evidence.kind in PAIRED and evidence.num_pairs else None
+
+    @property
     def value(self) -> float | None:
         """What the adaptation was worth: its paired gain as a share of the larger of both losses, in [-1, 1].
 
@@ -579,8 +588,8 @@ class FieldReport(Contract):
         None where nothing paired was measured, and where nothing was decided (cancelled, or the run ended first): what
         the host gained by itself meanwhile is nobody's.
         """
-        evidence = self.evidence
-        if evidence is None or evidence.kind not in PAIRED or not evidence.num_pairs:
+        evidence = self.worth
+        if evidence is None:
             return None
         if self.outcome in {Outcome.CANCELLED, Outcome.UNFINISHED}:
             return None

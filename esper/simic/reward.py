@@ -8,6 +8,8 @@ What each part of it guards against (facts 8 to 12), and what shows it in tests/
 
 - Paired evidence alone pays (`PAIRED`): what the host gains by itself is nobody's, and how much a host leans on a part
   of it (`HARM`, leave-one-out) is no worth. Unmeasured pays nothing. Only what stays pays: a fossil.
+- Of a fossil that had won a trial its fork speaks: it ran on beside one that did not grow, with the kernel live, which no
+  shadow does. A fork is short, so the next guard holds for it too.
 - `_drift_free`: an early kernel runs ahead of a host that would have got there by itself. Of its gain counts what
   exceeds that which the host gained by itself since the adaptation began. Growth that pays early is paid in full by a
   twin only.
@@ -31,7 +33,7 @@ from esper.config import RewardConfig
 from esper.leyline import PAIRED, EpochRecord, Evidence, EvidenceKind, FieldReport, Outcome, SystemStatePacket
 from esper.simic.moments import Episode
 
-REWARD_VERSION = 1
+REWARD_VERSION = 2
 """Grows when the same episode would be paid otherwise."""
 
 
@@ -70,6 +72,8 @@ class Meter:
         self._config = config
         self._trails: dict[str, _Trail] = {}
         self._counted: set[str] = set()
+        self._losses: dict[int, float] = {}
+        self._tried_at: dict[Evidence, int] = {}  # -> the epoch after which the trial began that found it
         self._host_params = 0
         self._epoch_flops = 0.0
         self._last: EpochRecord | None = None
@@ -89,6 +93,12 @@ class Meter:
                 evidence = seed.evidence
                 if evidence is not None and evidence.kind in PAIRED and evidence.num_pairs:
                     self._trails[seed.trace_id or seed.seed_id].measured.append(evidence)
+        epoch, loss, trials = packet.epoch.epoch, packet.epoch.val_loss, packet.trials
+        if loss is not None:
+            self._losses[epoch] = loss
+        if trials is not None and trials.result is not None:
+            found = (outcome.evidence for outcome in trials.result.outcomes if outcome.evidence is not None)
+            self._tried_at.update(dict.fromkeys(found, trials.result.epoch))
         reward += self._settle(packet.ended)
         self._loss = packet.epoch.val_loss if packet.epoch.val_loss is not None else self._loss
         return reward
@@ -145,12 +155,14 @@ class Meter:
         if report.outcome is not Outcome.FOSSILIZED:
             # behind the host nothing was harmed; what was live and went is worth nothing at best
             return min(0.0, value) if any(span.stage.is_blended for span in report.stages) else 0.0
-        assert report.evidence is not None  # else it had no value
-        if report.evidence.kind is EvidenceKind.FORK:  # ran on for itself: the host's drift is in both sides
-            return _cautious([report.evidence], self._config.z)
-        measured = trail.measured[-self._config.window :] or [report.evidence]
+        worth = report.worth
+        assert worth is not None  # else it had no value
+        if worth.kind is EvidenceKind.FORK:
+            measured, before = [worth], self._losses.get(self._tried_at.get(worth, -1), trail.loss_before)
+        else:
+            measured, before = trail.measured[-self._config.window :] or [worth], trail.loss_before
         gain = _cautious(measured, self._config.z)
-        return gain * _drift_free(measured, trail.loss_before) if gain > 0.0 else gain
+        return gain * _drift_free(measured, before) if gain > 0.0 else gain
 
 
 def rewards(episode: Episode, config: RewardConfig, twin: Twin | None = None) -> list[float]:

@@ -11,7 +11,8 @@ import pytest
 from paper_run import MEDIOCRE, NORM, STRONG, PaperRun, dither, farm, grow, nothing, peak
 
 from esper.config import RewardConfig
-from esper.leyline import Evidence, EvidenceKind, Outcome
+from esper.leyline import Evidence, EvidenceKind, Outcome, TrialCandidate, TrialOutcome, TrialResult
+from esper.leyline.trials import TrialState
 from esper.simic.reward import Meter, harms, rewards, whole_gain
 
 PRICES = RewardConfig()
@@ -63,6 +64,66 @@ def test_without_its_guards_the_exploit_would_have_paid(name, monkeypatch):
     """Else the test above could not fail."""
     monkeypatch.setattr("esper.simic.reward._drift_free", lambda measured, loss_before: 1.0)
     assert mean(returns(EXPLOITS[name], prices=RewardConfig(**GUARDS[name]))) > 0.0
+
+
+def with_trial(script, kernel, *, at, steps=3):
+    """An episode whose kernel had won a trial after epoch `at`: its fork is ahead by its worth and by its haste."""
+    episode = PaperRun().play(script)
+    host = PaperRun.drift(at + steps)
+    candidate = PaperRun.drift(at + steps + kernel.haste) * (1.0 - kernel.worth)
+    evidence = Evidence(
+        kind=EvidenceKind.FORK,
+        gain=host - candidate,
+        stderr=0.01 * host,
+        baseline=host,
+        candidate=candidate,
+        num_pairs=360,
+    )
+    tried = TrialCandidate(site="site0", seed_id="site0.s", kernel_id="k", blueprint_id="b", blueprint=kernel.name)
+    result = TrialResult(
+        trial_id="t", epoch=at, told=at + steps, steps=30, outcomes=(TrialOutcome(candidate=tried, evidence=evidence),)
+    )
+
+    def told(reports):
+        return tuple(one.model_copy(update={"trial": evidence}) for one in reports)
+
+    def moment(one):
+        more = {"ended": told(one.packet.ended)}
+        if one.epoch == at + steps:
+            more["trials"] = TrialState(result=result)
+        return replace(one, packet=one.packet.model_copy(update=more))
+
+    return replace(episode, moments=tuple(map(moment, episode.moments)), ended=told(episode.ended))
+
+
+def test_of_a_fossil_that_had_won_a_trial_its_fork_speaks():
+    free = RewardConfig(params_rent=0.0, flops_rent=0.0, start_cost=0.0, z=0.0)
+    episode = with_trial(grow(STRONG, at=17), STRONG, at=14)
+    (report,) = episode.ended
+    assert report.worth == report.trial != report.evidence
+    assert report.value == pytest.approx(STRONG.worth)
+    low = replace(episode, ended=tuple(one.model_copy(update={"trial": None}) for one in episode.ended))
+    paid, by_shadow = (Meter(free).end(None, one.ended) for one in (episode, low))
+    assert paid == pytest.approx(STRONG.worth, abs=1e-6)
+    assert paid != pytest.approx(by_shadow, abs=1e-6)
+
+
+def test_what_a_fork_won_does_not_count_where_the_kernel_went_again():
+    (report,) = with_trial(grow(STRONG, at=17), STRONG, at=14).ended
+    culled = report.model_copy(update={"outcome": Outcome.CULLED, "evidence": None})
+    assert (culled.worth, culled.value) == (None, None)
+    assert Meter(PRICES).end(None, [culled]) < 0.0
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_an_early_trial_does_not_own_the_drift(guarded, monkeypatch):
+    """A fork of a host that still learns is ahead of one that would have got there."""
+    if not guarded:  # else the test could not fail
+        monkeypatch.setattr("esper.simic.reward._drift_free", lambda measured, loss_before: 1.0)
+    paid = sum(rewards(with_trial(grow(NORM, at=3, train=1), NORM, at=0), PRICES))
+    assert (paid < 0.0) == guarded
+    late = sum(rewards(with_trial(grow(STRONG, at=17), STRONG, at=14), PRICES))
+    assert late > 0.1
 
 
 def test_growing_on_a_host_that_still_learns_is_paid_for_what_the_host_could_not():
