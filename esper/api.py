@@ -358,6 +358,7 @@ class Grown:
         public_key: bytes | None = None,
         bus: Bus | None = None,
         controller: Controller | None = None,
+        experience: Callable[[RunConfig, str], ExperienceLog] | None = None,
     ) -> Iterator[Session]:
         """Growth around one's own loop: `s.step(batch, loss)` after each step, `s.end_epoch(metrics)` after each epoch.
 
@@ -379,6 +380,8 @@ class Grown:
             public_key: see `hub`.
             bus: where telemetry goes; None is nowhere.
             controller: who decides; None is the configured policy in this process.
+            experience: makes the log of its decisions from the configuration and the run's id, such as
+                `esper.simic.experience.log_to(storage)`; None keeps none.
 
         Raises:
             ConfigError: if a setting is wrong, the scheduler cannot grow, or a hub comes without its key.
@@ -400,7 +403,9 @@ class Grown:
         elif public_key is None:
             raise ConfigError("a hub comes with its signer's key", field="public_key")
         self.host.attach(hub, public_key, wait=config.deterministic, native=not config.deterministic)
-        ports = Ports(hub=hub, bus=bus, controller=controller or _controller(config))
+        run_id = new_run_id(config)
+        log = NoExperience() if experience is None else experience(config, run_id)
+        ports = Ports(hub=hub, bus=bus, controller=controller or _controller(config), experience=log)
         first = next(self.parameters(), None)
         device = torch.device("cpu") if first is None else first.device
         try:
@@ -410,7 +415,7 @@ class Grown:
                 chosen,
                 example=to_device(self._example, device),
                 config=config,
-                run_id=new_run_id(config),
+                run_id=run_id,
                 ports=ports,
                 val=evaluation_batches(val_data, batch_size=config.tolaria.batch_size),
                 steps_per_epoch=steps_per_epoch,

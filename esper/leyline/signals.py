@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from esper.leyline.contract import API_VERSION, Contract, Finite, Fraction, Name, new_id, now
-from esper.leyline.evidence import PAIRED, BlendStrategy, Evidence, EvidenceKind  # noqa: F401 - told with them
+from esper.leyline.evidence import PAIRED, BlendStrategy, Evidence, EvidenceKind
 from esper.leyline.kernels import SiteSignature, ValidationReport
 from esper.leyline.seeds import SeedStage
 from esper.leyline.steering import PersonsWord

@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,16 @@ def about_run(config: RunConfig, run_id: str) -> About:
     )
 
 
+def log_to(storage: Storage, config: SimicConfig | None = None) -> Callable[[RunConfig, str], ExperienceWriter]:
+    """Returns what makes the log of a loop of one's own; see `esper.api.Grown.session`.
+
+    Args:
+        storage: where Simic shall find it.
+        config: how often to write, and what rewards are; None: as the loop's configuration says.
+    """
+    return lambda run, run_id: ExperienceWriter(storage, about_run(run, run_id), config or run.simic)
+
+
 class ExperienceWriter:
     """The log of one run; see `leyline.experience.ExperienceLog`. Not for two threads at a time.
 
@@ -118,7 +128,9 @@ class ExperienceWriter:
         """See the port. Writes in the background once there is enough, and nothing is being written."""
         reward = self._meter.see(packet)
         self._close_row(reward)
-        self._open = (Moment(dict(state), packet, signal), 0.0 if self._has_begun else reward)
+        # of a run that is resumed, the process before has counted what came to pass until then
+        is_first = not self._has_begun and packet.epoch.epoch == 0
+        self._open = (Moment(dict(state), packet, signal), reward if is_first else 0.0)
         self._has_begun = True
         if len(self._rows) >= self._config.rows_per_write and not self._is_writing():
             rows, self._rows = self._rows, []
@@ -178,7 +190,7 @@ class ExperienceWriter:
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         try:
             _append(self._storage, _table_of(rows, self._about))
-        except (DeltaError, OSError, StorageError, pa.ArrowException) as error:
+        except Exception as error:  # noqa: BLE001 - the edge of the writer's thread: what is lost must be said
             self._problem, self._num_lost = " ".join(str(error).split())[:300], self._num_lost + len(rows)
             _log.warning("experience.unwritten", extra={"run": self._about.run_id, "reason": self._problem})
 
@@ -290,14 +302,15 @@ class Experience:
 def _episode(rows: Sequence[dict[str, Any]]) -> Episode:
     """The episode of a run's rows, in the order they were written.
 
-    What a resumed run did again counts in place of what it did before, and all that lay beyond is dropped with it.
+    What a resumed run did again counts in place of what it did before, and all that lay beyond is dropped with it. A
+    row that came twice, since its commit was tried again, counts once.
     """
     kept: list[dict[str, Any]] = []
     for row in rows:
         if kept and row["life"] != kept[-1]["life"]:
             kept = [known for known in kept if known["epoch"] < row["epoch"]]
         kept.append(row)
-    kept.sort(key=lambda row: row["epoch"])
+    kept = [row for _, row in sorted({row["epoch"]: row for row in kept}.items())]
     newest = kept[-1]
     reports = json.loads(newest["ended"]) if newest["done"] else []
     return Episode(

@@ -8,8 +8,8 @@ What each part of it guards against (facts 8 to 12), and what shows it in tests/
 
 - Paired evidence alone pays (`PAIRED`): what the host gains by itself is nobody's, and how much a host leans on a part
   of it (`HARM`, leave-one-out) is no worth. Unmeasured pays nothing. Only what stays pays: a fossil.
-- Of a fossil that had won a trial its fork speaks: it ran on beside one that did not grow, with the kernel live, which no
-  shadow does. A fork is short, so the next guard holds for it too.
+- Of a fossil that had won a trial its fork speaks: it ran on beside one that did not grow, with the kernel live, which
+  no shadow does. A fork is short, so the next guard holds for it too.
 - `_drift_free`: an early kernel runs ahead of a host that would have got there by itself. Of its gain counts what
   exceeds that which the host gained by itself since the adaptation began. Growth that pays early is paid in full by a
   twin only.

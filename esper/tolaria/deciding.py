@@ -100,7 +100,7 @@ class Deciding:
         course = self._course
         answer = None
         if course.is_first:
-            answer = self._replay() or self._ask(record, reports, host, embargoed, governor, ended)
+            answer = self._answer(record, reports, host, embargoed, governor, ended)
         answer = course.ports.ranks.broadcast(answer)
         if answer is None:
             return None
@@ -156,7 +156,7 @@ class Deciding:
         logged = None if self._commands is None else self._commands.at(self._course.epoch)
         return None if logged is None else Answer(logged.state, logged.signal)
 
-    def _ask(
+    def _answer(
         self,
         record: EpochRecord,
         reports: Sequence[LayerHealthReport],
@@ -165,8 +165,8 @@ class Deciding:
         governor: str,
         ended: Sequence[FieldReport],
     ) -> Answer | None:
-        course = self._course
-        if course.ports.controller is None:
+        course, known = self._course, self._replay()
+        if known is None and course.ports.controller is None:
             return None
         budget = budget_state(course.config.budget, host, params_used=record.params, flops_used=record.flops_per_sample)
         packet = SystemStatePacket(
@@ -182,10 +182,10 @@ class Deciding:
             ended=tuple(ended),
             trials=self._trials(),
         )
-        answer = self._consulting.ask(self.memory, packet)
-        if answer is not None:
+        answer = known or self._consulting.ask(self.memory, packet)
+        if answer is not None:  # one that is carried out again, too: who decided it may have died with its row
             course.ports.experience.decided(self.memory, packet, answer.signal)
-        if answer is not None and self._commands is not None:
+        if answer is not None and known is None and self._commands is not None:
             self._commands.append(LoggedDecision(course.epoch, course.step, answer.signal, answer.memory))
             course.ports.faults.at("logged", course.epoch)
         return answer

@@ -10,12 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from deltalake.exceptions import DeltaError
 from paper_run import STRONG, PaperRun, grow
 from small_training import EPOCHS
 
+import esper
 from esper.config import SimicConfig
 from esper.leyline import SeedStage
-from esper.simic.experience import Experience, ExperienceWriter
+from esper.simic import experience
+from esper.simic.experience import Experience, ExperienceWriter, log_to
 from esper.simic.moments import About
 from esper.simic.reward import rewards
 from esper.storage import Storage
@@ -75,6 +79,66 @@ def test_a_resumed_run_goes_on_with_its_episode(storage):
     assert found.is_over
 
 
+def test_what_came_to_pass_before_a_run_was_resumed_is_not_counted_again(storage):
+    episode = PaperRun().play(grow(STRONG, at=10))
+    fossil = next(one.epoch for one in episode.moments if one.packet.ended)
+    write(storage, episode, until=fossil + 3, is_over=False)
+    write(storage, replace(episode, moments=episode.moments[fossil + 2 :]))
+    (found,) = Experience(storage).episodes()
+    assert found.moments == episode.moments
+    assert sum(found.gains) == pytest.approx(sum(rewards(episode, SimicConfig().reward)), abs=0.02)
+
+
+def test_rows_that_were_committed_twice_count_once(storage, monkeypatch):
+    """A commit that reached the table and whose answer was lost is tried again."""
+    real = experience.write_deltalake
+    lost = []
+
+    def unsure(*given, **named):
+        real(*given, **named)
+        if not lost:
+            lost.append(True)
+            raise DeltaError("the line broke")
+
+    monkeypatch.setattr(experience, "write_deltalake", unsure)
+    episode = PaperRun(num_epochs=6, num_sites=1).play(grow(STRONG, at=1))
+    assert write(storage, episode) is None
+    assert lost
+    (found,) = Experience(storage).episodes()
+    assert found.moments == episode.moments
+
+
+def test_rows_that_are_lost_for_any_reason_are_said(storage, monkeypatch):
+    def broken(*_):
+        raise TypeError("no table of this")
+
+    monkeypatch.setattr(experience, "_table_of", broken)
+    problem = write(storage, PaperRun(num_epochs=5, num_sites=1).play(grow(STRONG, at=1)), rows_per_write=2)
+    assert problem == "5 decisions of this run are not in the experience: no table of this"
+
+
+def test_a_loop_of_ones_own_is_logged_where_it_says_so(storage):
+    torch.manual_seed(0)
+    body = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.ReLU())
+    model = torch.nn.Sequential(torch.nn.Linear(8, 12), body, torch.nn.Linear(12, 3))
+    x, y = torch.randn(64, 8), torch.randint(0, 3, (64,))
+    grown = esper.wrap(model, example=(x[:2],), sites=["1"])
+    optimizer = torch.optim.SGD(grown.parameters(), lr=0.1)
+    with grown.session(
+        optimizer=optimizer, val_data=(x, y), epochs=3, overrides=["tamiyo.policy=none"], experience=log_to(storage)
+    ) as session:
+        for _ in range(3):
+            loss = torch.nn.functional.cross_entropy(grown(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            session.step((x, y), loss)
+            session.end_epoch()
+    (episode,) = Experience(storage).episodes()
+    assert [moment.epoch for moment in episode.moments] == [0, 1, 2]
+    assert (episode.about.policy, episode.is_over) == ("none", True)
+
+
 def test_runs_write_at_a_time(storage):
     """The table does not exist when they begin."""
     episode = PaperRun(num_epochs=6, num_sites=1).play(grow(STRONG, at=1))
@@ -98,11 +162,11 @@ def test_it_can_be_asked_for_some(storage):
     episode = PaperRun(num_epochs=4, num_sites=1).play(grow(STRONG, at=1))
     for run, policy in (("a", "heuristic"), ("b", "random"), ("c", "random")):
         write(storage, episode, about=About(run, policy))
-    experience = Experience(storage)
-    assert [one.about.run_id for one in experience.episodes(policies=["random"])] == ["b", "c"]
-    assert [one.about.run_id for one in experience.episodes(runs=["a"])] == ["a"]
-    assert experience.tidy().files_after == 1
-    assert len(list(experience.episodes())) == 3
+    kept = Experience(storage)
+    assert [one.about.run_id for one in kept.episodes(policies=["random"])] == ["b", "c"]
+    assert [one.about.run_id for one in kept.episodes(runs=["a"])] == ["a"]
+    assert kept.tidy().files_after == 1
+    assert len(list(kept.episodes())) == 3
 
 
 def test_no_experience_is_no_episode(storage):
@@ -142,6 +206,7 @@ def test_a_killed_training_loses_at_most_what_was_open_and_goes_on(tmp_path):
     assert whole.moments[: len(cut.moments)] == cut.moments
     epochs = [moment.epoch for moment in whole.moments]
     assert epochs == sorted(set(epochs))
+    assert 5 in epochs  # decided by the first process, carried out by the second from the log of commands
     assert epochs[-1] == EPOCHS - 1
     stages = {seed.stage for moment in whole.moments for layer in moment.packet.layers for seed in layer.seeds}
     assert SeedStage.TRAINING in stages  # it did grow
