@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated
 
 from pydantic import Field
 
 from esper.leyline.contract import API_VERSION, Contract, Finite
-from esper.leyline.signals import Severity
-
-
-class AlertKind(StrEnum):
-    """What is out of the ordinary."""
-
-    LOSS_SPIKE = "loss_spike"  # single steps far above the run's own course
-    LOSS_RISE = "loss_rise"  # the level itself rises: divergence, or another plateau
-    SLOW_STEPS = "slow_steps"
-    DEAD_CHANNELS = "dead_channels"  # a layer dies
-    CORRELATED_CHANNELS = "correlated_channels"  # a layer's channels become one
-    ODD_HEALTH = "odd_health"  # figures of a layer that do not go together, by an isolation forest or far out in two
-    ROLLBACKS = "rollbacks"  # kernels that were taken back
-    CACHE_MISSES = "cache_misses"
-    BUS_LAG = "bus_lag"
+from esper.leyline.flags import AlertKind, Severity
 
 
 class Alert(Contract):

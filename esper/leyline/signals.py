@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from esper.leyline.contract import API_VERSION, Contract, Finite, Fraction, Name, new_id, now
 from esper.leyline.evidence import PAIRED, BlendStrategy, Evidence, EvidenceKind
+from esper.leyline.flags import AlertFlag, Severity
 from esper.leyline.kernels import SiteSignature, ValidationReport
 from esper.leyline.seeds import SeedStage
 from esper.leyline.steering import PersonsWord
@@ -204,6 +205,7 @@ class SystemStatePacket(Contract):
         words: what people said of adaptations, the newest of each.
         ended: what became of the run's adaptations so far, in their order.
         trials: of trials by fork; None in a run without them.
+        alerts: Nissa's, of this run, that stand as far as it has heard; none in deterministic mode.
     """
 
     api_version: int = API_VERSION
@@ -218,6 +220,7 @@ class SystemStatePacket(Contract):
     words: tuple[PersonsWord, ...] = ()
     ended: tuple[FieldReport, ...] = ()
     trials: TrialState | None = None
+    alerts: tuple[AlertFlag, ...] = ()
 
 
 class RunState(Contract):
@@ -244,17 +247,10 @@ class RunState(Contract):
     missing: tuple[str, ...] = ()
     words: tuple[PersonsWord, ...] = ()
     ended: tuple[FieldReport, ...] = ()
+    alerts: tuple[AlertFlag, ...] = ()
 
 
 # ---------------------------------------------------------------- commands
-
-
-class Severity(StrEnum):
-    """CRITICAL asks the trainer to roll back to its last good snapshot."""
-
-    INFO = "info"
-    WARNING = "warning"
-    CRITICAL = "critical"
 
 
 class Action(StrEnum):
@@ -293,6 +289,7 @@ class Gate(StrEnum):
     """What stands between a policy's wish and a command; every veto names one."""
 
     GOVERNOR = "governor"  # it is not ok, or asks for a rollback
+    ALERT = "alert"  # Nissa says that the loss runs away
     STAGE = "stage"  # the seed cannot take this order where it stands
     EVIDENCE = "evidence"  # its gate is shut, or nothing paired was measured
     TIME = "time"  # too late in the run, or all adaptations are spent

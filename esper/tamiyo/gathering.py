@@ -140,6 +140,7 @@ class Gathering:
             missing=state.missing,
             words=state.words,
             ended=state.ended,
+            alerts=state.alerts,
         )
         return Question(state.memory, packet, config)
 

@@ -21,6 +21,7 @@ from esper.leyline import (
     HealthSignal,
     KernelOption,
     SeedStage,
+    Severity,
     SystemStatePacket,
     Veto,
 )
@@ -89,6 +90,23 @@ def growth_is_over(state: TamiyoState, packet: SystemStatePacket, config: Tamiyo
     return None
 
 
+ALERT_EPOCHS = 10
+"""So long an alert that was not told again holds growth back: a Nissa that died tells the end of none."""
+
+
+def divergence_of(packet: SystemStatePacket) -> str | None:
+    """What Nissa says of a loss that runs away, in words; None where no such alert stands."""
+    grave = [flag for flag in packet.alerts if flag.is_divergence and packet.epoch.epoch - flag.epoch < ALERT_EPOCHS]
+    if not grave:
+        return None
+    worst = max(grave, key=lambda flag: (flag.severity is Severity.CRITICAL, flag.epoch))
+    until = worst.epoch + ALERT_EPOCHS
+    return (
+        f"Nissa's alert stands: {worst.summary} ({worst.evidence}): nothing grows until it is over, "
+        f"or until epoch {until} if it is not told again"
+    )
+
+
 def growth_is_blocked(
     state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig, *, num_begun: int = 0
 ) -> str | None:
@@ -97,6 +115,8 @@ def growth_is_blocked(
     """
     if packet.governor != GOVERNOR_OK:
         return f"the governor reports {packet.governor}: nothing grows until it is ok"
+    if (divergence := divergence_of(packet)) is not None:
+        return divergence
     if len({attempt.site for attempt in state.under_way}) + num_begun >= config.max_concurrent:
         names = [f"{a.blueprint or 'a kernel'} at {a.site} ({a.stage})" for a in state.under_way]
         names.extend([f"{num_begun} begun just now"] if num_begun else [])
@@ -208,8 +228,15 @@ def _why_no_growth(
     if (over := growth_is_over(counted, packet, config)) is not None:
         return Gate.TIME, over
     if (blocked := growth_is_blocked(state, packet, config, num_begun=num_begun)) is not None:
-        return Gate.CONCURRENCY if packet.governor == GOVERNOR_OK else Gate.GOVERNOR, blocked
+        return _gate_of_growth(packet), blocked
     return _why_not_this_kernel(order, state, packet, room)
+
+
+def _gate_of_growth(packet: SystemStatePacket) -> Gate:
+    """Which gate holds all growth back, where one does."""
+    if packet.governor != GOVERNOR_OK:
+        return Gate.GOVERNOR
+    return Gate.CONCURRENCY if divergence_of(packet) is None else Gate.ALERT
 
 
 def _why_not_this_kernel(order: Order, state: TamiyoState, packet: SystemStatePacket, room: Room) -> Held | None:

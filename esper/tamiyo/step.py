@@ -27,7 +27,7 @@ from esper.tamiyo.heuristic import LargestWorth, PlateauGrowth
 from esper.tamiyo.memory import Attempt, TamiyoState, observe, read_state
 from esper.tamiyo.orders import Order, Policy, Proposal
 from esper.tamiyo.policies import NoGrowth, RandomGrowth, ScheduledGrowth
-from esper.tamiyo.safety import GOVERNOR_CRITICAL, GOVERNOR_OK, judge
+from esper.tamiyo.safety import GOVERNOR_CRITICAL, GOVERNOR_OK, divergence_of, judge
 from esper.tamiyo.tending import Care, tend
 from esper.tamiyo.trying import consult
 
@@ -183,6 +183,8 @@ def _reason(
     # a proposal's reason covers its own germinations; beside seeds under way a wait needs no second explanation
     if proposal.orders or proposal.tends or not parts:
         parts.append(proposal.reason)
+    if proposal.tends and (divergence := divergence_of(packet)) is not None:
+        parts.append(divergence)  # a learned policy sees masks, and knows no reasons
     if vetoes:
         parts.append("vetoed: " + "; ".join(veto.in_words for veto in vetoes))
     return "; ".join(parts)

@@ -12,6 +12,7 @@ from esper.leyline.kernels import Pipeline, SiteSignature
 from esper.leyline.ports import AssetHub
 from esper.leyline.signals import AdaptationSignal, EpochRecord, FieldReport, LayerHealthReport, SystemStatePacket
 from esper.leyline.trials import TrialState
+from esper.tolaria.alarms import Alarms
 from esper.tolaria.commands import CommandLog, LoggedDecision
 from esper.tolaria.consulting import Answer, Consulting
 from esper.tolaria.course import Course
@@ -32,6 +33,7 @@ class Deciding:
         commands: the durable log, in deterministic mode on rank 0.
         steering: what people said, on rank 0.
         trials: how trials by fork stand; asked on rank 0.
+        alarms: Nissa's alerts, on rank 0 outside deterministic mode, where nothing may hang on when one comes.
 
     Attributes:
         memory: Tamiyo's state, opaque.
@@ -45,8 +47,10 @@ class Deciding:
         commands: CommandLog | None,
         steering: Steering | None = None,
         trials: Callable[[], TrialState | None] = lambda: None,
+        alarms: Alarms | None = None,
     ) -> None:
         self._trials = trials
+        self._alarms = alarms
         self._steering = steering
         self._course = course
         self._reach = reach
@@ -61,10 +65,17 @@ class Deciding:
     def begin(self) -> None:
         """Asks for the kernels that the sites may need. They are built beside the training."""
         course = self._course
+        if self._alarms is not None:
+            self._alarms.begin()
         if course.ports.request_kernels is None or not course.is_first:
             return
         self._request = threading.Thread(target=self._request_kernels, name="request-kernels", daemon=True)
         self._request.start()
+
+    def close(self) -> None:
+        """Hears no more alerts."""
+        if self._alarms is not None:
+            self._alarms.close()
 
     def _request_kernels(self) -> None:
         """Submits designs; one that was taken once is not built again."""
@@ -181,6 +192,7 @@ class Deciding:
             words=() if self._steering is None else self._steering.heard(),
             ended=tuple(ended),
             trials=self._trials(),
+            alerts=() if self._alarms is None else self._alarms.standing(record.epoch),
         )
         answer = known or self._consulting.ask(self.memory, packet)
         if answer is not None:  # one that is carried out again, too: who decided it may have died with its row

@@ -99,6 +99,7 @@ class ListeningController:
             missing=packet.missing,
             words=packet.words,
             ended=packet.ended,
+            alerts=packet.alerts,
         )
         self._bus.publish([OonaMessage.of(Topic.RUN_STATE, told, sender_id="tolaria", key=packet.run_id)])
         self._told = {one: digest for one, digest in self._told.items() if one >= epoch - MAX_AGE_EPOCHS}

@@ -32,6 +32,7 @@ from esper.leyline.signals import AdaptationSignal, EpochRecord, KasminaControlC
 from esper.leyline.summary import Params, RunStatus, RunSummary
 from esper.tolaria import snapshot
 from esper.tolaria.adaptation import Adaptation
+from esper.tolaria.alarms import Alarms
 from esper.tolaria.chronicle import Chronicle
 from esper.tolaria.commands import CommandLog
 from esper.tolaria.contents import contents
@@ -125,8 +126,14 @@ class Session:
         self._guard = Guard(self.course, adaptation=self._adaptation, chronicle=self._chronicle, limits=limits)
         self._optimizing = Optimizing(self.course, chronicle=self._chronicle, reach=self.reach)
         self._trying = Trying(self.course, chronicle=self._chronicle, reach=self.reach)
+        hears = self.course.is_first and not config.deterministic
         self._deciding = Deciding(
-            self.course, reach=self.reach, commands=commands, steering=steering, trials=self._trying.state
+            self.course,
+            reach=self.reach,
+            commands=commands,
+            steering=steering,
+            trials=self._trying.state,
+            alarms=Alarms(ports.bus, run_id=run_id) if hears and ports.bus is not None else None,
         )
         self.precision = Precision(config.tolaria.precision, where.type)
         self._costs = HostCosts(growable, task.loss_fn, precision=self.precision)
@@ -190,7 +197,10 @@ class Session:
         self.outbox.flush()
 
     def keep_experience(self, *, is_over: bool) -> None:
-        """Writes what waits of the run's experience; where that fails, the run says that it went without."""
+        """Writes what waits of the run's experience, and hears no more alerts; where that fails, the run says that it
+        went without.
+        """
+        self._deciding.close()
         if not self.course.is_first:
             return
         rows = self.recorder.epochs
