@@ -30,6 +30,8 @@ class AlertKind(StrEnum):
     ROLLBACKS = "rollbacks"  # kernels that were taken back
     CACHE_MISSES = "cache_misses"
     BUS_LAG = "bus_lag"
+    TAMIYO_SILENT = "tamiyo_silent"  # a trainer does not ask her any more, and decides itself
+    POLICY_REFUSED = "policy_refused"  # one that is damaged, or that this code cannot load
 
 
 class AlertFlag(Contract):

@@ -261,8 +261,8 @@ def _costs(view: LiveView) -> Text:
         text.append(f", {view.kernels_pending} compiling", "yellow")
     if view.step_ms is not None:
         text.append("   step ").append(words.milliseconds(view.step_ms), "bold")
-    if view.last is not None and view.last.urza in words.CIRCUITS:
-        text.append("   urza ").append(words.CIRCUITS[view.last.urza], "bold yellow")
+    for name, state in words.circuits(view.last):
+        text.append(f"   {name} ").append(words.CIRCUITS[state], "bold yellow")
     return text
 
 

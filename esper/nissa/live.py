@@ -56,6 +56,7 @@ TOPICS: tuple[Topic, ...] = (
     Topic.BLUEPRINT_SUBMITTED,
     Topic.KERNEL_READY,
     Topic.FIELD_REPORTS,
+    Topic.POLICIES,
     Topic.ALERTS,
 )
 """What Nissa listens to."""

@@ -111,6 +111,12 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 "The trainer's circuit breaker towards Urza: 0 closed, 1 half open, 2 open.",
                 _RUN,
             ),
+            Metric(
+                "esper_run_tamiyo_circuit",
+                Kind.GAUGE,
+                "The trainer's circuit breaker towards Tamiyo: 0 closed, 1 half open, 2 open.",
+                _RUN,
+            ),
             Metric("esper_seeds", Kind.GAUGE, "Seeds by stage.", ("run", "stage")),
             Metric("esper_adaptations", Kind.COUNTER, "Adaptations that ended, by outcome.", ("run", "outcome")),
             Metric(
@@ -241,6 +247,7 @@ def _of_last_epoch(view: LiveView, run: Mapping[str, str]) -> Iterator[Sample]:
     for purpose, seconds in last.seconds_by_purpose.items():
         yield Sample("esper_ledger_seconds", seconds, {**run, "purpose": purpose})
     yield Sample("esper_run_urza_circuit", _CIRCUIT[last.urza], run)
+    yield Sample("esper_run_tamiyo_circuit", _CIRCUIT[last.tamiyo], run)
     yield Sample("esper_run_sample_flops", last.flops_per_sample, run)
     yield Sample("esper_run_cache_lookups", last.cache_hits, {**run, "result": "hit"})
     yield Sample("esper_run_cache_lookups", last.cache_misses, {**run, "result": "miss"})

@@ -16,7 +16,6 @@ from rich.console import Console, RenderableType
 from rich.live import Live as RichLive
 from rich.text import Text
 
-from esper.leyline.signals import CircuitState
 from esper.nissa import words
 from esper.nissa.frame import Frame
 from esper.nissa.viewmodel import LiveView, Note, Point, Tone
@@ -132,8 +131,7 @@ def _epoch_line(view: LiveView, point: Point) -> str:
         active = sum(seed.stage.is_active for seed in view.seeds.values())
         parts.append(f"kernels {view.kernels_ready}" + (f"+{view.kernels_pending}" if view.kernels_pending else ""))
         parts += [f"active {active}"] if active else []
-        if view.last.urza is not CircuitState.CLOSED:
-            parts.append(f"urza {view.last.urza.value.replace('_', ' ')}")
+        parts += [f"{name} {state.value.replace('_', ' ')}" for name, state in words.circuits(view.last)]
         left = view.seconds_left(view.updated_at)
         parts += [f"left {words.duration(left)}"] if left else []
     return "  ".join(parts)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from esper.leyline.alerts import Alert
 from esper.leyline.native import Rung
-from esper.leyline.signals import CircuitState, Evidence, EvidenceKind, Severity
+from esper.leyline.signals import CircuitState, EpochRecord, Evidence, EvidenceKind, Severity
 from esper.leyline.summary import Circuit, Rollback, Start
 from esper.leyline.trials import TrialResult
 
@@ -74,6 +74,14 @@ CIRCUITS = {
     CircuitState.HALF_OPEN: "half open: the next call tries it",
 }
 """What a circuit breaker that is not closed says; a closed one says nothing."""
+
+
+def circuits(last: EpochRecord | None) -> list[tuple[str, CircuitState]]:
+    """The systems that a trainer does not ask at present, and how its breakers towards them stand."""
+    if last is None:
+        return []
+    both = (("urza", last.urza), ("tamiyo", last.tamiyo))
+    return [(name, state) for name, state in both if state is not CircuitState.CLOSED]
 
 
 def circuit(of: Circuit) -> str:

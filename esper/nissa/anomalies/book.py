@@ -69,6 +69,10 @@ class Book:
         """The alerts of one run that last."""
         return [key for key in self._open if key[1].run_id == run_id]
 
+    def of_kind(self, kind: AlertKind) -> list[tuple[AlertKind, Place]]:
+        """The alerts of one kind that last."""
+        return [key for key in self._open if key[0] is kind]
+
     def of_groups(self) -> list[tuple[AlertKind, Place]]:
         """Those of consumer groups."""
         return [key for key in self._open if key[1].group]

@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 from esper.leyline.alerts import Alert, AlertKind
 from esper.leyline.bus import BusStats
 from esper.leyline.contract import Contract
+from esper.leyline.policies import PolicyChange, PolicyEvent
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import (
+    CircuitState,
     EpochRecord,
     HealthSignal,
     LayerHealthReport,
@@ -108,6 +110,7 @@ class _Run:
     def epoch(self, body: EpochRecord) -> Told:
         yield from self._judge(body.step)
         yield from self._all(self.cache.see(body.cache_hits, body.cache_misses), body.step)
+        yield self.place, _circuit(body), body.step
         for place, epoch in list(self.rolled_back.items()):
             if body.epoch - epoch >= CALM_EPOCHS:
                 del self.rolled_back[place]
@@ -137,7 +140,7 @@ class _Run:
         suspect = place.site if place.site in self.blended.values() else next(reversed(self.blended.values()), None)
         if said.kind in {AlertKind.LOSS_SPIKE, AlertKind.LOSS_RISE, AlertKind.ODD_HEALTH} and suspect is not None:
             return f"esper runs veto {run} {shlex.quote(suspect)}"
-        if said.kind is AlertKind.SLOW_STEPS:
+        if said.kind in {AlertKind.SLOW_STEPS, AlertKind.TAMIYO_SILENT}:
             return "esper platform status"
         return f"esper runs report {run}" if said.kind is not AlertKind.LOSS_SPIKE else f"esper runs show {run}"
 
@@ -175,6 +178,15 @@ class _Run:
             self._odd[site] = self._odd.get(site, 0) + 1
             if self._odd[site] >= TWICE:
                 yield place, _odd(vector, odd), step
+
+
+def _circuit(body: EpochRecord) -> Said:
+    """What the trainer's breaker towards Tamiyo says."""
+    kind = AlertKind.TAMIYO_SILENT
+    if body.tamiyo is CircuitState.CLOSED:
+        return Over(kind, "Tamiyo answers again")
+    evidence = f"the trainer's circuit breaker was {body.tamiyo.value.replace('_', ' ')} after epoch {body.epoch + 1}"
+    return Found(kind, "the trainer decides without Tamiyo, who is silent", evidence, EVENTS)
 
 
 def _odd(vector: Sequence[float], odd: Odd) -> Found:
@@ -224,6 +236,8 @@ class Watch:
         if isinstance(body, Alert):
             self._book.adopt(body)
             return []
+        if isinstance(body, PolicyEvent):
+            return self._of_policy(body, at)
         if not isinstance(body, _OF_RUNS):
             return []
         known = self._runs.get(body.run_id)
@@ -237,6 +251,20 @@ class Watch:
         if isinstance(body, EpochRecord) and body.epoch + 1 >= body.num_epochs:
             told += self._end_run(body.run_id, at, "the run ended")
         return told
+
+    def _of_policy(self, event: PolicyEvent, at: float) -> list[Alert]:
+        """One that is refused stands until a policy could be loaded, be it that one or another in its place."""
+        kind = AlertKind.POLICY_REFUSED
+        if event.change is PolicyChange.REFUSED:
+            name = f"policy {event.version[:12]}" if event.version else "the note of a policy"
+            what = "a policy cannot be loaded, and the one before goes on deciding"
+            found = Found(kind, what, event.reason or "no reason was told", EVENTS)
+            return self._tell(Place(site=name), found, at, None, "esper policy ls")
+        if event.change not in {PolicyChange.LOADED, PolicyChange.PASSED}:
+            return []
+        why = f"policy {event.version[:12]} decides now"
+        ended = [self._book.end(key, why=why, at=at, step=None) for key in self._book.of_kind(kind)]
+        return [alert for alert in ended if alert is not None]
 
     def look(self, stats: BusStats, at: float) -> list[Alert]:
         """Takes in the figures of the bus, every few seconds; returns the alerts to tell."""

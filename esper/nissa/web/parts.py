@@ -14,7 +14,6 @@ from esper.leyline.alerts import Alert
 from esper.leyline.bus import BusStats
 from esper.leyline.catalogue import Backlog
 from esper.leyline.seeds import ENDED, SeedStage
-from esper.leyline.signals import CircuitState
 from esper.leyline.summary import RunStatus
 from esper.nissa import growth, network, words
 from esper.nissa.viewmodel import LiveView, Note, Tone
@@ -171,10 +170,11 @@ def _complaints(picture: Picture, platform: PlatformState | None, now: float) ->
             "Silent",
             f"for {minutes} min: it may have been killed. esper train --resume {view.run_id} goes on with it.",
         )
-    if view.last is not None and view.last.urza is not CircuitState.CLOSED and picture.status is RunStatus.RUNNING:
+    for name, state in words.circuits(view.last) if picture.status is RunStatus.RUNNING else ():
+        instead = "; it decides itself meanwhile" if name == "tamiyo" else ""
         yield (
-            "Urza is not asked",
-            f"at present: the trainer's circuit breaker is {view.last.urza.value.replace('_', ' ')}.",
+            f"{name.capitalize()} is not asked",
+            f"at present: the trainer's circuit breaker is {state.value.replace('_', ' ')}{instead}.",
         )
     if platform is None:
         return

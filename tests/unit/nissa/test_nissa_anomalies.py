@@ -11,8 +11,9 @@ import typer.main
 
 from esper.leyline.alerts import AlertKind
 from esper.leyline.bus import BusStats, GroupStats
+from esper.leyline.policies import PolicyChange, PolicyEvent
 from esper.leyline.seeds import SeedStage
-from esper.leyline.signals import EpochRecord, LifecycleEvent, RunStarted, Severity, StepBatch
+from esper.leyline.signals import CircuitState, EpochRecord, LifecycleEvent, RunStarted, Severity, StepBatch
 from esper.nissa.anomalies import Watch
 from esper.nissa.anomalies.change import Cusum, RateCusum
 from esper.nissa.anomalies.forest import FIRST_LOOK, KEEP, HealthForest, Odd
@@ -234,6 +235,37 @@ def test_a_group_that_joins_late_or_bursts_is_none_and_one_that_stands_still_is(
     assert [alert.group for alert in found[:1]] == ["g"]
     [gone] = watch.look(BusStats(num_shards=1), 301.0)
     assert gone.ending == "the group is gone"
+
+
+def test_a_trainer_that_does_not_ask_tamiyo_is_told_until_it_asks_again():
+    watch, found = Watch(), []
+    states = [CircuitState.CLOSED, CircuitState.OPEN, CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.CLOSED]
+    for epoch, state in enumerate(states):
+        record = EpochRecord(run_id=RUN, epoch=epoch, num_epochs=9, step=epoch, train_loss=1.0, tamiyo=state)
+        found += watch.apply(record, float(epoch))
+    assert [alert.kind for alert in found] == [AlertKind.TAMIYO_SILENT] * 3
+    assert [alert.is_open for alert in found] == [True, True, False]
+    assert (found[0].since, found[-1].ended_at, found[-1].ending) == (1.0, 4.0, "Tamiyo answers again")
+    assert "was open after epoch 2" in found[0].evidence
+    assert watch.open == ()
+
+
+def test_a_policy_that_is_refused_is_told_until_one_could_be_loaded():
+    def event(change, version, reason=""):
+        return PolicyEvent(change=change, version=version, reason=reason)
+
+    watch, bad, good = Watch(), "b" * 64, "a" * 64
+    assert watch.apply(event(PolicyChange.LOADED, good), 0.0) == []
+    [alert] = watch.apply(event(PolicyChange.REFUSED, bad, "the weights are not its own"), 1.0)
+    assert (alert.kind, alert.run_id, alert.place) == (AlertKind.POLICY_REFUSED, "", f"policy {bad[:12]}")
+    assert alert.evidence == "the weights are not its own"
+    assert watch.apply(event(PolicyChange.CANARY, good), 2.0) == []
+    assert (
+        watch.look(BusStats(num_shards=1, topics=(), groups=()), 3.0) == []
+    )  # it is of no group: none that is gone ends it
+    [over] = watch.apply(event(PolicyChange.LOADED, good), 4.0)
+    assert (over.alert_id, over.ended_at) == (alert.alert_id, 4.0)
+    assert watch.open == ()
 
 
 def test_an_alert_of_an_earlier_life_is_adopted_and_ends():

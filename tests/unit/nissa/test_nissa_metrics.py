@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from esper.leyline.bus import BusStats, GroupStats, TopicStats
 from esper.leyline.catalogue import Backlog
 from esper.leyline.messages import OonaMessage, Topic
 from esper.leyline.seeds import SeedStage
-from esper.leyline.signals import HealthSignal, LayerHealthReport, Outcome
+from esper.leyline.signals import CircuitState, HealthSignal, LayerHealthReport, Outcome
 from esper.nissa.live import Live, fold
 from esper.nissa.metrics import METRICS, Kind, Sample, Totals, of_backlog, of_bus, of_compiled, of_run, vanished
 from esper.nissa.viewmodel import LiveView
@@ -67,6 +68,12 @@ def test_a_run_is_told_in_figures():
     hits, misses = (value(found, "esper_run_cache_lookups", run=run, result=name) for name in ("hit", "miss"))
     assert (hits, misses) == (view.last.cache_hits, view.last.cache_misses)
     assert value(found, "esper_run_rollbacks", run=run) == view.last.rollbacks
+    silent = replace(view, last=view.last.model_copy(update={"tamiyo": CircuitState.OPEN}))
+    assert (value(found, "esper_run_tamiyo_circuit", run=run), value(found, "esper_run_urza_circuit", run=run)) == (
+        0,
+        0,
+    )
+    assert value(by_key(of_run(silent)), "esper_run_tamiyo_circuit", run=run) == 2
     for purpose, flops in view.last.flops_by_purpose.items():
         assert value(found, "esper_ledger_flops", run=run, purpose=purpose) == flops
     assert value(found, "esper_ledger_flops", run=run, purpose="host") > 0

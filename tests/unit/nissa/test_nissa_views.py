@@ -113,15 +113,18 @@ def test_the_frame_needs_no_unicode():
     ("state", "told"),
     [
         (CircuitState.CLOSED, None),
-        (CircuitState.OPEN, "urza open: silent, and not asked for a while"),
-        (CircuitState.HALF_OPEN, "urza half open: the next call tries it"),
+        (CircuitState.OPEN, "open: silent, and not asked for a while"),
+        (CircuitState.HALF_OPEN, "half open: the next call tries it"),
     ],
 )
-def test_the_frame_tells_when_urza_is_not_asked(state, told):
+@pytest.mark.parametrize("name", ["urza", "tamiyo"])
+def test_the_frame_tells_when_a_system_is_not_asked(name, state, told):
     view = view_after(3)
-    view = replace(view, last=view.last.model_copy(update={"urza": state}))
+    view = replace(view, last=view.last.model_copy(update={name: state}))
     picture = " ".join(drawn(view, width=140).split())
-    assert told in picture if told else "urza" not in picture
+    said = [f"{name} {words}" in picture for words in ("open: silent", "half open:")]
+    assert any(said) == (told is not None)
+    assert told is None or f"{name} {told}" in picture
 
 
 def test_every_stage_has_its_own_word_and_track():
