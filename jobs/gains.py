@@ -18,8 +18,9 @@ def gains(
     from pydantic import ValidationError
 
     from esper.leyline.errors import NotFoundError
+    from esper.leyline.foresight import foresights
     from esper.leyline.signals import FieldReport, HealthSignal
-    from esper.nissa.gains import chosen, designs, foresights
+    from esper.nissa.gains import chosen, designs
     from esper.nissa.runs import RunStore
     from jobs.tables import table
 

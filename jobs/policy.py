@@ -1,4 +1,4 @@
-"""`esper policy`: the learned policies of a storage: trains one, lists them, shows one, promotes one."""
+"""`esper policy`: the learned policies of a storage: trains one, lists them, shows one, nominates or promotes one."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def train(
     if as_json:
         print_json(result)
     else:
-        typer.echo(f"use it: esper policy promote {result['version'][:12]}, then tamiyo.policy=gnn")
+        typer.echo(f"use it: esper policy nominate {result['version'][:12]}, or promote, then tamiyo.policy=gnn")
 
 
 @policy_app.command("ls")
 def ls(storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
     """List policies, oldest first."""
     store = _store(storage)
-    promoted = store.promoted()
+    promoted, nominated = store.promoted(), store.nominated()
     rows = [
         {
             "version": card.version if as_json else card.version[:12],
@@ -70,6 +70,7 @@ def ls(storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
             "episodes": card.trained_on.episodes,
             "tasks": list(card.trained_on.tasks),
             "promoted": card.version == promoted,
+            "nominated": card.version == nominated,
             "created_at": card.created_at,
         }
         for card in store.ls()
@@ -93,6 +94,7 @@ def show(policy: PolicyArg = "promoted", storage: Storage = DEFAULT_STORAGE, as_
         "name": card.name,
         "kind": card.kind,
         "promoted": store.promoted() == card.version,
+        "nominated": store.nominated() == card.version,
         "created_at": card.created_at,
         "observation version": card.observation_version,
         "weights": f"{len(weights) / 1024:.0f} KiB",
@@ -109,9 +111,48 @@ def show(policy: PolicyArg = "promoted", storage: Storage = DEFAULT_STORAGE, as_
         typer.echo(f"\n{table(list(card.results), '')}")
 
 
+@policy_app.command("nominate")
+def nominate(
+    policy: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="POLICY",
+            help="Its version, or a beginning of it.",
+            autocompletion=_complete_policy,
+            show_default=False,
+        ),
+    ] = None,
+    nobody: Annotated[bool, typer.Option("--nobody", help="Take the nomination back.")] = False,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> None:
+    """Have Tamiyo try a policy in shadow, and promote it if it passes `tamiyo.canary`."""
+    from esper.leyline.errors import ConfigError
+    from esper.leyline.policies import find_policy
+
+    if (policy is None) != nobody:
+        raise ConfigError("name a policy, or say --nobody", field="POLICY")
+    store = _store(storage)
+    version = None if policy is None else find_policy(store, policy)
+    if version is not None and version == store.promoted():
+        raise ConfigError(f"policy {version[:12]} is promoted already", field="POLICY")
+    before = store.nominated()
+    store.nominate(version)
+    if as_json:
+        print_json({"nominated": version, "before": before})
+    elif version is None:
+        typer.echo("nobody is nominated" + (f"; {before[:12]} was" if before else ""))
+    else:
+        typer.echo(
+            f"nominated {version}" + (f" in place of {before[:12]}" if before and before != version else "") + "\n"
+            "A running platform tries it beside the one that decides, and promotes it if it agrees with that one often "
+            "enough\nand expects no less: esper bus tail --topic system.events.policy, or GET /api/v1/policies"
+        )
+
+
 @policy_app.command("promote")
 def promote(policy: PolicyArg, storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
-    """Make a policy the one that `tamiyo.gnn.version=promoted` stands for."""
+    """Make a policy the one that `tamiyo.gnn.version=promoted` stands for, now, without a trial in shadow."""
     from esper.leyline.policies import find_policy
 
     store = _store(storage)
@@ -119,9 +160,10 @@ def promote(policy: PolicyArg, storage: Storage = DEFAULT_STORAGE, as_json: Json
     version = find_policy(store, policy)
     store.promote(version)
     if as_json:
-        print_json({"promoted": version, "before": before})
-    else:
-        typer.echo(f"promoted {version}" + (f" in place of {before[:12]}" if before else ""))
+        print_json({"promoted": version, "before": before, "tried_in_shadow": False})
+        return
+    typer.echo(f"promoted {version}" + (f" in place of {before[:12]}" if before else ""))
+    typer.echo(f"It was not tried in shadow first; that is: esper policy nominate {version[:12]}")
 
 
 def _store(storage: str) -> Any:

@@ -31,22 +31,36 @@ def load(path: Path, overrides: Sequence[str]) -> TrainTamiyoConfig:
 
     try:
         values = yaml.safe_load(path.read_text()) or {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds no settings", field="--config")
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {path}: {error}", field="--config") from error
     for text in overrides:
-        name, separator, value = text.partition("=")
-        if not separator:
-            raise ConfigError(f"{text!r} is no KEY=VALUE", remedy="such as iterations=4")
-        *folders, last = name.split(".")
-        place = values
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[last] = yaml.safe_load(value)
+        _set(values, text)
     try:
         return TrainTamiyoConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(first["msg"], field=".".join(map(str, first["loc"]))) from error
+
+
+def _set(values: dict[str, Any], text: str) -> None:
+    """Puts one KEY=VALUE into the settings."""
+    import yaml
+
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"{text!r} is no KEY=VALUE", remedy="such as iterations=4")
+    *folders, last = name.split(".")
+    place: Any = values
+    for folder in folders:
+        place = place.setdefault(folder, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"{folder} holds no settings of its own", field=name)
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{value!r} is no value: {error}", field=name) from error
 
 
 def train(path: Path, overrides: Sequence[str], *, say: Say, here: bool = False) -> dict[str, Any]:

@@ -249,7 +249,7 @@ def find_policy(store: PolicyStore, wanted: str) -> str:
     if wanted == PROMOTED:
         version = store.promoted()
         if version is None:
-            raise NotFoundError("no policy was promoted", remedy=f"{remedy}, then `esper policy promote`")
+            raise NotFoundError("no policy was promoted", remedy=f"{remedy}, then `esper policy nominate` or `promote`")
         return version
     versions = [card.version for card in store.ls() if wanted and card.version.startswith(wanted)]
     if not versions:

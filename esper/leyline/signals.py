@@ -545,6 +545,7 @@ class FieldReport(Contract):
         stages: those it went through, the last of them up to its end.
         evidence: of its worth, as it was last measured; None where nothing was.
         trial: what its fork came to, of an adaptation that had won a trial.
+        seen: what was seen of the site when it was chosen; None of what a trial alone tried, and of what nobody chose.
         flops, seconds: of all that was computed for it behind the host.
         failure_reason: why it ended, in words; empty for a fossil.
     """
@@ -563,6 +564,7 @@ class FieldReport(Contract):
     stages: tuple[StageSpan, ...] = ()
     evidence: Evidence | None = None
     trial: Evidence | None = None
+    seen: HealthSignal | None = None
     num_parameters: Annotated[int, Field(ge=0)] = 0
     flops: Annotated[int, Field(ge=0)] = 0
     seconds: Finite = 0.0

@@ -49,7 +49,7 @@ Policies = Callable[[str], tuple[PolicyCard, bytes]]
 """From a version to card and weights, as `PolicyStore.get`."""
 
 _NUM_KEPT = 4
-_REMEDY = "train one with `esper policy train`, then name it in tamiyo.gnn.version or promote it"
+_REMEDY = "train one with `esper policy train`, then name it in tamiyo.gnn.version, nominate or promote it"
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,7 @@ class Recorder:
             stages=view.spans,
             evidence=view.evidence,
             trial=view.trial,
+            seen=next((choice.health for choice in self._choices if choice.trace_id == view.trace_id), None),
             num_parameters=view.num_parameters,
             flops=flops,
             seconds=seconds,

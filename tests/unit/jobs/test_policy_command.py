@@ -9,9 +9,12 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
+from esper.config import CanaryConfig
 from esper.leyline.errors import ConfigError, NotFoundError
 from esper.leyline.policies import PolicyCard
 from esper.storage import Storage
+from esper.tamiyo.deciders import Steps
+from esper.tamiyo.shelf import Shelf
 from esper.urza.policies import StoredPolicies
 from jobs.cli import app
 from jobs.policy import _complete_policy
@@ -47,10 +50,32 @@ def run(*arguments):
 def test_ls_and_promote(storage, versions):
     assert [row["version"] for row in json.loads(run("ls", "--json"))] == versions
     assert not any(row["promoted"] for row in json.loads(run("ls", "--json")))
-    assert json.loads(run("promote", versions[1][:10], "--json")) == {"promoted": versions[1], "before": None}
+    told = json.loads(run("promote", versions[1][:10], "--json"))
+    assert told == {"promoted": versions[1], "before": None, "tried_in_shadow": False}
     assert [row["promoted"] for row in json.loads(run("ls", "--json"))] == [False, True]
-    assert versions[1][:12] in run("promote", versions[0])  # says in place of which
+    said = run("promote", versions[0])
+    assert versions[1][:12] in said  # says in place of which
+    assert f"not tried in shadow first; that is: esper policy nominate {versions[0][:12]}" in said
     assert versions[0][:12] in run("ls")
+
+
+def test_nominate_asks_for_a_trial_in_shadow_and_promotes_nobody(storage, versions):
+    store = StoredPolicies(storage)
+    run("promote", versions[0])
+    assert f"nominated {versions[1]}" in run("nominate", versions[1][:10])
+    assert (store.nominated(), store.promoted()) == (versions[1], versions[0])
+    assert [row["nominated"] for row in json.loads(run("ls", "--json"))] == [False, True]
+    # what Tamiyo does with it
+    shelf = Shelf(store, CanaryConfig(decisions=1), tell=lambda event: None, load=lambda card, weights: Steps())
+    shelf.refresh()
+    assert shelf.view().canary.version == versions[1]
+    assert json.loads(run("nominate", "--nobody", "--json")) == {"nominated": None, "before": versions[1]}
+    assert store.nominated() is None
+    with pytest.raises(ConfigError, match="promoted already"):
+        run("nominate", versions[0])
+    for wrong in ([], [versions[1], "--nobody"]):
+        with pytest.raises(ConfigError, match="name a policy"):
+            run("nominate", *wrong)
 
 
 def test_show_names_what_it_came_to(storage, versions):
@@ -83,6 +108,12 @@ def test_a_wrong_setting_is_named(tmp_path, capsys):
         load(path, ["ppo.lr=-1"])
     with pytest.raises(ConfigError, match="KEY=VALUE"):
         load(path, ["iterations"])
+    for wrong, told in (("name.x=1", "holds no settings of its own"), ("seed=[", "no value")):
+        with pytest.raises(ConfigError, match=told):
+            load(path, [wrong])
+    path.with_name("list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(ConfigError, match="holds no settings"):
+        load(path.with_name("list.yaml"), ["a.b=1"])
     assert main(["--config", str(tmp_path / "none.yaml")]) == 2
     assert "cannot read" in capsys.readouterr().err
 

@@ -11,7 +11,8 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from esper.leyline import Choice, Evidence, EvidenceKind, HealthSignal, Outcome
-from esper.nissa.gains import FIGURES, chosen, designs, foresights, spearman
+from esper.leyline.foresight import FIGURES, foresights, spearman
+from esper.nissa.gains import chosen, designs
 from jobs.cli import app
 
 

@@ -48,6 +48,8 @@ def test_a_seed_goes_all_the_way_and_the_files_tell_it(undisturbed):
     assert summary.status is RunStatus.FINISHED
     assert [report.outcome for report in summary.field_reports] == [Outcome.FOSSILIZED]
     assert summary.field_reports[0].flops == summary.ledger.flops.shadow > 0
+    assert summary.field_reports[0].seen.layer_id == summary.field_reports[0].site
+    assert summary.field_reports[0].seen.grow_potential is not None
     assert summary.params.final > summary.params.start
     assert any(name.startswith("_esper.") for name in weights)
     assert summary.metrics.test_accuracy is not None
