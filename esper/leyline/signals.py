@@ -294,6 +294,7 @@ class Gate(StrEnum):
     EVIDENCE = "evidence"  # its gate is shut, or nothing paired was measured
     TIME = "time"  # too late in the run, or all adaptations are spent
     CONCURRENCY = "concurrency"  # others are under way
+    COOLDOWN = "cooldown"  # an adaptation has just ended, or a trial found nothing
     EMBARGO = "embargo"
     BUDGET = "budget"  # of parameters or FLOPs
     KERNEL = "kernel"  # it is not ready, or does not suit the strategy

@@ -31,7 +31,7 @@ class Analysis:
 
     @property
     def best(self) -> Foresight | None:
-        """The figure that goes with gains most surely: its interval lies farthest from 0; None where none excludes it."""
+        """The figure that goes with gains most surely: its interval is farthest from 0; None where none excludes it."""
         sure = [(min(abs(one.low), abs(one.high)), one) for one in self.foresights if _excludes_zero(one)]
         return max(sure, key=lambda pair: pair[0])[1] if sure else None
 

@@ -229,6 +229,8 @@ def _why_no_growth(
         return Gate.TIME, over
     if (blocked := growth_is_blocked(state, packet, config, num_begun=num_begun)) is not None:
         return _gate_of_growth(packet), blocked
+    if order.entry is None and packet.epoch.epoch < state.cooldown_until:  # a person's schedule does not rest
+        return Gate.COOLDOWN, f"{state.cooldown_reason}: growth rests until epoch {state.cooldown_until}"
     return _why_not_this_kernel(order, state, packet, room)
 
 

@@ -308,7 +308,7 @@ class Trainer:
     def _fail(self, error: Exception) -> None:
         log.error("run.failed", extra={"error": str(error)})
         self.session.reach.give_up()
-        self.session.keep_experience(is_over=False)
+        self.session.fail()
         try:
             self._writer.close()
         except EsperError as second:  # the first error is what people must see

@@ -172,7 +172,14 @@ class Session:
         if kind is None:
             self.finish("the session ended first")
         else:
-            self.keep_experience(is_over=False)
+            self.fail()
+
+    def fail(self) -> None:
+        """Ends forks that still train, books them, and writes what waits of the experience, of a run that has failed.
+        Raises nothing: the first error is what people must see.
+        """
+        self._trying.give_up("the run has failed")
+        self.keep_experience(is_over=False)
 
     def begin(self) -> None:
         """Takes the first snapshot and readies the first step."""
@@ -189,9 +196,9 @@ class Session:
             reason: why the run ends.
             is_over: whether it has come to its end; else it may be resumed.
         """
+        self._trying.close(reason)  # first: what was tried belongs to the experience
         self._chronicle.close(reason)
         self.keep_experience(is_over=is_over)
-        self._trying.close(reason)
         self._settle()
         self.outbox.send_steps(steps_per_epoch=self._steps_per_epoch)
         self.outbox.flush()

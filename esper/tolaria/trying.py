@@ -118,6 +118,15 @@ class Trying:
         if result is not None:
             self._chronicle.tried(result, winner="")
 
+    def give_up(self, reason: str) -> None:
+        """Ends a trial that still runs, and books it; tells nobody and raises nothing, whatever the port does."""
+        if self._request is None:
+            return
+        try:
+            self._void(self._request, reason)
+        except Exception as error:  # noqa: BLE001 - the run fails already, and its own error is what people must see
+            log.warning("trial.uncancelled", extra={"run": self._course.run_id, "reason": str(error)})
+
     def _look(self, request: TrialRequest) -> None:
         course, port = self._course, self._course.ports.trials
         assert port is not None

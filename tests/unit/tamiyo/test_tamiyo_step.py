@@ -244,6 +244,19 @@ def test_illegal_orders_are_dropped_whoever_gives_them(stage, action):
     assert bool(verdict.vetoes) != legal
 
 
+def test_nobody_but_a_persons_schedule_grows_in_a_cooldown():
+    kernel = option("a", "conv")
+    seen = packet(5, layer("a", 5), options=(kernel,))
+    state = read_state(initial_state(CONFIG, 0))
+    resting = state.model_copy(update={"cooldown_until": 7, "cooldown_reason": "se at b has just failed"})
+    order = Order(Action.GERMINATE, "a", "s0", "because", kernel)
+    [veto] = judge(resting, seen, CONFIG, (order,)).vetoes
+    assert (veto.gate, veto.reason) == (Gate.COOLDOWN, "se at b has just failed: growth rests until epoch 7")
+    assert judge(state, seen, CONFIG, (order,)).vetoes == ()
+    scheduled = Order(Action.GERMINATE, "a", "s0", "because", kernel, entry=0)
+    assert judge(resting, seen, CONFIG, (scheduled,)).accepted == (scheduled,)
+
+
 def test_orders_that_make_no_sense_are_dropped_with_a_reason():
     kernel = option("a", "conv")
     seen = packet(5, layer("a", 5), layer("b", 5), options=(kernel,), embargoed=("b",))

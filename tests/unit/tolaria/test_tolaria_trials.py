@@ -21,6 +21,8 @@ from esper.leyline import (
     KernelRejectedError,
     NonFiniteError,
     Outcome,
+    RunStatus,
+    RunSummary,
     SeedStage,
     TamperedError,
     TrialCandidate,
@@ -507,3 +509,41 @@ def test_offers_are_of_one_kernel_and_finite():
     wrong = {"weight": torch.zeros(2, 2)}
     with pytest.raises(KernelRejectedError):
         Offer("k", trial, wrong).give_to(module)
+
+
+def test_a_run_that_fails_ends_its_forks_and_books_them(tmp_path):
+    class Endless(TrialsHere):
+        """Forks that never end by themselves."""
+
+        forks, cancelled = (), ""
+
+        def start(self, checkpoint, forks):
+            self.forks = tuple(forks)
+
+        def cancel(self, reason):
+            self.cancelled = reason
+            return {f.fork_id: ForkResult(f.fork_id, flops=f.max_flops, failure=reason) for f in self.forks}
+
+    settings = chosen()
+    trials = Endless(partial(run_fork, settings))
+    crash = CrashAt("step", 20)
+    with pytest.raises(Crash):
+        train(tmp_path, settings, trials=trials, faults=crash)
+    assert trials.forks
+    assert trials.cancelled == "the run has failed"
+    summary = RunSummary.model_validate_json((tmp_path / "summary.json").read_text())
+    assert summary.status is RunStatus.FAILED
+    assert summary.ledger.flops.trials == sum(fork.max_flops for fork in trials.forks) > 0
+
+
+def test_a_port_that_breaks_does_not_hide_why_a_run_failed(tmp_path):
+    class Broken(TrialsHere):
+        def start(self, checkpoint, forks):
+            pass
+
+        def cancel(self, reason):
+            raise RuntimeError("no port")
+
+    settings = chosen()
+    with pytest.raises(Crash):
+        train(tmp_path, settings, trials=Broken(partial(run_fork, settings)), faults=CrashAt("step", 20))
