@@ -133,14 +133,11 @@ class Training:
 
     def _improve(self) -> None:
         """One update of PPO."""
-        config = self._config
         asks = self._asks()
         self._find_twins(asks)
         self.net.eval()
         played = [*self._play(asks, f"update {self.iteration + 1}")]
-        whole = [(one.episode, self._twin(one.ask)) for one in played if one.episode is not None]
-        lessons = [lessons_of(episode, config.reward, twin=twin) for episode, twin in whole]
-        lessons = [one for one in lessons if one.items]
+        lessons = self._settled(played)
         if not lessons:
             problems = "; ".join(sorted({one.problem for one in played}))
             raise DataError(f"none of {len(asks)} rollouts could be played: {problems}")
@@ -165,6 +162,17 @@ class Training:
             effective=share,
             **asdict(report),
         )
+
+    def _settled(self, played: Sequence[Played]) -> list[Lessons]:
+        """The lessons of what was played, settled with twins. One whose twin failed is left out: by shadow evidence
+        alone it would be paid on another scale, and nobody would see it.
+        """
+        whole = [(one.episode, self._twin(one.ask)) for one in played if one.episode is not None]
+        settled = [(episode, twin) for episode, twin in whole if twin is not None]
+        if len(settled) < len(whole):
+            _LOG.warning("rollout.unsettled", extra={"num": len(whole) - len(settled), "reason": "no twin was played"})
+        lessons = [lessons_of(episode, self._config.reward, twin=twin) for episode, twin in settled]
+        return [one for one in lessons if one.items]
 
     def _fresh(self, lessons: Sequence[Lessons]) -> tuple[list[Samples], list[Taught]]:
         found, taught = [], []
@@ -244,7 +252,9 @@ class Training:
             elif one.ask.policy != "none":
                 self._seeds.add(one.ask.seed)
                 append_episode(self._storage, one.episode, self._config.reward)
-        return found
+        # workers end in any order: what is learned must not hang on it
+        places = {_place(ask): place for place, ask in enumerate(asks)}
+        return sorted(found, key=lambda one: places[_place(one.ask)])
 
     def _find_twins(self, asks: Sequence[Ask]) -> None:
         """Plays the runs without growth that are not known yet."""
@@ -296,8 +306,7 @@ class Training:
         asks = self._asks()
         self._find_twins(asks)
         played = [one for one in self._play(asks, "calibration") if one.episode is not None]
-        whole = [(one.episode, self._twin(one.ask)) for one in played if one.episode is not None]
-        lessons = [lessons_of(episode, self._config.reward, twin=twin) for episode, twin in whole]
+        lessons = self._settled(played)
         try:
             return teach(
                 self.net,
@@ -397,6 +406,11 @@ def _silent(row: dict[str, Any]) -> None:
 
 def _key(ask: Ask) -> str:
     return f"{ask.task}/{ask.seed}"
+
+
+def _place(ask: Ask) -> tuple[int, int, str, bool, int]:
+    """An ask without its weights."""
+    return ask.task, ask.seed, ask.policy, ask.greedy, ask.draw
 
 
 def _dones(lessons: Lessons) -> np.ndarray:

@@ -32,7 +32,7 @@ class Analysis:
     @property
     def best(self) -> Foresight | None:
         """The figure that goes with gains most surely: its interval is farthest from 0; None where none excludes it."""
-        sure = [(min(abs(one.low), abs(one.high)), one) for one in self.foresights if _excludes_zero(one)]
+        sure = [(away, one) for one in self.foresights if (away := _distance_from_zero(one)) > 0.0]
         return max(sure, key=lambda pair: pair[0])[1] if sure else None
 
 
@@ -57,5 +57,6 @@ def analyse(state: TamiyoState, packet: SystemStatePacket, *, earlier: Iterable[
     )
 
 
-def _excludes_zero(one: Foresight) -> bool:
-    return one.low is not None and one.high is not None and (one.low > 0.0 or one.high < 0.0)
+def _distance_from_zero(one: Foresight) -> float:
+    """Of the interval; 0 for one that holds 0, and for none."""
+    return 0.0 if one.low is None or one.high is None else max(0.0, one.low, -one.high)

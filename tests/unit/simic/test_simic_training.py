@@ -127,6 +127,44 @@ def test_a_training_ends_with_a_policy_in_the_store(player, tmp_path):
     assert updates[0]["operations"]["ADVANCE"] > 0
 
 
+class Backwards:
+    """Rollouts that end in another order, as those of several workers do."""
+
+    def __init__(self, player):
+        self._player, self._tasks = player, player._tasks
+
+    def play(self, asks):
+        return reversed(list(self._player.play(asks)))
+
+
+def test_the_policy_does_not_hang_on_the_order_in_which_workers_end(player, tmp_path):
+    config = CONFIG.model_copy(update={"judged": 0, "iterations": 1})
+    versions = [
+        train(config, Storage.at(tmp_path / str(i)), one).run() for i, one in enumerate([player, Backwards(player)])
+    ]
+    assert versions[0] == versions[1]
+
+
+class Twinless:
+    """Rollouts that lose the twin of one seed."""
+
+    def __init__(self, player):
+        self._player, self._tasks = player, player._tasks
+
+    def play(self, asks):
+        for one in self._player.play(asks):
+            lost = one.ask.policy == "none" and one.ask.seed == 1
+            yield Played(one.ask, None, "its worker died") if lost else one
+
+
+def test_an_episode_whose_twin_was_not_played_is_left_out_and_counted(player, tmp_path, caplog):
+    training = train(CONFIG.model_copy(update={"judged": 0, "warm_up": 0}), Storage.at(tmp_path), Twinless(player))
+    training.run()
+    update = next(row for row in training.history if row["stage"] == "ppo")
+    assert (update["episodes"], update["failed"]) == (1, 1)
+    assert "rollout.unsettled" in [record.message for record in caplog.records]
+
+
 class Dying:
     """Rollouts that die at the n-th call, as a process does that is killed."""
 
