@@ -19,10 +19,10 @@ from pydantic import ValidationError
 from actors.cluster import NAMESPACE
 from actors.logs import log_as
 from esper.config import CanaryConfig
-from esper.leyline import Bus, EsperError, OonaMessage, PolicyEvent, Subscription, Topic
+from esper.leyline import Bus, EsperError, OonaMessage, PolicyChange, PolicyEvent, Subscription, Topic
 from esper.storage import Storage
 from esper.tamiyo.deciders import Decided, Question, wanted_version
-from esper.tamiyo.gathering import TOPICS, Gathering
+from esper.tamiyo.gathering import TOPICS, Gathering, StrangeHealthError
 from esper.tamiyo.shelf import Shelf
 from esper.tolaria.listening import WATCHER
 from esper.urza.policies import StoredPolicies
@@ -55,6 +55,8 @@ class AutonomousTamiyo:
             threading.Thread(target=self._again, args=(loop,), name=name, daemon=True)
             for loop, name in ((self._take_in, "taking-in"), (self._decide, "deciding"))
         ]
+        reason = f"process {os.getpid()} watches the runs of this storage from now on"
+        self._note(PolicyEvent(change=PolicyChange.SERVING, version="", reason=reason))
         for thread in self._threads:
             thread.start()
 
@@ -118,6 +120,9 @@ class AutonomousTamiyo:
                 question = self._gathering.take(delivery.message.body())
             except ValidationError as error:
                 bad.setdefault(str(error.errors(include_url=False)[0]["msg"]), []).append(delivery)
+                continue
+            except StrangeHealthError as error:
+                bad.setdefault(str(error), []).append(delivery)
                 continue
             good.append(delivery)
             if question is not None:

@@ -32,6 +32,7 @@ from esper.leyline import (
     KasminaControlCommand,
     OonaMessage,
     PermanentError,
+    PolicyChange,
     PolicyEvent,
     SystemStatePacket,
     Topic,
@@ -88,10 +89,12 @@ class Tamiyo:
         self._code = code_digest()
         self._built_in = Held(None, Steps())
         self._shelves: dict[str, Shelf] = {}
+        self._storages: dict[str, Storage] = {}
         self._batching: Batching[Asked, Answer] = Batching(self._answer, above=ALONE, longest=TOGETHER)
         self._in_shadow = ThreadPoolExecutor(1, thread_name_prefix="shadow")
         self._num_in_shadow = threading.Semaphore(_MAX_IN_SHADOW)
         self._lock = threading.Lock()
+        self._controller: int | None = None
         self._has_ended = threading.Event()
         threading.Thread(target=self._follow, name="policies", daemon=True).start()
 
@@ -190,6 +193,8 @@ class Tamiyo:
     def _compare(self, shelf: Shelf, question: Question, held: Held, decided: Decided) -> None:
         try:
             shelf.compare(question, held, decided.signal)
+        except Exception:  # noqa: BLE001 - the edge of the shadow's thread: an error in a future that nobody reads
+            _log.exception("shadow.failed", extra={"run": question.packet.run_id})
         finally:
             self._num_in_shadow.release()
 
@@ -199,15 +204,44 @@ class Tamiyo:
                 self._shelves[storage.uri] = Shelf(
                     StoredPolicies(storage), self._canary, tell=lambda event: _publish(storage, event)
                 )
+                self._storages[storage.uri] = storage
+                # one that comes again after a death says so too
+                _publish(storage, _serving(f"process {os.getpid()} decides for this storage from now on"))
             return self._shelves[storage.uri]
 
     def _follow(self) -> None:
         while not self._has_ended.wait(self._poll_s):
+            self._look_at_serve()
             for shelf in list(self._shelves.values()):
                 try:
                     shelf.refresh()
                 except Exception:  # noqa: BLE001 - the edge of the replica's own thread, which must go on
                     _log.exception("policies.refresh.failed")
+
+    def _look_at_serve(self) -> None:
+        """Tells of a controller of Serve that died and came again: replicas answer on, so nobody else notices."""
+        before, pid = self._controller, controller_pid()
+        self._controller = pid or before
+        if pid and before and pid != before:
+            for storage in list(self._storages.values()):
+                _publish(storage, _serving(f"Serve's controller, process {before}, has died; process {pid} took over"))
+
+
+def controller_pid() -> int | None:
+    """The process of Serve's controller; None where there is none, or it does not answer."""
+    import ray
+    from ray.exceptions import RayError
+
+    if not ray.is_initialized():
+        return None
+    try:
+        return ray.get(ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve").get_pid.remote(), timeout=5.0)
+    except (RayError, ValueError):  # a `ValueError` where no actor has the name
+        return None
+
+
+def _serving(reason: str) -> PolicyEvent:
+    return PolicyEvent(change=PolicyChange.SERVING, version="", reason=reason)
 
 
 def _question(asked: Asked) -> Question:

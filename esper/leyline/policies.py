@@ -137,8 +137,11 @@ class CanaryRecord(Contract):
 
 
 class PolicyChange(StrEnum):
-    """What happened to a policy that somebody serves."""
+    """What happened to a policy that somebody serves, or to whoever serves it."""
 
+    SERVING = (
+        "serving"  # a process answers questions about this storage from now on, or Serve's controller is a new one
+    )
     LOADED = "loaded"  # it decides from now on
     REFUSED = "refused"  # it cannot be loaded; the one before stays
     CANARY = "canary"  # it runs in shadow
@@ -150,7 +153,7 @@ class PolicyEvent(Contract):
     """One change of the policies that Tamiyo serves from a storage.
 
     Attributes:
-        version: whose; empty where the note of it cannot be read.
+        version: whose; empty where the note of it cannot be read, and for SERVING.
         before: the one that decided before, and still does after REFUSED and FAILED; None for the built-in ones.
     """
 

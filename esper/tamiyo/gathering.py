@@ -58,10 +58,16 @@ class _Epoch:
     state: RunState | None = None
 
 
+class StrangeHealthError(ValueError):
+    """Health of a site that its run does not have."""
+
+
 @dataclass
 class _Run:
     open: dict[int, _Epoch] = field(default_factory=dict)
     last: int = -1
+    sites: frozenset[str] = frozenset()  # as the run told at its start; empty if nobody heard
+    stale_told: int = -1
 
 
 class Gathering:
@@ -87,19 +93,31 @@ class Gathering:
         return len(self._runs)
 
     def take(self, body: Contract) -> Question | None:
-        """Takes in one message's body; returns a question if it was the last part of one."""
+        """Takes in one message's body; returns a question if it was the last part of one.
+
+        Raises:
+            StrangeHealthError: if it is of a site that the run did not name when it started.
+        """
         if isinstance(body, LayerHealthReport):
             self.counts.health += len(body.seeds)
         if isinstance(body, RunStarted):
             self._runs.pop(body.run_id, None)  # begun, or resumed: it may tell of an epoch again
+            self._run(body.run_id).sites = frozenset(body.sites)
             return None
         take = self._hands.get(type(body))
         if take is None:
             return None
         run = self._run(body.run_id)  # pyright: ignore[reportAttributeAccessIssue] - all of `_hands` have it
         epoch: int = body.epoch  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(body, LayerHealthReport) and run.sites and body.layer_id not in run.sites:
+            self.counts.strange += 1
+            raise StrangeHealthError(f"run {body.run_id} has no site {body.layer_id!r}")
         if epoch <= run.last:
             self.counts.stale += 1
+            if run.stale_told < run.last:  # once for each decision, however much of it is delivered again
+                run.stale_told = run.last
+                told = {"run": body.run_id, "epoch": epoch, "decided": run.last}  # pyright: ignore[reportAttributeAccessIssue]
+                _LOG.warning("part.stale", extra=told)
             return None
         take(run.open.setdefault(epoch, _Epoch()), body)
         return self._question(run, epoch) or self._give_up(run)

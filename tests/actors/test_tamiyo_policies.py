@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+import ray
 import safetensors.numpy
 from test_tamiyo_serve import CONFIG, packet
 
@@ -146,6 +147,27 @@ def test_a_corrupt_policy_is_refused_and_the_one_before_decides(desk, store, sto
     shelf = desk.policies()
     assert (shelf.live, ("promoted" if damage == "note" else bad) in shelf.refused) == (good, True)
     store.promote(good)
+
+
+@pytest.mark.parametrize("prefix", ["SERVE_REPLICA::tamiyo#", "SERVE_CONTROLLER_ACTOR"])
+def test_a_replica_and_a_controller_that_were_killed_are_an_event(desk, bus, prefix):
+    """Callers notice neither: who else should say it?"""
+    subscription = bus.listen([Topic.POLICIES])
+    desk.policies()
+    time.sleep(2.0)  # it has looked at Serve's controller before
+    victims = [row["name"] for row in ray.util.list_named_actors(all_namespaces=True) if row["name"].startswith(prefix)]
+    for name in victims:
+        ray.kill(ray.get_actor(name, namespace="serve"), no_restart=False)
+    assert victims
+    word = "decides for this storage" if "REPLICA" in prefix else "took over"
+    deadline, told = time.monotonic() + 90, []
+    while not any(event.change is PolicyChange.SERVING and word in event.reason for event in told):
+        assert time.monotonic() < deadline, told
+        desk.policies()  # it follows the storages that it was asked about
+        deliveries = subscription.poll(timeout_s=0.5)
+        told.extend(delivery.message.body() for delivery in deliveries)
+        subscription.ack(deliveries)
+    subscription.close()
 
 
 def test_people_see_which_policy_decides_and_how_the_new_one_stands(desk, store, events):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from tamiyo_story import layer, option, packet
+from tamiyo_story import SIGNATURE, layer, option, packet
 
 from esper.config import TamiyoConfig
 from esper.leyline import OonaMessage, RunStarted, RunState, Topic
-from esper.tamiyo.gathering import Gathering
+from esper.tamiyo.gathering import Gathering, StrangeHealthError
 
 CONFIG = TamiyoConfig(policy="random")
 SITES = ("a", "b", "c")
@@ -104,6 +104,27 @@ def test_health_of_a_site_that_the_run_does_not_have_is_left_out():
     seen, bodies = parts(0)
     [question] = asked(gathering, [layer("nowhere", 0), *bodies])
     assert (question.packet, gathering.counts.strange) == (seen, 1)
+
+
+def test_health_of_a_site_that_the_run_did_not_name_when_it_started_is_refused():
+    gathering = Gathering()
+    named = started().model_copy(update={"sites": dict.fromkeys(SITES, SIGNATURE)})
+    assert gathering.take(named) is None
+    with pytest.raises(StrangeHealthError, match="run run has no site 'nowhere'"):
+        gathering.take(layer("nowhere", 0))
+    seen, bodies = parts(0)
+    [question] = asked(gathering, bodies)
+    assert (question.packet, gathering.counts.strange) == (seen, 1)
+
+
+def test_what_is_stale_is_told_once_for_each_decision(caplog):
+    gathering = Gathering()
+    for epoch in (1, 2):
+        _, bodies = parts(epoch)
+        asked(gathering, bodies)
+        asked(gathering, parts(0)[1])
+    told = [record for record in caplog.records if record.message == "part.stale"]
+    assert [(record.epoch, record.decided) for record in told] == [(0, 1), (0, 2)]
 
 
 def test_a_configuration_that_is_none_is_counted_and_the_next_epoch_is_asked_about():
