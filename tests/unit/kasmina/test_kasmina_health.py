@@ -257,6 +257,15 @@ def test_reports_tell_each_chunk_and_which_asks_most_for_a_kernel():
     assert math.hypot(*potentials) == pytest.approx(report.seeds[0].grow_potential)
 
 
+def test_reports_say_how_many_samples_were_no_numbers(monkeypatch):
+    driver = Driver("mlp", wrapped("mlp"), observe_every=1)
+    watch = Observer.watch
+    monkeypatch.setattr(Observer, "watch", lambda self, h: watch(self, h * float("nan")))
+    signal = driver.run_epoch().reports[0].seeds[0]
+    assert (signal.activation_variance, signal.health_score) == (None, None)
+    assert "samples of health were not finite)" in signal.gate
+
+
 # ---------------------------------------------------------------- where it lies
 
 
