@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,7 +62,7 @@ def train(
 def ls(storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
     """List policies, oldest first."""
     store = _store(storage)
-    promoted, nominated = store.promoted(), store.nominated()
+    promoted, nominated = _noted(store.promoted), _noted(store.nominated)
     rows = [
         {
             "version": card.version if as_json else card.version[:12],
@@ -93,8 +94,8 @@ def show(policy: PolicyArg = "promoted", storage: Storage = DEFAULT_STORAGE, as_
         "version": card.version,
         "name": card.name,
         "kind": card.kind,
-        "promoted": store.promoted() == card.version,
-        "nominated": store.nominated() == card.version,
+        "promoted": _noted(store.promoted) == card.version,
+        "nominated": _noted(store.nominated) == card.version,
         "created_at": card.created_at,
         "observation version": card.observation_version,
         "weights": f"{len(weights) / 1024:.0f} KiB",
@@ -134,9 +135,9 @@ def nominate(
         raise ConfigError("name a policy, or say --nobody", field="POLICY")
     store = _store(storage)
     version = None if policy is None else find_policy(store, policy)
-    if version is not None and version == store.promoted():
+    if version is not None and version == _noted(store.promoted):
         raise ConfigError(f"policy {version[:12]} is promoted already", field="POLICY")
-    before = store.nominated()
+    before = _noted(store.nominated)
     store.nominate(version)
     if as_json:
         print_json({"nominated": version, "before": before})
@@ -156,7 +157,7 @@ def promote(policy: PolicyArg, storage: Storage = DEFAULT_STORAGE, as_json: Json
     from esper.leyline.policies import find_policy
 
     store = _store(storage)
-    before = store.promoted()
+    before = _noted(store.promoted)
     version = find_policy(store, policy)
     store.promote(version)
     if as_json:
@@ -164,6 +165,17 @@ def promote(policy: PolicyArg, storage: Storage = DEFAULT_STORAGE, as_json: Json
         return
     typer.echo(f"promoted {version}" + (f" in place of {before[:12]}" if before else ""))
     typer.echo(f"It was not tried in shadow first; that is: esper policy nominate {version[:12]}")
+
+
+def _noted(read: Callable[[], str | None]) -> str | None:
+    """What a note names; None, and a line for people, for one that is damaged: naming another policy mends it."""
+    from esper.leyline.errors import TamperedError
+
+    try:
+        return read()
+    except TamperedError as error:
+        typer.echo(f"esper: {error}", err=True)
+        return None
 
 
 def _store(storage: str) -> Any:

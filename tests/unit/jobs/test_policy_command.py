@@ -78,6 +78,19 @@ def test_nominate_asks_for_a_trial_in_shadow_and_promotes_nobody(storage, versio
             run("nominate", *wrong)
 
 
+@pytest.mark.parametrize("command", ["promote", "nominate"])
+def test_a_damaged_note_is_told_and_mended_by_naming_a_policy(storage, versions, command):
+    name = f"{command.removesuffix('e')}ed"
+    note = f"policies/{name}"
+    storage.write(note, b'{"sha256": "')
+    done = CliRunner().invoke(app, ["policy", "ls", "--json"], catch_exceptions=False, standalone_mode=False)
+    assert f"{note} below" in done.stderr
+    assert "is torn" in done.stderr
+    assert [row["version"] for row in json.loads(done.stdout)] == versions
+    run(command, versions[1])
+    assert getattr(StoredPolicies(storage), name)() == versions[1]
+
+
 def test_show_names_what_it_came_to(storage, versions):
     shown = run("show", versions[0][:8])
     assert versions[0] in shown
