@@ -9,17 +9,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from esper.leyline import Attribution, Explanation
 from esper.tamiyo.actions import STRATEGIES, Operation
-from esper.tamiyo.batch import Batch, collate, targets_of
 from esper.tamiyo.features import SEED_FEATURES
-from esper.tamiyo.net import Decided, Judged, PolicyNet, chosen_features
+from esper.tamiyo.inference import Inference
+from esper.tamiyo.net import Decided
 from esper.tamiyo.observation import KERNEL_FEATURES, RUN_FEATURES, SITE_FEATURES, Observation
 
 _SHOWN_SITES = 3
@@ -101,56 +100,38 @@ class Considered:
         return Attribution(of=of, feature=_FEATURES[kind][feature], value=float(value), effect=effect)
 
 
-def consider(net: PolicyNet, views: Sequence[Observation], draws: Sequence[Draw]) -> list[Considered]:
-    """Chooses for each observation, and explains it.
+def consider(inference: Inference, views: Sequence[Observation], draws: Sequence[Draw]) -> list[Considered]:
+    """Chooses for each observation, and explains it. Each is considered by itself.
 
     Args:
-        net: whose own parameters want no gradient.
+        inference: the network.
         views: observations.
         draws: of each, whether it is left to chance.
 
     Raises:
         FloatingPointError: if a figure of the network is not finite.
     """
-    with _one_thread():
-        return _consider(net, views, draws)
+    with _one_thread(), torch.inference_mode(), np.errstate(all="ignore"):
+        return [_consider(inference, view, draw) for view, draw in zip(views, draws, strict=True)]
 
 
-def _consider(net: PolicyNet, views: Sequence[Observation], draws: Sequence[Draw]) -> list[Considered]:
-    batch = collate(views)
-    is_open = any(view.operations.sum() > 1 for view in views)
-    inputs: dict[str, Tensor] = {}
-    if is_open:  # where all can only wait there is nothing to explain
-        inputs = {kind: getattr(batch, kind).requires_grad_() for kind in _FEATURES}
-        batch = replace(batch, **inputs)
-    with torch.set_grad_enabled(is_open):
-        judged = net.judge(batch)
-        decided, log_prob = _decide(net, batch, judged, draws)
-    effects = _effects(log_prob, inputs) if is_open else {}
-    with torch.no_grad():
-        targets = targets_of(batch, [one.choice for one in decided])
-        forecasts = net.outcomes(chosen_features(batch, judged.encoded, targets))
-        doubt = net.outcomes.uncertainty(forecasts)
+def _consider(inference: Inference, view: Observation, draw: Draw) -> Considered:
+    judged = inference.judge(view)
+    chance = None if draw.source is None else torch.Generator().manual_seed(draw.source.getrandbits(63))
+    chosen = inference.decide(view, judged, chance, greedy=draw.source is None)
+    # where all can only wait there is nothing to explain
+    effects = inference.effects(view, judged, chosen) if view.operations.sum() > 1 else {}
+    forecasts = inference.forecasts(view, judged, chosen.decided.choice)
     if not (torch.isfinite(forecasts).all() and all(np.isfinite(table).all() for table in effects.values())):
         raise FloatingPointError("a forecast of the network is not finite")
-    is_calibrated = int(net.outcomes.num_calibrated) > 0
-    starts = {
-        "site": batch.first_site,
-        "seed": batch.first_seed,
-        "kernel": _starts(views),
-        "run": range(len(views) + 1),
-    }
-    return [
-        Considered(
-            decided=one,
-            attention=judged.encoded.attention[batch.first_site[row] : batch.first_site[row + 1]].numpy(),
-            effects={kind: table[starts[kind][row] : starts[kind][row + 1]] for kind, table in effects.items()},
-            forecasts=forecasts[row].numpy(),
-            uncertainty=float(doubt[row]),
-            is_calibrated=is_calibrated,
-        )
-        for row, one in enumerate(decided)
-    ]
+    return Considered(
+        decided=chosen.decided,
+        attention=judged.encoded.attention,
+        effects=effects,
+        forecasts=forecasts[0].numpy(),
+        uncertainty=float(inference.outcomes.uncertainty(forecasts)[0]),
+        is_calibrated=int(inference.outcomes.num_calibrated) > 0,
+    )
 
 
 @contextmanager
@@ -166,25 +147,6 @@ def _one_thread() -> Iterator[None]:
     finally:
         if num > 1:
             torch.set_num_threads(num)
-
-
-def _decide(net: PolicyNet, batch: Batch, judged: Judged, draws: Sequence[Draw]) -> tuple[list[Decided], Tensor]:
-    generators = [
-        None if draw.source is None else torch.Generator().manual_seed(draw.source.getrandbits(63)) for draw in draws
-    ]
-    return net.decide(batch, judged, generators, [draw.source is None for draw in draws])
-
-
-def _effects(log_prob: Tensor, inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    slopes = torch.autograd.grad(log_prob.sum(), list(inputs.values()), allow_unused=True)
-    return {
-        kind: np.zeros(tuple(x.shape), dtype=np.float32) if slope is None else (slope * x.detach()).numpy()
-        for (kind, x), slope in zip(inputs.items(), slopes, strict=True)
-    }
-
-
-def _starts(views: Sequence[Observation]) -> list[int]:
-    return [0, *np.cumsum([len(view.kernel) for view in views]).tolist()]
 
 
 def _fraction(value: float) -> float:

@@ -15,6 +15,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -41,6 +42,7 @@ from esper.tamiyo.tending import Care, removal, tend
 
 if TYPE_CHECKING:
     from esper.tamiyo.considering import Considered
+    from esper.tamiyo.inference import Inference
     from esper.tamiyo.net import PolicyNet
     from esper.tamiyo.observation import Observation
 
@@ -58,6 +60,13 @@ class Loaded:
 
     version: str
     net: PolicyNet
+
+    @cached_property
+    def inference(self) -> Inference:
+        """The network as it decides."""
+        from esper.tamiyo.inference import Inference
+
+        return Inference(self.net)
 
 
 _kept: OrderedDict[str, Loaded] = OrderedDict()
@@ -172,7 +181,7 @@ class GraphPolicy:
 
 
 def propose_all(loaded: Loaded, cases: Sequence[Case]) -> list[Proposal]:
-    """Returns what the network chooses for each; together they cost little more than one."""
+    """Returns what the network chooses for each, one after the other: a choice does not hang on who asks beside."""
     from esper.tamiyo.considering import Draw, consider
     from esper.tamiyo.observation import observe_graph
 
@@ -181,7 +190,7 @@ def propose_all(loaded: Loaded, cases: Sequence[Case]) -> list[Proposal]:
     views = [observe_graph(case.state, case.packet, case.config, case.care) for case in cases]
     draws = [Draw(generator(case.state) if case.config.gnn.explore else None) for case in cases]
     try:
-        found = consider(loaded.net, views, draws)
+        found = consider(loaded.inference, views, draws)
     except FloatingPointError as error:
         if len(cases) > 1:  # one of them: the others must not wait for it
             return [propose_all(loaded, [case])[0] for case in cases]

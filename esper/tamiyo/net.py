@@ -226,31 +226,24 @@ class PolicyNet(nn.Module):
     def _draw(
         self, batch: Batch, judged: Judged, row: int, generator: torch.Generator | None, greedy: bool
     ) -> tuple[ActionChoice, dict[str, np.ndarray]]:
-        def pick(log_p: Tensor, part: str) -> int:
-            p = np.exp(log_p.detach().double().numpy())
-            if not np.isfinite(p).all() or not p.sum() > 0.0:
-                raise FloatingPointError(f"the probabilities of the {part} are not finite")
-            found[part] = p
-            if greedy:
-                return int(p.argmax())
-            sums = np.cumsum(p)
-            at = float(torch.rand((), generator=generator, dtype=torch.float64)) * sums[-1]
-            return min(int(np.searchsorted(sums, at, side="right")), int(np.flatnonzero(p)[-1]))
+        def drawn(log_p: Tensor, part: str) -> int:
+            found[part] = np.exp(log_p.detach().double().numpy())
+            return pick(found[part], part, generator, greedy=greedy)
 
         found: dict[str, np.ndarray] = {}
-        operation = Operation(pick(judged.operation[row], "operation"))
+        operation = Operation(drawn(judged.operation[row], "operation"))
         if operation is Operation.WAIT:
             return WAIT, found
         if operation is not Operation.GERMINATE:
             start, end = batch.first_seed[row], batch.first_seed[row + 1]
-            return ActionChoice(operation, seed=pick(judged.seed[start:end, TENDED.index(operation)], "seed")), found
+            return ActionChoice(operation, seed=drawn(judged.seed[start:end, TENDED.index(operation)], "seed")), found
         start, end = batch.first_site[row], batch.first_site[row + 1]
-        site = pick(judged.site[start:end], "site")
+        site = drawn(judged.site[start:end], "site")
         sites, rows = torch.tensor([start + site]), torch.tensor([row])
-        nth = pick(self.options(batch, judged.encoded, sites, rows), "option")
+        nth = drawn(self.options(batch, judged.encoded, sites, rows), "option")
         option = int(batch.option_start[start + site]) + nth
         kernels = batch.option_kernel[option : option + 1]
-        strategy = pick(self.strategies(batch, judged.encoded, sites, rows, kernels)[0], "strategy")
+        strategy = drawn(self.strategies(batch, judged.encoded, sites, rows, kernels)[0], "strategy")
         place = option - batch.first_option[row]
         return ActionChoice(operation, site=site, option=place, strategy=strategy), found
 
@@ -278,6 +271,21 @@ class PolicyNet(nn.Module):
         if broken is not None:
             raise TamperedError(f"the policy's weights hold a value that is not finite, in {broken}")
         return net.eval()
+
+
+def pick(p: np.ndarray, part: str, generator: torch.Generator | None, *, greedy: bool) -> int:
+    """Returns a place by its probability, or the most probable.
+
+    Raises:
+        FloatingPointError: if a probability is not finite.
+    """
+    if not np.isfinite(p).all() or not p.sum() > 0.0:
+        raise FloatingPointError(f"the probabilities of the {part} are not finite")
+    if greedy:
+        return int(p.argmax())
+    sums = np.cumsum(p)
+    at = float(torch.rand((), generator=generator, dtype=torch.float64)) * sums[-1]
+    return min(int(np.searchsorted(sums, at, side="right")), int(np.flatnonzero(p)[-1]))
 
 
 def chosen_features(batch: Batch, encoded: Encoded, targets: Targets) -> Tensor:

@@ -108,7 +108,7 @@ def _parts(packet: SystemStatePacket, config: TamiyoConfig, policies: Policies) 
     return {
         "gnn: memory and tending": lambda: case_of(state, packet, config),
         "gnn: observation": lambda: observe_graph(case.state, packet, config, case.care),
-        "gnn: network and explanation": lambda: consider(loaded.net, [view], [Draw(None)]),
+        "gnn: network and explanation": lambda: consider(loaded.inference, [view], [Draw(None)]),
     }
 
 

@@ -170,13 +170,14 @@ def test_an_attribution_is_the_slope_of_the_log_probability():
     from dataclasses import replace
 
     from esper.tamiyo.considering import Draw, consider
+    from esper.tamiyo.inference import Inference
     from esper.tamiyo.net import collate
     from esper.tamiyo.observation import RUN_FEATURES, observation_of
 
     config, _ = served(GROWER)
     view = observation_of(initial_state(config, 0), SEEN, config)
     net = PolicyNet.from_bytes(GROWER.to_bytes(), SHAPE).requires_grad_(requires_grad=False)
-    (found,) = consider(net, [view], [Draw(None)])
+    (found,) = consider(Inference(net), [view], [Draw(None)])
     for place in (0, RUN_FEATURES.index("may_grow"), RUN_FEATURES.index("params")):
         moved = []
         for step_size in (1e-2, -1e-2):
