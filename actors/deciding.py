@@ -65,7 +65,7 @@ class Asked(NamedTuple):
     """A question as it comes in; see `Tamiyo.decide`."""
 
     state: dict[str, Any]
-    packet_json: str
+    packet: bytes | str
     config_json: str
     storage: Storage | None
     version: str | None
@@ -75,7 +75,7 @@ Answer = tuple[dict[str, Any], str]
 
 
 class Tamiyo:
-    """The deployment. Arguments and results are JSON, validated at this edge.
+    """The deployment. Arguments are packed or JSON, results JSON; they are validated at this edge.
 
     Args:
         canary: what a nominated policy must show.
@@ -104,7 +104,7 @@ class Tamiyo:
     async def decide(
         self,
         state: dict[str, Any],
-        packet_json: str,
+        packet: bytes | str,
         config_json: str,
         storage: Storage | None = None,
         version: str | None = None,
@@ -113,7 +113,7 @@ class Tamiyo:
 
         Args:
             state: Tamiyo's, of the run.
-            packet_json: a `SystemStatePacket`.
+            packet: a `SystemStatePacket`, packed (see `esper.tamiyo.packing`) or its JSON.
             config_json: a `TamiyoConfig`.
             storage: where the run's policies lie.
             version: of the stored policy that shall decide, or `promoted`; None: the one that the configuration names.
@@ -122,7 +122,7 @@ class Tamiyo:
             PermanentError: if packet or configuration are none.
             EsperError: if there is no such policy, or it cannot be loaded.
         """
-        return await self._batching.ask(Asked(state, packet_json, config_json, storage, version))
+        return await self._batching.ask(Asked(state, packet, config_json, storage, version))
 
     def close(self) -> None:
         """Ends its following of storages. Ray ends a replica's process; in others somebody has to."""
@@ -246,13 +246,21 @@ def _serving(reason: str) -> PolicyEvent:
 
 def _question(asked: Asked) -> Question:
     try:
-        packet = SystemStatePacket.model_validate_json(asked.packet_json)
+        packet = _packet(asked.packet)
         config = TamiyoConfig.model_validate_json(asked.config_json)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise PermanentError(f"Tamiyo cannot read what it was sent: {where}: {first['msg']}") from error
     return Question(asked.state, packet, config)
+
+
+def _packet(given: bytes | str) -> SystemStatePacket:
+    if isinstance(given, bytes):
+        from esper.tamiyo.packing import unpack
+
+        return unpack(given)
+    return SystemStatePacket.model_validate_json(given)
 
 
 def _decide(questions: Sequence[Question], held: Held) -> Sequence[Decided | Exception]:
@@ -285,7 +293,10 @@ def _publish(storage: Storage, event: PolicyEvent) -> None:
 
 def _fields(command: KasminaControlCommand, packet: SystemStatePacket) -> dict[str, Any]:
     """What a line of the log says of a command."""
-    seeds = (seed for layer in packet.layers for seed in layer.seeds if seed.seed_id == command.seed_id)
+    from esper.tamiyo.table import layers_of
+
+    layer = layers_of(packet).named(command.site)
+    seeds = () if layer is None else (seed for seed in layer.seeds if seed.seed_id == command.seed_id)
     under_way = next((seed.trace_id for seed in seeds), "")
     return {
         "run": packet.run_id,

@@ -175,10 +175,13 @@ class ServeController:
             ConflictError: if `state` is not a state of this version.
         """
         budget_s = self._config.deadline_s if self._has_decided else self._startup_s
+        from esper.tamiyo.packing import pack
+
+        packed = pack(packet)
         after, signal_json = self._asking.ask(
             lambda handle: handle.decide.remote(
                 state or self.initial_state(),
-                packet.model_dump_json(),
+                packed,
                 self._config_json,
                 self._storage,
                 wanted_version(self._config),
@@ -213,11 +216,13 @@ class HttpDesk:
     def decide(self, request: DecisionRequest) -> Decision:
         """Runs one step; raises as `ServeController.decide`."""
         from esper.tamiyo.http import Decision
+        from esper.tamiyo.packing import pack
 
+        packed = pack(request.packet)
         state, signal_json = self._asking.ask(
             lambda handle: handle.decide.remote(
                 request.state or initial_state(request.config, request.seed),
-                request.packet.model_dump_json(),
+                packed,
                 request.config.model_dump_json(),
                 self._storage,
                 request.version or wanted_version(request.config),

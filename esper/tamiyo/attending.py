@@ -207,7 +207,7 @@ class Attending:
         for slot, weight in zip(slots[1:], weights[1:], strict=True):
             whole[:, slot.target] += weight
         for slot, weight in zip(slots, weights, strict=True):
-            weight /= whole[:, slot.target]
+            np.divide(weight, whole[:, slot.target], out=weight)
         total = weighted(sent[0], weights[0])
         for slot, values, weight in zip(slots[1:], sent[1:], weights[1:], strict=True):
             total[:, slot.target] += weighted(values, weight)

@@ -85,15 +85,20 @@ class Bandit:
         A report from before its arm was first seen stands in the arm's record already, and is not counted again.
         """
         memory = state.bandit or BanditMemory()
-        kinds = {layer.layer_id: layer.signature.kind for layer in packet.layers}
+        from esper.tamiyo.table import table_of
+
+        table = table_of(packet)
         arms = dict(memory.arms)
         for report in packet.ended:
             arm, value = arm_of(report.signature.kind, report.blueprint), report.value
             if value is not None and arm in arms and (report.trace_id or report.report_id) not in memory.counted:
                 arms[arm] = arms[arm].count(value)
         for option in packet.options:
-            kind = next((kinds[site] for site in option.sites if site in kinds), None)  # all are of one signature
-            if kind is not None and (arm := arm_of(kind, option.blueprint)) not in arms:
+            known = table.places_of(option.sites)
+            if not len(known):
+                continue
+            arm = arm_of(table.signatures[table.signature_of[known[0]]].kind, option.blueprint)  # all sites are alike
+            if arm not in arms:
                 arms[arm] = option.record or TrackRecord()
         counted = tuple(report.trace_id or report.report_id for report in packet.ended)
         return state.model_copy(update={"bandit": BanditMemory(arms=arms, counted=counted)})

@@ -5,7 +5,10 @@ Every site that falls out has its reason in words, so that a wait can be explain
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from esper.config import ScheduledGraft, TamiyoConfig
 from esper.leyline import (
@@ -21,6 +24,11 @@ from esper.leyline import (
 from esper.tamiyo.memory import TamiyoState, failure_key
 from esper.tamiyo.orders import Order
 from esper.tamiyo.safety import Room, growth_is_blocked, growth_is_over, room_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from esper.tamiyo.table import Layers, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +68,57 @@ class Candidate:
         )
 
 
-@dataclass(frozen=True, slots=True)
 class Candidates:
-    """What was found, in the order of the packet's layers, and why the other sites fell out."""
+    """What was found, in the order of the packet's layers, and why the other sites fell out.
 
-    candidates: tuple[Candidate, ...]
-    excluded: dict[str, str]
-    room: Room
+    Args:
+        layers: the packet's.
+        room: for growth.
+        places: (C,) the sites where an adaptation could begin.
+        first: (C,) the seed of each.
+        options: the kernels of each.
+        excluded: tells why the other sites fell out.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        room: Room,
+        places: np.ndarray,
+        first: np.ndarray,
+        options: Sequence[tuple[KernelOption, ...]],
+        excluded: Callable[[], dict[str, str]],
+    ) -> None:
+        self.room, self.places, self.first, self.options = room, places, first, options
+        self._layers, self._excluded = layers, excluded
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def at(self, number: int) -> Candidate:
+        """Makes one of them."""
+        layer = self._layers[int(self.places[number])]
+        seed, *others = _resting(layer)
+        return Candidate(layer.layer_id, layer.signature, seed, self.options[number], tuple(others))
+
+    @cached_property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """All of them."""
+        return tuple(self.at(number) for number in range(len(self)))
+
+    def ranked(self) -> tuple[np.ndarray, np.ndarray]:
+        """Growth potential and number of those where it was measured, largest first, ties in forward order."""
+        import numpy as np
+
+        potential = self._layers.table.seed.numbers("grow_potential")[self.first]
+        order = np.argsort(-potential, kind="stable")
+        order = order[~np.isnan(potential[order])]
+        return potential[order], order
+
+    @cached_property
+    def excluded(self) -> dict[str, str]:
+        """Why the other sites fell out, by site."""
+        return self._excluded()
 
     def why_none(self) -> str:
         """Says why no site is eligible."""
@@ -99,51 +151,92 @@ def find_candidates(
         config: limits, and the strategy that kernels must suit.
         blueprint: only kernels that go by this name, even where they failed before: somebody asked for it by name.
     """
-    room = room_of(state, packet)
-    found: list[Candidate] = []
-    excluded: dict[str, str] = {}
-    # sites that have the same kernels share one list, judged once: there may be a hundred thousand pairs
-    bundles: dict[tuple[str, ...], list[KernelOption]] = {}
-    for option in packet.options:
-        bundles.setdefault(option.sites, []).append(option)
-    ready: dict[str, list[KernelOption]] = {}
-    for sites, bundle in bundles.items():
-        for site in sites:
-            ready[site] = [*ready[site], *bundle] if site in ready else bundle
-    none: list[KernelOption] = []
+    from esper.tamiyo.table import layers_of
+
+    layers, room = layers_of(packet), room_of(state, packet)
+    names = layers.table.sites
+    places, first = _where(layers, packet)
+    ready = _ready(layers.table, packet)
+    # what was tried or is forbidden at a site makes its kernels its own; sites that have the same are judged once
     own = {key.rpartition(":")[0] for key in (*state.failed, *packet.embargoed)}
     judged: dict[int, tuple[KernelOption, ...] | str] = {}
-    for layer in packet.layers:
-        seeds = _resting_seeds(layer, packet)
-        if isinstance(seeds, str):
-            excluded[layer.layer_id] = seeds
-            continue
-        here = ready.get(layer.layer_id, none)
-        options = None if layer.layer_id in own else judged.get(id(here))
-        if options is None:
-            options = _usable(layer.layer_id, here, state, packet, config, room, blueprint)
-            if layer.layer_id not in own:
-                judged[id(here)] = options
-        if isinstance(options, str):
-            excluded[layer.layer_id] = options
-        else:
-            found.append(Candidate(layer.layer_id, layer.signature, seeds[0], options, tuple(seeds[1:])))
-    return Candidates(tuple(found), excluded, room)
+
+    def usable(place: int) -> tuple[KernelOption, ...] | str:
+        site, bundle = names[place], ready.bundle_of[place]
+        if site in own:
+            return _usable(site, ready.bundles[bundle], state, packet, config, room, blueprint)
+        if bundle not in judged:
+            judged[bundle] = _usable(site, ready.bundles[bundle], state, packet, config, room, blueprint)
+        return judged[bundle]
+
+    found = [usable(place) for place in places.tolist()]
+    kept = [number for number, options in enumerate(found) if not isinstance(options, str)]
+
+    def excluded() -> dict[str, str]:
+        refused = {place: why for place, why in zip(places.tolist(), found, strict=True) if isinstance(why, str)}
+        fine = set(places.tolist()) - refused.keys()
+        return {
+            names[place]: refused.get(place) or _why_not_resting(layers[place], packet)
+            for place in range(len(layers))
+            if place not in fine
+        }
+
+    options = [one for one in found if not isinstance(one, str)]
+    return Candidates(layers, room, places[kept], first[kept], options, excluded)
 
 
-def _resting_seeds(layer: LayerHealthReport, packet: SystemStatePacket) -> list[HealthSignal] | str:
-    """The dormant seeds, that with the largest growth potential first, or why there is none to use."""
+def _where(layers: Layers, packet: SystemStatePacket) -> tuple[np.ndarray, np.ndarray]:
+    """The sites with a dormant seed, a fresh report and nothing under way, and the first of their dormant seeds."""
+    import numpy as np
+
+    table = layers.table
+    fine = (table.site.numbers("epoch") == packet.epoch.epoch) & (table.count(table.is_active) == 0)
+    fine[table.places_of(packet.embargoed)] = False
+    resting = np.flatnonzero(table.stage == SeedStage.DORMANT.code)
+    resting = resting[fine[table.seed_site[resting]]]
+    potential = table.seed.numbers("grow_potential")[resting]
+    order = np.lexsort((np.where(np.isnan(potential), 1.0, -potential), table.seed_site[resting]))
+    places, begins = np.unique(table.seed_site[resting[order]], return_index=True)
+    return places, resting[order][begins]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """Bundles of kernels, and which of them each site has: there may be a hundred thousand pairs, and few bundles."""
+
+    bundles: list[list[KernelOption]]
+    bundle_of: list[int]
+
+
+def _ready(table: Table, packet: SystemStatePacket) -> _Ready:
+    import numpy as np
+
+    alike: dict[tuple[str, ...], list[KernelOption]] = {}
+    for option in packet.options:
+        alike.setdefault(option.sites, []).append(option)
+    bundles: list[list[KernelOption]] = [[]]
+    bundle_of = np.zeros(len(table), dtype=np.int64)
+    for sites, more in alike.items():
+        places = np.unique(table.places_of(sites))
+        had, which = np.unique(bundle_of[places], return_inverse=True)
+        bundle_of[places] = len(bundles) + which
+        bundles += [[*bundles[before], *more] for before in had.tolist()]
+    return _Ready(bundles, bundle_of.tolist())
+
+
+def _why_not_resting(layer: LayerHealthReport, packet: SystemStatePacket) -> str:
+    """Why there is no seed to use at a site."""
     if layer.layer_id in packet.embargoed:
         return "under embargo"
     if layer.epoch != packet.epoch.epoch:
         return f"its health is of epoch {layer.epoch}, not of {packet.epoch.epoch}"
     busy = next((seed for seed in layer.seeds if seed.stage.is_active), None)
-    if busy is not None:
-        return f"{busy.seed_id} is {busy.stage} there"
+    return "no dormant seed there" if busy is None else f"{busy.seed_id} is {busy.stage} there"
+
+
+def _resting(layer: LayerHealthReport) -> list[HealthSignal]:
+    """The dormant seeds, that with the largest growth potential first; an unmeasured one ranks below every measured."""
     resting = [seed for seed in layer.seeds if seed.stage is SeedStage.DORMANT]
-    if not resting:
-        return "no dormant seed there"
-    # an unmeasured seed ranks below every measured one
     return sorted(resting, key=lambda seed: 1.0 if seed.grow_potential is None else -seed.grow_potential)
 
 

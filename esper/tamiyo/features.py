@@ -60,7 +60,8 @@ from typing import Any
 
 import numpy as np
 
-from esper.leyline import PAIRED, EvidenceKind, HealthSignal, LayerHealthReport, SeedStage, SiteKind, SystemStatePacket
+from esper.leyline import PAIRED, EvidenceKind, SeedStage, SiteKind, SystemStatePacket
+from esper.tamiyo.table import Table, table_of
 
 GOVERNOR_OK = "ok"
 
@@ -88,22 +89,24 @@ _LARGEST = 1e150
 
 def site_features(packet: SystemStatePacket) -> np.ndarray:
     """Returns (sites, SITE_FEATURES) float32."""
-    layers = packet.layers
-    kinds = [layer.signature.kind for layer in layers]
-    health = {name: _figure(layers, name) for name in _FIGURES}
+    table = table_of(packet)
+    signatures = table.signatures
+    health = {name: _cut(table.figure(name)) for name in _FIGURES}
     has = {name: ~np.isnan(column) for name, column in health.items()}
     whole = {name: np.nan_to_num(column) for name, column in health.items()}
-    num, lightest, heaviest = _options(packet)
-    epoch = packet.epoch.epoch
+    num, lightest, heaviest = _options(packet, table)
+    is_fresh = (table.site.numbers("epoch") == packet.epoch.epoch) & (table.site.numbers("num_samples") > 0)
+    embargoed = np.zeros(len(table))
+    embargoed[table.places_of(packet.embargoed)] = 1.0
     columns = {
-        "is_vector": _array(kind is SiteKind.VECTOR for kind in kinds),
-        "is_feature_map": _array(kind is SiteKind.FEATURE_MAP for kind in kinds),
-        "is_sequence": _array(kind is SiteKind.SEQUENCE for kind in kinds),
-        "is_causal": _array(layer.signature.causal for layer in layers),
-        "channels": np.log2(_array(layer.signature.channels for layer in layers)) / 20,
-        "positions": np.minimum(np.log2(_array(math.prod(layer.signature.extent) for layer in layers)) / 20, 1.0),
-        "depth": np.arange(len(layers)) / max(1, len(layers) - 1),
-        "is_fresh": _array(layer.epoch == epoch and layer.num_samples > 0 for layer in layers),
+        "is_vector": table.of_signatures([one.kind is SiteKind.VECTOR for one in signatures]),
+        "is_feature_map": table.of_signatures([one.kind is SiteKind.FEATURE_MAP for one in signatures]),
+        "is_sequence": table.of_signatures([one.kind is SiteKind.SEQUENCE for one in signatures]),
+        "is_causal": table.of_signatures([one.causal for one in signatures]),
+        "channels": np.log2(table.of_signatures([one.channels for one in signatures])) / 20,
+        "positions": np.minimum(np.log2(table.of_signatures([math.prod(one.extent) for one in signatures])) / 20, 1.0),
+        "depth": np.arange(len(table)) / max(1, len(table) - 1),
+        "is_fresh": is_fresh,
         "variance": decades(whole["activation_variance"]),
         "has_variance": has["activation_variance"],
         "dead": whole["dead_neuron_ratio"],
@@ -118,33 +121,30 @@ def site_features(packet: SystemStatePacket) -> np.ndarray:
         "has_potential": has["grow_potential"],
         "health": whole["health_score"],
         "has_health": has["health_score"],
-        "is_embargoed": _array(layer.layer_id in packet.embargoed for layer in layers),
+        "is_embargoed": embargoed,
         "options": share(num, 8),
         "lightest": lightest,
         "heaviest": heaviest,
-        "fossils": share(_array(sum(s.stage is SeedStage.FOSSILIZED for s in layer.seeds) for layer in layers), 2),
-        "under_way": share(_array(sum(s.stage.is_active for s in layer.seeds) for layer in layers), 1),
+        "fossils": share(table.count(table.stage == SeedStage.FOSSILIZED.code).astype(np.float64), 2),
+        "under_way": share(table.count(table.is_active).astype(np.float64), 1),
     }
     return _table(columns, SITE_FEATURES)
 
 
 def seed_features(packet: SystemStatePacket) -> np.ndarray:
     """Returns (seeds, SEED_FEATURES) float32."""
-    seeds = [seed for layer in packet.layers for seed in layer.seeds]
-    stages = np.fromiter((seed.stage.code for seed in seeds), np.int64, len(seeds))
-    gain, baseline, error = (_evidence(seeds, name, PAIRED) for name in ("gain", "baseline", "stderr"))
-    harm, level = (_evidence(seeds, name, {EvidenceKind.HARM}) for name in ("gain", "baseline"))
-    train_loss = _column(seed.train_loss for seed in seeds)
-    wanted = {seed.kernel_id for seed in seeds if seed.kernel_id}
-    kernels = {o.kernel_id: o for o in packet.options if o.kernel_id in wanted} if wanted else {}
-    of_seeds = [kernels.get(seed.kernel_id or "") for seed in seeds]
-    risk = _column(None if kernel is None else kernel.risk for kernel in of_seeds)
+    table = table_of(packet)
+    seed, stages = table.seed, table.stage
+    gain, baseline, error = (_evidence(table, name, PAIRED) for name in ("gain", "baseline", "stderr"))
+    harm, level = (_evidence(table, name, {EvidenceKind.HARM}) for name in ("gain", "baseline"))
+    train_loss = _cut(seed.numbers("train_loss"))
+    sizes, flops, risk, has_kernel = _kernels(packet, seed.words("kernel_id"))
     columns = {
         **{f"is_{stage.value.lower()}": stages == stage.code for stage in SeedStage},
-        "alpha": _array(seed.alpha for seed in seeds),
-        "epochs_in_stage": share(_array(seed.epochs_in_stage for seed in seeds), 5),
-        "is_ready": _array(seed.is_ready_for_transition for seed in seeds),
-        "should_cull": _array(seed.should_cull for seed in seeds),
+        "alpha": seed.numbers("alpha"),
+        "epochs_in_stage": share(seed.numbers("epochs_in_stage").astype(np.float64), 5),
+        "is_ready": seed.numbers("is_ready_for_transition"),
+        "should_cull": seed.numbers("should_cull"),
         "gain": np.nan_to_num(relative(baseline, baseline - gain)),
         "certainty": np.nan_to_num(_certainty(gain, error)),
         "has_gain": ~np.isnan(gain),
@@ -152,10 +152,10 @@ def seed_features(packet: SystemStatePacket) -> np.ndarray:
         "has_harm": ~np.isnan(harm),
         "train_loss": np.nan_to_num(relative(train_loss, packet.epoch.train_loss)),
         "has_train_loss": ~np.isnan(train_loss),
-        "parameters": share(_array(k.num_parameters if k else 0 for k in of_seeds), max(1, packet.budget.params_used)),
-        "flops": share(_array(k.flops_per_sample if k else 0 for k in of_seeds), max(1, packet.budget.flops_used)),
+        "parameters": share(sizes, max(1, packet.budget.params_used)),
+        "flops": share(flops, max(1, packet.budget.flops_used)),
         "risk": np.nan_to_num(risk),
-        "has_kernel": _array(kernel is not None for kernel in of_seeds),
+        "has_kernel": has_kernel,
         "has_risk": ~np.isnan(risk),
     }
     return _table(columns, SEED_FEATURES)
@@ -206,19 +206,28 @@ _FIGURES = (
 )  # fmt: skip
 
 
-def _figure(layers: Iterable[LayerHealthReport], name: str) -> Column:
-    """A figure of each site; it is the same for all seeds there."""
-    return _column(getattr(layer.seeds[0], name) if layer.seeds else None for layer in layers)
+def _kernels(packet: SystemStatePacket, ids: list[str | None]) -> tuple[Column, Column, Column, Column]:
+    """Of each seed's kernel, where it is among the options: parameters and FLOPs (0 of others), its risk, and whether
+    it is one of them.
+    """
+    sizes, flops, has_kernel = np.zeros(len(ids)), np.zeros(len(ids)), np.zeros(len(ids), dtype=bool)
+    risk = np.full(len(ids), np.nan)
+    wanted = set(ids)
+    kernels = {option.kernel_id: option for option in packet.options if option.kernel_id in wanted}
+    for place in [place for place, kernel_id in enumerate(ids) if kernel_id in kernels] if kernels else ():
+        kernel = kernels[ids[place] or ""]
+        sizes[place], flops[place], has_kernel[place] = kernel.num_parameters, kernel.flops_per_sample, True
+        risk[place] = np.nan if kernel.risk is None else kernel.risk
+    return sizes, flops, _cut(risk), has_kernel
 
 
-def _options(packet: SystemStatePacket) -> tuple[Column, Column, Column]:
+def _options(packet: SystemStatePacket, table: Table) -> tuple[Column, Column, Column]:
     """How many kernels are ready for each site, and the smallest and largest over the budget that is left."""
-    places = {layer.layer_id: place for place, layer in enumerate(packet.layers)}
-    known = [[places[site] for site in option.sites if site in places] for option in packet.options]
-    at = np.array([place for here in known for place in here], dtype=np.int64)
+    known = [table.places_of(option.sites) for option in packet.options]
+    at = np.concatenate([np.zeros(0, dtype=np.int64), *known])
     sizes = np.repeat(_array(option.num_parameters for option in packet.options), [len(here) for here in known])
-    num = np.bincount(at, minlength=len(places))
-    lightest, heaviest = np.full(len(places), np.inf), np.zeros(len(places))
+    num = np.bincount(at, minlength=len(table))
+    lightest, heaviest = np.full(len(table), np.inf), np.zeros(len(table))
     np.minimum.at(lightest, at, sizes)
     np.maximum.at(heaviest, at, sizes)
     limit = packet.budget.params_limit
@@ -231,12 +240,13 @@ def _options(packet: SystemStatePacket) -> tuple[Column, Column, Column]:
     return num.astype(np.float64), over(lightest), over(heaviest)
 
 
-def _evidence(seeds: Iterable[HealthSignal], name: str, kinds: Iterable[EvidenceKind]) -> Column:
-    return _column(
-        getattr(seed.evidence, name) if seed.evidence and seed.evidence.num_pairs and seed.evidence.kind in kinds
-        else None
-        for seed in seeds
-    )  # fmt: skip
+def _evidence(table: Table, name: str, kinds: Iterable[EvidenceKind]) -> Column:
+    """A figure of each seed's evidence; NaN where there is none of these kinds."""
+    codes = [place for place, kind in enumerate(EvidenceKind) if kind in kinds]
+    there = np.isin(table.evidence.numbers("kind"), codes) & (table.evidence.numbers("num_pairs") > 0)
+    found = np.full(table.seed.size, np.nan)
+    found[table.evidence_of[there]] = table.evidence.numbers(name)[there]
+    return _cut(found)
 
 
 def _certainty(gain: Column, error: Column) -> Column:
@@ -254,9 +264,9 @@ def _of_limit(used: int, limit: int | None) -> float:
     return 0.0 if limit is None else min(1.0, used / limit) if limit else 1.0
 
 
-def _column(values: Iterable[float | None]) -> Column:
+def _cut(column: Column) -> Column:
     """Figures of which some may be missing, as NaN."""
-    return np.clip(np.array(list(values), dtype=np.float64), -_LARGEST, _LARGEST)
+    return np.clip(column, -_LARGEST, _LARGEST)
 
 
 def _array(values: Iterable[float]) -> Column:

@@ -241,6 +241,8 @@ def _why_not(config: TamiyoConfig, found: Explanation, *, measured: bool) -> tup
 
 def _orders(case: Case, view: Observation, choice: ActionChoice, told: Explanation) -> tuple[Order, ...]:
     """The orders of a choice, its own the last: before an advance go those who lose the race."""
+    from esper.tamiyo.table import layers_of
+
     if choice.operation is Operation.GERMINATE:
         kernel_id, _ = view.kernel_names[view.option_kernel[choice.option]]
         site, seed_id = view.seed_names[view.resting[choice.site]]
@@ -252,6 +254,5 @@ def _orders(case: Case, view: Observation, choice: ActionChoice, told: Explanati
         chosen = (orders for orders in case.care.advances if (orders[0].site, orders[0].seed_id) == key)
         advance, *losers = next(chosen)
         return (*losers, advance)
-    seeds = (seed for layer in case.packet.layers if layer.layer_id == key[0] for seed in layer.seeds)
-    seed = next(seed for seed in seeds if seed.seed_id == key[1])
+    seed = layers_of(case.packet).signal(choice.seed)
     return (removal(seed, "/".join(key), f"policy {told.version[:8]} gives it up ({told.confidence:.0%})"),)

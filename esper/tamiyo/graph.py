@@ -18,19 +18,21 @@ Importing `torch_geometric` takes about two seconds and brings torch in: it happ
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from esper.leyline import LayerHealthReport, SeedStage, SystemStatePacket
+from esper.leyline import SeedStage, SystemStatePacket
 from esper.tamiyo.features import run_features, seed_features, site_features
+from esper.tamiyo.table import Named, Table, table_of, tabled
 
 if TYPE_CHECKING:
     from torch_geometric.data import HeteroData
 
-Form = tuple[tuple[str, tuple[str, ...], int], ...]
-"""Of each site its name, the ids of its seeds, and how many of them are fossils: what edges are made from."""
+Form = tuple[tuple[str, ...], tuple[str, ...], bytes, bytes]
+"""Names of the sites, ids of the seeds, where each site's begin, and which are fossils: what edges are made from."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +46,15 @@ class Topology:
     """
 
     sites: tuple[str, ...]
-    seeds: tuple[tuple[str, str], ...]
+    seeds: Sequence[tuple[str, str]]
     edges: dict[tuple[str, str, str], Any]
 
 
 def form_of(packet: SystemStatePacket) -> Form:
     """Returns what the edges of a packet's graph depend on."""
-    return tuple(
-        (
-            layer.layer_id,
-            tuple([seed.seed_id for seed in layer.seeds]),
-            sum([seed.stage is SeedStage.FOSSILIZED for seed in layer.seeds]),
-        )
-        for layer in packet.layers
-    )
+    table = table_of(packet)
+    fossils = np.flatnonzero(table.stage == SeedStage.FOSSILIZED.code)
+    return table.sites, tuple(table.seed.words("seed_id")), table.first.tobytes(), fossils.tobytes()
 
 
 def topology_of(packet: SystemStatePacket) -> Topology:
@@ -76,7 +73,7 @@ def topology_of(packet: SystemStatePacket) -> Topology:
     return Topology(sites, seeds, edges)
 
 
-Wiring = tuple[tuple[str, ...], tuple[tuple[str, str], ...], dict[tuple[str, str, str], np.ndarray]]
+Wiring = tuple[tuple[str, ...], Sequence[tuple[str, str]], dict[tuple[str, str, str], np.ndarray]]
 """Names of the sites, (site, seed id) of the seeds, and the edges that lead forward and down, each (2, edges) int64."""
 
 
@@ -86,34 +83,33 @@ def wiring_of(packet: SystemStatePacket) -> Wiring:
     Raises:
         ValueError: if two sites or two seeds of a site have the same name.
     """
-    sites = tuple(layer.layer_id for layer in packet.layers)
-    seeds = tuple((layer.layer_id, seed.seed_id) for layer in packet.layers for seed in layer.seeds)
-    if len(set(sites)) < len(sites) or len(set(seeds)) < len(seeds):
+    table = table_of(packet)
+    ids = table.seed.words("seed_id")
+    seeds = Named(table.sites, table.seed_site, ids)
+    if len(table.places) < len(table) or (len(set(ids)) < len(ids) and len(set(seeds)) < len(seeds)):
         raise ValueError("a site or seed stands in the packet twice")
-    counts = np.array([len(layer.seeds) for layer in packet.layers], dtype=np.int64)
-    first = np.cumsum(counts) - counts
-    here = np.arange(len(sites))
+    here = np.arange(len(table))
     pairs = {
         ("site", "layer_forward", "site"): np.stack([here[:-1], here[1:]]),
-        ("site", "contains", "seed"): np.stack([np.repeat(here, counts), np.arange(len(seeds))]),
-        ("seed", "sequential", "seed"): _stacked(packet.layers, first),
+        ("site", "contains", "seed"): np.stack([table.seed_site, np.arange(len(seeds))]),
+        ("seed", "sequential", "seed"): _stacked(table),
     }
-    return sites, seeds, pairs
+    return table.sites, seeds, pairs
 
 
-def _stacked(layers: tuple[LayerHealthReport, ...], first: np.ndarray) -> np.ndarray:
-    """The edges from what a seed stands on: (2, edges)."""
-    found: list[tuple[int, int]] = []
-    for start, layer in zip(first.tolist(), layers, strict=True):
-        below = None
-        is_fossil = [seed.stage is SeedStage.FOSSILIZED for seed in layer.seeds]
-        for place in [start + i for i, fossil in enumerate(is_fossil) if fossil]:
-            if below is not None:
-                found.append((below, place))
-            below = place
-        if below is not None:
-            found += [(below, start + i) for i, fossil in enumerate(is_fossil) if not fossil]
-    return np.array(found, dtype=np.int64).reshape(-1, 2).T
+def _stacked(table: Table) -> np.ndarray:
+    """The edges from what a seed stands on, site by site, those to fossils first: (2, edges)."""
+    is_fossil = table.stage == SeedStage.FOSSILIZED.code
+    fossils = np.flatnonzero(is_fossil)
+    at = table.seed_site[fossils]
+    below = np.full(len(is_fossil), -1)
+    below[fossils[1:]] = np.where(at[1:] == at[:-1], fossils[:-1], -1)
+    highest = np.full(len(table), -1)
+    highest[at] = fossils  # the last of a site's
+    below = np.where(is_fossil, below, highest[table.seed_site])
+    order = np.lexsort((~is_fossil, table.seed_site))
+    order = order[below[order] >= 0]
+    return np.stack([below[order], order])
 
 
 class GraphBuilder:
@@ -143,6 +139,7 @@ class GraphBuilder:
         import torch
         from torch_geometric.data import HeteroData
 
+        packet = tabled(packet)
         topology = self._topology(packet)
         graph = HeteroData()
         graph["site"].x = torch.from_numpy(site_features(packet))

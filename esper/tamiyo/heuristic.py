@@ -116,20 +116,20 @@ class PlateauGrowth:
         if not stands_still:
             return Proposal(reason=plateau)
         found = find_candidates(state, packet, self._config)
-        if not found.candidates:
+        if not len(found):
             pending = f"; {packet.epoch.pending} kernels are still being compiled" if packet.epoch.pending else ""
             return Proposal(reason=f"{plateau}, but {found.why_none()}{pending}")
-        ranked = rank_sites(found.candidates)
-        if not ranked:
+        potentials, numbers = found.ranked()
+        if not len(numbers):
             sites = ", ".join(candidate.site for candidate in found.candidates)
             return Proposal(reason=f"{plateau}, but no growth potential was measured at {sites}: unmeasured, no growth")
-        potential, best = ranked[0]
+        potential, best = float(potentials[0]), found.at(int(numbers[0]))
         if potential <= 0.0:
             return Proposal(reason=f"{plateau}, but no site shows growth potential (all measured 0)")
         pick = self._pick(best, best.options, found.room, state, 0)
         option = pick.option
-        runner_up = f", next {ranked[1][0]:.2g}" if len(ranked) > 1 else ""
-        lead = "the largest" if len(ranked) > 1 else "the only measured"
+        runner_up = f", next {potentials[1]:.2g}" if len(numbers) > 1 else ""
+        lead = "the largest" if len(numbers) > 1 else "the only measured"
         reason = (
             f"{plateau}; site {best.site} has {lead} growth potential ({potential:.2g}{runner_up}):"
             f" germinating {option.blueprint}, {_price(pick, found.room)}"
@@ -177,12 +177,6 @@ class PlateauGrowth:
             return "validation loss has no trend that could be put as a share of itself", False
         threshold = self._config.plateau_threshold
         return trend.in_words(threshold), trend.has_plateaued(threshold)
-
-
-def rank_sites(candidates: tuple[Candidate, ...]) -> list[tuple[float, Candidate]]:
-    """Returns (growth potential, candidate) of the measured ones, largest first, ties in forward order."""
-    measured = [(c.seed.grow_potential, c) for c in candidates if c.seed.grow_potential is not None]
-    return sorted(measured, key=lambda pair: -pair[0])
 
 
 def choose(options: Sequence[KernelOption], channels: int, room: Room) -> KernelOption:

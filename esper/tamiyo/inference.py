@@ -128,8 +128,8 @@ class Chances:
 
 @dataclass(frozen=True)
 class Judged:
-    """What does not depend on a choice: operation (5,), sites that may grow (G,), seeds that may be tended (T,) for each
-    operation of `TENDED`.
+    """What does not depend on a choice: operation (5,), sites that may grow (G,), and for each operation of `TENDED`
+    the seeds that may be tended (T,).
     """
 
     encoded: Encoded
@@ -182,7 +182,7 @@ class Inference:
         wiring = wire(view)
         features = {"site": np.ascontiguousarray(view.site.T), "seed": np.ascontiguousarray(view.seed[wiring.order].T)}
         run = np.maximum(self._enter["run"].weight @ view.run + self._enter["run"].bias, 0.0)
-        entered = {}
+        entered: Nodes = {}
         for kind, columns in features.items():
             entered[kind] = self._enter[kind](columns)
             entered[kind] += run[:, None]
@@ -200,7 +200,7 @@ class Inference:
         weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1e-30)
         can_grow = np.zeros(len(view.site), dtype=bool)
         can_grow[view.option_site] = True
-        tended = view.can.any(axis=1)[wiring.order]
+        tended = np.logical_or.reduce(view.can, axis=1)[wiring.order]
         pools = np.concatenate(
             [
                 weighted(site, weights).sum(axis=1),
@@ -251,9 +251,7 @@ class Inference:
         log_prob = float(judged.operation.log_p[operation])
         chances = np.exp(judged.operation.log_p) * view.operations
         entropy = judged.operation.entropy + float(chances[Operation.GERMINATE]) * judged.site.entropy
-        entropy += sum(
-            float(chances[one]) * seed.entropy for one, seed in zip(_TENDED, judged.seed, strict=True)
-        )
+        entropy += sum(float(chances[one]) * seed.entropy for one, seed in zip(_TENDED, judged.seed, strict=True))
 
         def told(choice: ActionChoice) -> Decided:
             return Decided(choice, log_prob, entropy, judged.value, probabilities)
@@ -314,7 +312,7 @@ class Inference:
             slope = judged.site.slope(place, self._floor)[None]
             columns, more = self._head["site"].back(judged.site_hidden, slope, len(site))
             site[:, judged.growing] += columns
-            graph = graph + more + self._back_of_kernel(view, judged, chosen, site, kernel)
+            graph = graph + more + self._back_of_kernel(view, chosen, site, kernel)
         elif choice.seed >= 0:
             place = int(np.flatnonzero(encoded.wiring.order[judged.tended] == choice.seed)[0])
             column = TENDED.index(choice.operation)
@@ -325,9 +323,7 @@ class Inference:
             graph = graph + more
         return self._back(view, encoded, {"site": site, "seed": seed}, kernel, graph)
 
-    def _back_of_kernel(
-        self, view: Observation, judged: Judged, chosen: Chosen, site: np.ndarray, kernel: np.ndarray
-    ) -> np.ndarray:
+    def _back_of_kernel(self, view: Observation, chosen: Chosen, site: np.ndarray, kernel: np.ndarray) -> np.ndarray:
         """Adds the slopes of the kernel's and the strategy's part; returns that of the graph."""
         choice, width = chosen.decided.choice, len(site)
         assert chosen.option is not None
@@ -337,7 +333,7 @@ class Inference:
         columns, graph = self._head["option"].back(hidden, slope, 2 * width)
         first = choice.option - nth
         here = view.option_kernel[first : first + len(options.p)]
-        np.add.at(kernel, (slice(None), here), columns[width:])
+        np.add.at(kernel.T, here, columns[width:].T)
         site[:, choice.site] += columns[:width].sum(axis=1)
         strategies, hidden, strategy = chosen.strategy
         slope = strategies.slope(strategy, self._floor)[:, None]
@@ -356,10 +352,12 @@ class Inference:
         for layer, trace in zip(reversed(self._layers), reversed(encoded.traces), strict=True):
             slopes = layer.back(trace, slopes, encoded.wiring)
         effects: dict[str, np.ndarray] = {}
-        for kind, slope in slopes.items():
-            slope *= encoded.entered[kind] > 0.0
+        for kind in slopes:
+            slope = slopes[kind] * (encoded.entered[kind] > 0.0)
             run = run + slope.sum(axis=1)
-            effects[kind] = (product(np.ascontiguousarray(self._enter[kind].weight.T), slope) * encoded.features[kind]).T
+            effects[kind] = (
+                product(np.ascontiguousarray(self._enter[kind].weight.T), slope) * encoded.features[kind]
+            ).T
         whole = np.empty_like(effects["seed"])
         whole[encoded.wiring.order] = effects["seed"]
         effects["seed"] = whole
@@ -368,7 +366,9 @@ class Inference:
         effects["run"] = (self._enter["run"].weight.T @ (run * (encoded.run > 0.0)) * view.run)[None]
         return effects
 
-    def _back_of_pools(self, encoded: Encoded, slopes: Nodes, kernel: np.ndarray, pools: list[np.ndarray]) -> np.ndarray:
+    def _back_of_pools(
+        self, encoded: Encoded, slopes: Nodes, kernel: np.ndarray, pools: list[np.ndarray]
+    ) -> np.ndarray:
         """Adds the slopes of nodes and kernels from those of the pools; returns that of the run, by the query."""
         site, seed = encoded.nodes["site"], encoded.nodes["seed"]
         attended = by_head(site * pools[0][:, None], self._heads)
@@ -420,7 +420,7 @@ def _mean(columns: np.ndarray) -> np.ndarray:
 
 
 def _back_of_largest(columns: np.ndarray, slope: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Slopes of columns from that of their largest, and 0, where the mask is true; shared among equals as torch does."""
+    """Slopes of columns from that of their largest, and 0, where the mask is true; as torch shares it among equals."""
     found = np.where(mask, columns, np.float32(-np.inf))
     largest = found.max(axis=1, initial=0.0)
     is_largest = found == largest[:, None]

@@ -7,7 +7,7 @@ decision.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -16,6 +16,9 @@ from esper.leyline import BlendStrategy, ConflictError, Contract, HealthSignal, 
 from esper.leyline.contract import Finite
 from esper.leyline.track import TrackRecord
 from esper.tamiyo.windows import SiteWindows, look
+
+if TYPE_CHECKING:
+    from esper.tamiyo.table import Layers
 
 
 class Attempt(Contract):
@@ -144,7 +147,9 @@ def observe(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig)
     ended. When the live path lost a kernel, the losses before no longer describe it, and growth waits for a full
     window.
     """
-    epoch = packet.epoch.epoch
+    from esper.tamiyo.table import layers_of
+
+    layers, epoch = layers_of(packet), packet.epoch.epoch
     losses = tuple(entry for entry in state.val_losses if entry[0] < epoch)
     if packet.epoch.val_loss is not None:
         losses = (*losses, (epoch, packet.epoch.val_loss))
@@ -153,7 +158,7 @@ def observe(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig)
     under_way: list[Attempt] = []
     failed = list(state.failed)
     for attempt in state.under_way:
-        seen, ended = _look_again(attempt, packet)
+        seen, ended = _look_again(attempt, layers)
         if not ended:
             under_way.append(seen)
             continue
@@ -172,10 +177,7 @@ def observe(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig)
             failed.append(failure_key(attempt.site, attempt.blueprint))
     known = {(attempt.site, attempt.seed_id) for attempt in under_way}
     strangers = [
-        _stranger(seed, packet)
-        for layer in packet.layers
-        for seed in layer.seeds
-        if seed.stage.is_active and (layer.layer_id, seed.seed_id) not in known
+        _stranger(seed, packet) for layer, seed in layers.active() if (layer.layer_id, seed.seed_id) not in known
     ]
     return state.model_copy(
         update={
@@ -193,9 +195,9 @@ def observe(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig)
     )
 
 
-def _look_again(attempt: Attempt, packet: SystemStatePacket) -> tuple[Attempt, bool]:
+def _look_again(attempt: Attempt, layers: Layers) -> tuple[Attempt, bool]:
     """Returns the attempt as this packet shows it, and whether it has ended."""
-    layer = next((layer for layer in packet.layers if layer.layer_id == attempt.site), None)
+    layer = layers.named(attempt.site)
     if layer is None:
         return attempt, False
     seed = next((seed for seed in layer.seeds if seed.seed_id == attempt.seed_id), None)

@@ -13,7 +13,7 @@ import io
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -41,6 +41,7 @@ from esper.tamiyo.memory import TamiyoState, observe, read_state
 from esper.tamiyo.orders import Order
 from esper.tamiyo.plateau import fit
 from esper.tamiyo.safety import Room, judge, last_growth_epoch
+from esper.tamiyo.table import Table, layers_of, table_of, tabled
 from esper.tamiyo.tending import Care, removal, tend
 from esper.tamiyo.windows import TREND_FEATURES, trend_features
 
@@ -103,7 +104,7 @@ class Observation:
     by_rule_mask: np.ndarray
     resting: np.ndarray
     site_names: tuple[str, ...]
-    seed_names: tuple[tuple[str, str], ...]
+    seed_names: Sequence[tuple[str, str]]
     kernel_names: tuple[tuple[str, str], ...]
 
     @cached_property
@@ -118,7 +119,7 @@ class Observation:
     @cached_property
     def by_rule(self) -> frozenset[tuple[str, str]]:
         """(site, seed id) of the seeds that go whatever a policy says."""
-        return frozenset(self.seed_names[place] for place in np.flatnonzero(self.by_rule_mask))
+        return frozenset(self.seed_names[place] for place in np.flatnonzero(self.by_rule_mask).tolist())
 
     def allows(self, choice: ActionChoice) -> bool:
         """Whether the masks hold this choice."""
@@ -196,21 +197,20 @@ def observe_graph(
     Raises:
         ValueError: if two sites or two seeds of a site have the same name.
     """
+    packet = tabled(packet)
     care = tend(state, packet, config) if care is None else care
     sites, seeds, pairs = wiring_of(packet)
     may_grow = reason_to_wait(state, packet, config) is None
-    places = {name: place for place, name in enumerate(sites)}
-    seed_places = {name: place for place, name in enumerate(seeds)}
     kernels = _Kernels(packet, config)
     resting = np.full(len(sites), -1, dtype=np.int64)
     # which strategies a kernel suits is asked apart
     found = find_candidates(state, packet, config.model_copy(update={"strategy": "ramp"})) if may_grow else None
-    begun = {attempt.site for attempt in state.under_way}
-    for candidate in found.candidates if found else ():
-        if candidate.site not in begun:
-            place = places[candidate.site]
-            kernels.add(place, candidate.options, candidate.signature.channels, found.room if found else _NO_LIMIT)
-            resting[place] = seed_places[candidate.site, candidate.seed.seed_id]
+    if found is not None:
+        table = table_of(packet)
+        begun = table.places_of(tuple(attempt.site for attempt in state.under_way))
+        free = np.flatnonzero(~np.isin(found.places, begun))
+        kernels.add(found.places[free], [found.options[number] for number in free.tolist()], table, found.room)
+        resting[found.places[free]] = found.first[free]
     return Observation(
         site=np.concatenate([site_features(packet), trend_features(state.windows, packet)], axis=1),
         seed=seed_features(packet),
@@ -219,19 +219,16 @@ def observe_graph(
         forward=pairs["site", "layer_forward", "site"],
         stacked=pairs["seed", "sequential", "seed"],
         seed_site=pairs["site", "contains", "seed"][0],
-        option_site=np.array(kernels.option_site, dtype=np.int64),
-        option_kernel=np.array(kernels.option_kernel, dtype=np.int64),
+        option_site=kernels.option_site,
+        option_kernel=kernels.option_kernel,
         strategies=kernels.strategies(),
-        can=_tended(state, packet, config, care, seed_places),
-        by_rule_mask=_mask(len(seeds), [seed_places[order.site, order.seed_id] for order in care.removals]),
+        can=_tended(state, packet, config, care),
+        by_rule_mask=_by_rule(packet, care),
         resting=resting,
         site_names=sites,
         seed_names=seeds,
         kernel_names=kernels.names(),
     )
-
-
-_NO_LIMIT = Room(None, None)
 
 
 class _Kernels:
@@ -244,21 +241,26 @@ class _Kernels:
         self._rows: dict[tuple[str, int], int] = {}
         self._kept: list[KernelOption] = []
         self._figures: list[list[float]] = []
-        self.option_site: list[int] = []
-        self.option_kernel: list[int] = []
-        self._best: dict[tuple[int, int], list[int]] = {}
+        self.option_site = self.option_kernel = np.zeros(0, dtype=np.int64)
 
-    def add(self, site: int, options: tuple[KernelOption, ...], channels: int, room: Room) -> None:
-        """Adds the best of `options` for a site."""
+    def add(self, sites: np.ndarray, options: Sequence[tuple[KernelOption, ...]], table: Table, room: Room) -> None:
+        """Adds the best of its options for each site; the sites in their order."""
+        channels = np.array([one.channels for one in table.signatures])[table.signature_of[sites]].tolist()
         # sites that have the same options have them in one tuple: thousands of sites are ranked once
-        key = (id(options), channels)
-        rows = self._best.get(key)
-        if rows is None:
-            ranked = sorted(options, key=lambda option: worth(option, channels, room), reverse=True)
-            suited = [option for option in ranked if any(self._suits(option))]
-            rows = self._best[key] = [self._row(option, channels, room) for option in suited[: self._top_k]]
-        self.option_site += [site] * len(rows)
-        self.option_kernel += rows
+        best: dict[tuple[int, int], np.ndarray] = {}
+        rows: list[np.ndarray] = []
+        for here, width in zip(options, channels, strict=True):
+            key = (id(here), width)
+            if key not in best:
+                best[key] = self._best(here, width, room)
+            rows.append(best[key])
+        self.option_site = np.repeat(sites, [len(kernels) for kernels in rows])
+        self.option_kernel = np.concatenate([self.option_kernel, *rows])
+
+    def _best(self, options: tuple[KernelOption, ...], channels: int, room: Room) -> np.ndarray:
+        ranked = sorted(options, key=lambda option: worth(option, channels, room), reverse=True)
+        suited = [option for option in ranked if any(self._suits(option))]
+        return np.array([self._row(option, channels, room) for option in suited[: self._top_k]], dtype=np.int64)
 
     def _suits(self, option: KernelOption) -> list[bool]:
         return [
@@ -331,7 +333,6 @@ def _tended(
     packet: SystemStatePacket,
     config: TamiyoConfig,
     care: Care,
-    places: Mapping[tuple[str, str], int],
 ) -> np.ndarray:
     """(N, TENDED) bool: what may be done with each seed."""
     advances = [order for order, *_ in care.advances]
@@ -340,13 +341,13 @@ def _tended(
     epoch = packet.epoch.epoch
     culls: list[Order] = []
     last: set[tuple[str, str]] = set()
-    for layer in packet.layers:
-        for seed in layer.seeds:
-            if seed.stage.is_active and min(layer.epoch, seed.epoch) == epoch:
-                key = (layer.layer_id, seed.seed_id)
-                culls += [] if key in gone else [removal(seed, "/".join(key))]
-                last |= {key} if NEXT[seed.stage] is SeedStage.FOSSILIZED else set()
-    can = np.zeros((len(places), len(TENDED)), dtype=bool)
+    places = _active_places(packet)
+    for layer, seed in layers_of(packet).active():
+        if min(layer.epoch, seed.epoch) == epoch:
+            key = (layer.layer_id, seed.seed_id)
+            culls += [] if key in gone else [removal(seed, "/".join(key))]
+            last |= {key} if NEXT[seed.stage] is SeedStage.FOSSILIZED else set()
+    can = np.zeros((table_of(packet).seed.size, len(TENDED)), dtype=bool)
     for order in (*judge(state, packet, config, advances).accepted, *judge(state, packet, config, culls).accepted):
         key = (order.site, order.seed_id)
         operation = Operation.CULL
@@ -356,14 +357,24 @@ def _tended(
     return can
 
 
-def _mask(size: int, places: list[int]) -> np.ndarray:
-    mask = np.zeros(size, dtype=bool)
-    mask[places] = True
+def _by_rule(packet: SystemStatePacket, care: Care) -> np.ndarray:
+    """(N,) bool: the seeds that are removed by rule."""
+    places, mask = _active_places(packet), np.zeros(table_of(packet).seed.size, dtype=bool)
+    mask[[places[order.site, order.seed_id] for order in care.removals]] = True
     return mask
 
 
-def _names(names: tuple[Any, ...]) -> np.ndarray:
-    return np.array(names, dtype=np.str_) if names else np.zeros((0,), dtype="<U1")
+def _active_places(packet: SystemStatePacket) -> dict[tuple[str, str], int]:
+    """Where each seed under way stands among all, by site and id."""
+    table = table_of(packet)
+    ids = table.seed.words("seed_id")
+    return {
+        (table.sites[table.seed_site[place]], ids[place]): place for place in np.flatnonzero(table.is_active).tolist()
+    }
+
+
+def _names(names: Sequence[Any]) -> np.ndarray:
+    return np.array(list(names), dtype=np.str_) if names else np.zeros((0,), dtype="<U1")
 
 
 _TYPES = {

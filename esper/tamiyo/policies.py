@@ -109,7 +109,9 @@ class ScheduledGrowth(Unlearning):
         return Proposal(reason, tuple(orders), tuple(vetoes), tuple(given_up))
 
     def _why_never(self, entry: ScheduledGraft, state: TamiyoState, packet: SystemStatePacket) -> str | None:
-        sites = [layer.layer_id for layer in packet.layers]
+        from esper.tamiyo.table import table_of
+
+        sites = table_of(packet).sites
         # a packet that goes without some system proves nothing about which sites exist
         if sites and not packet.missing and entry.site not in sites:
             return f"there is no site {entry.site}; the sites are {', '.join(sites)}"

@@ -139,8 +139,7 @@ class Verdict:
 
 def judge(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig, orders: Sequence[Order]) -> Verdict:
     """Passes orders through the gates, in their order; a place freed by a removal counts from the next packet on."""
-    sites = {order.site for order in orders}
-    seeds = {(s.layer_id, s.seed_id): s for layer in packet.layers if layer.layer_id in sites for s in layer.seeds}
+    seeds = _seeds_at({order.site for order in orders}, packet)
     ordered: set[tuple[str, str]] = set()
     accepted: list[Order] = []
     vetoes: list[Veto] = []
@@ -167,6 +166,17 @@ def judge(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig, o
             room = room.after(order.option)
             begun.add(order.site)
     return Verdict(tuple(accepted), tuple(vetoes))
+
+
+def _seeds_at(sites: set[str], packet: SystemStatePacket) -> dict[tuple[str, str], HealthSignal]:
+    """The seeds of sites, by site and id."""
+    if not sites:
+        return {}
+    from esper.tamiyo.table import layers_of
+
+    layers = layers_of(packet)
+    found = (layers.named(site) for site in sites)
+    return {(seed.layer_id, seed.seed_id): seed for layer in found if layer is not None for seed in layer.seeds}
 
 
 def _veto(order: Order, gate: Gate, reason: str) -> Veto:

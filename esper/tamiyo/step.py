@@ -73,6 +73,7 @@ def step(
     """
     policy = policy_for(config, policies)
     case = case_of(state, packet, config, policy)
+    packet = case.packet
     tended = isinstance(policy, GraphPolicy)  # it needs what tending says, which is known here
     return conclude(case, policy.propose_for(case) if tended else policy.propose(case.state, packet))
 
@@ -85,6 +86,9 @@ def case_of(
     Raises:
         ConflictError: if `state` is not a state of this version.
     """
+    from esper.tamiyo.table import tabled
+
+    packet = tabled(packet)
     seen = observe(read_state(state), packet, config)
     seen = seen if policy is None else policy.learn(seen, packet)
     return Case(seen, packet, config, tend(seen, packet, config))

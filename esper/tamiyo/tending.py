@@ -43,6 +43,8 @@ class Care:
 
 def tend(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig) -> Care:
     """Returns what to do with every seed that has begun and not ended."""
+    from esper.tamiyo.table import layers_of
+
     attempts = {attempt.seed_id: attempt for attempt in state.under_way}
     words = {(word.seed_id, word.kernel_id): word for word in packet.words}
     asked: list[str] = []
@@ -50,7 +52,7 @@ def tend(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig) ->
     removals: list[Order] = []
     advances: list[tuple[Order, ...]] = []
     notes: list[str] = []
-    for layer, seed in ((here, s) for here in packet.layers for s in here.seeds if s.stage.is_active):
+    for layer, seed in layers_of(packet).active():
         name = f"{seed.layer_id}/{seed.seed_id}"
         attempt = attempts.get(seed.seed_id)
         word = words.get((seed.seed_id, seed.kernel_id or (attempt.kernel_id if attempt else None) or ""))
@@ -79,7 +81,9 @@ def tend(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig) ->
 
 
 def _unreported(state: TamiyoState, packet: SystemStatePacket) -> list[str]:
-    reported = {layer.layer_id for layer in packet.layers}
+    from esper.tamiyo.table import table_of
+
+    reported = table_of(packet).places
     return [
         f"no health came from {attempt.site}, where {attempt.seed_id} is under way: it is left as it is"
         for attempt in state.under_way

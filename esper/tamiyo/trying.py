@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from esper.config import TamiyoConfig
 from esper.leyline import Action, BlendStrategy, ForkPrice, SystemStatePacket, TrialCandidate, TrialRequest, TrialResult
-from esper.tamiyo.candidates import Candidate, find_candidates
-from esper.tamiyo.heuristic import rank_sites, worth
+from esper.tamiyo.candidates import find_candidates
+from esper.tamiyo.heuristic import worth
 from esper.tamiyo.memory import TamiyoState, TrialMemory, failure_key
 from esper.tamiyo.orders import Order, Proposal
 from esper.tamiyo.safety import judge, last_growth_epoch
@@ -123,7 +123,7 @@ def _candidates(
 def _next_best(state: TamiyoState, packet: SystemStatePacket, config: TamiyoConfig) -> Iterator[Order]:
     """The best kernel of each site, sites with the largest growth potential first, then the second best, and so on."""
     found = find_candidates(state, packet, config)
-    ranked: list[Candidate] = [site for _, site in rank_sites(found.candidates)]
+    ranked = [found.at(number) for number in found.ranked()[1].tolist()]
     lists = [
         sorted(site.options, key=lambda o, c=site.signature.channels: worth(o, c, found.room), reverse=True)
         for site in ranked

@@ -7,14 +7,11 @@ measured is not a number there, and 0 with its flag 0 in the features. numpy is 
 from __future__ import annotations
 
 import base64
-import hashlib
-import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, model_validator
 
-from esper.leyline import Contract, LayerHealthReport, SystemStatePacket
+from esper.leyline import Contract, SystemStatePacket
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,9 +71,12 @@ def look(windows: SiteWindows | None, packet: SystemStatePacket) -> SiteWindows:
     """Returns the window with this packet's epoch in it; of an epoch that comes again the newer figures count."""
     import numpy as np
 
-    sites = digest_of([layer.layer_id for layer in packet.layers])
-    epoch = packet.epoch.epoch
-    seen = np.array([_figures(layer, epoch) for layer in packet.layers], dtype=np.float64).reshape(1, -1, len(FIGURES))
+    from esper.tamiyo.table import table_of
+
+    table_now = table_of(packet)
+    sites, epoch = table_now.digest, packet.epoch.epoch
+    seen = np.stack([table_now.figure(name) for name in FIGURES], axis=1)[None]
+    seen[0, table_now.site.numbers("epoch") != epoch] = np.nan  # those of another epoch are none
     epochs, table = (epoch,), np.clip(seen, -_LARGEST, _LARGEST)
     if windows is not None and windows.sites == sites:
         kept = [place for place, past in enumerate(windows.epochs) if past < epoch][-(EPOCHS - 1) :]
@@ -85,19 +85,15 @@ def look(windows: SiteWindows | None, packet: SystemStatePacket) -> SiteWindows:
     return SiteWindows(sites=sites, epochs=epochs, figures=base64.b64encode(table.astype("<f4").tobytes()).decode())
 
 
-def digest_of(names: Sequence[str]) -> str:
-    """Returns 16 hexadecimal digits that say which names, in which order."""
-    return hashlib.sha256("\0".join(names).encode()).hexdigest()[:16]
-
-
 def trend_features(windows: SiteWindows | None, packet: SystemStatePacket) -> np.ndarray:
     """Returns (sites, TREND_FEATURES) float32, of a window that has already seen `packet`; zeros without one."""
     import numpy as np
 
     from esper.tamiyo.features import relative
+    from esper.tamiyo.table import table_of
 
     num_sites = len(packet.layers)
-    if windows is None or not num_sites or windows.sites != digest_of([layer.layer_id for layer in packet.layers]):
+    if windows is None or not num_sites or windows.sites != table_of(packet).digest:
         return np.zeros((num_sites, len(TREND_FEATURES)), dtype=np.float32)
     table = windows.table()
     past, newest = table[:-1], table[-1]
@@ -111,12 +107,3 @@ def trend_features(windows: SiteWindows | None, packet: SystemStatePacket) -> np
     jump = np.where(away > 0.0, away / (away + 3.0 * spread + 1e-30), 0.0).max(axis=1)
     measured = (~np.isnan(table)).mean(axis=(0, 2)) * (len(table) / EPOCHS)
     return np.concatenate([trend, jump[:, None], measured[:, None]], axis=1).astype(np.float32)
-
-
-def _figures(layer: LayerHealthReport, epoch: int) -> tuple[float, ...]:
-    """A site's figures, the same for all its seeds; those of another epoch are none."""
-    if not layer.seeds or layer.epoch != epoch:
-        return (math.nan,) * len(FIGURES)
-    seed = layer.seeds[0]
-    values = (seed.activation_variance, seed.gradient_norm, seed.grow_potential, seed.health_score)
-    return tuple(math.nan if value is None else value for value in values)

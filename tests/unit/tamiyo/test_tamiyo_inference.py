@@ -31,8 +31,9 @@ def net_of(shape, liked, seed):
     with torch.no_grad():
         chance = torch.Generator().manual_seed(seed)
         for head in (net.operation, net.site, net.option, net.strategy, net.seed):
-            head[2].weight.copy_(torch.randn(head[2].weight.shape, generator=chance))
-        net.operation[2].bias[liked] += 3.0
+            weight = head.get_parameter("2.weight")
+            weight.copy_(torch.randn(weight.shape, generator=chance))
+        net.operation.get_parameter("2.bias")[liked] += 3.0
     return net.requires_grad_(requires_grad=False)
 
 
