@@ -252,7 +252,8 @@ class Attending:
             here = slope[:, slot.target]
             score = weight * (by_head(here * sent, self._heads) - mean[:, slot.target])
             bent = product(np.ascontiguousarray(self._attention[slot.relation].T), score)
-            np.multiply(bent, np.float32(_SLOPE), out=bent, where=sent + asked[:, slot.target] <= 0.0)
+            # arithmetic on the flags: numpy's `where` takes ten times as long
+            bent *= np.float32(1.0) - np.float32(1.0 - _SLOPE) * (sent + asked[:, slot.target] <= 0.0)
             into[kind]["target"][:, slot.target] += bent
             bent += weighted(here, weight)
             into[slot.origin][slot.relation][:, slot.source] += bent

@@ -81,9 +81,7 @@ class Considered:
         """The features with the largest effect, that first."""
         largest: list[tuple[float, str, int]] = []
         for kind, effects in self.effects.items():
-            flat = np.abs(effects).ravel()
-            top = np.argsort(-flat, kind="stable")[:_SHOWN_FEATURES]
-            largest += [(float(flat[place]), kind, int(place)) for place in top if flat[place] > 0.0]
+            largest += [(size, kind, place) for size, place in _largest(effects, _SHOWN_FEATURES)]
         largest.sort(key=lambda entry: -entry[0])
         return tuple(self._attribution(view, kind, place) for _, kind, place in largest[:_SHOWN_FEATURES])
 
@@ -98,6 +96,20 @@ class Considered:
         value = np.atleast_2d(getattr(view, kind))[node, feature]
         effect = float(self.effects[kind].ravel()[place])
         return Attribution(of=of, feature=_FEATURES[kind][feature], value=float(value), effect=effect)
+
+
+def _largest(table: np.ndarray, num: int) -> list[tuple[float, int]]:
+    """The entries of a table that lie furthest from 0, at least the first `num` of them, with their flat place; none
+    that is 0. The largest of each column bound what can be among them, so that no whole table is sorted.
+    """
+    sizes = np.abs(table)
+    columns = sizes.max(axis=0, initial=0.0)
+    bound = np.sort(columns)[-min(num, len(columns))]
+    rows, features = np.nonzero((sizes >= bound) & (sizes > 0.0))
+    return [
+        (float(sizes[row, feature]), row * table.shape[1] + feature)
+        for row, feature in zip(rows.tolist(), features.tolist(), strict=True)
+    ]
 
 
 def consider(inference: Inference, views: Sequence[Observation], draws: Sequence[Draw]) -> list[Considered]:
