@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +23,7 @@ from esper.tamiyo.encoder import RELATIONS, GraphAttention
 from esper.tamiyo.observation import Observation
 
 KINDS = ("site", "seed")
+_STRETCH = 1536
 _SLOPE = 0.2
 _EPS = 1e-5  # of nn.LayerNorm
 
@@ -41,28 +44,67 @@ class Slot:
 
 @dataclass(frozen=True)
 class Wiring:
-    """The edges of an observation.
+    """The edges of a graph, or of a stretch of it.
 
     Attributes:
-        order: (N,), the seed that stands in each place.
+        sites: where they stand among all.
+        seeds: the seed that stands in each place.
+        own_sites, own_seeds: places of those whose neighbours are all here; the others stand at the ends, for them.
         slots: by kind of the target; the first is each node's own.
     """
 
-    order: np.ndarray
+    sites: slice
+    seeds: np.ndarray
+    own_sites: slice
+    own_seeds: np.ndarray
     slots: dict[str, tuple[Slot, ...]]
 
 
-def wire(view: Observation) -> Wiring:
-    """Arranges the edges of an observation."""
-    order = np.argsort(_ranks(view.seed_site), kind="stable")
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    stacked = place[view.stacked]
+def wire(view: Observation, reach: int) -> tuple[Wiring, ...]:
+    """Arranges the edges of an observation, in stretches of so many nodes as the processor's cache holds.
+
+    Args:
+        view: the observation.
+        reach: how many sites away what is seen of may stand: those at the ends of a stretch are there for that.
+    """
+    edges = (view.forward, view.stacked, view.seed_site)
+    return _wire(len(view.site), reach, *(np.ascontiguousarray(array).tobytes() for array in edges))
+
+
+@lru_cache(maxsize=32)
+def _wire(num_sites: int, reach: int, forward: bytes, stacked: bytes, seed_site: bytes) -> tuple[Wiring, ...]:
+    """Kept: edges change after a fossil alone."""
+    pairs = [np.frombuffer(data, dtype=np.int64).reshape(2, -1) for data in (forward, stacked)]
+    owner = np.frombuffer(seed_site, dtype=np.int64)
+    in_order = bool((np.diff(owner) >= 0).all() and (np.abs(np.diff(pairs[0], axis=0)) <= 1).all())
+    if not in_order or not (owner[pairs[1][0]] == owner[pairs[1][1]]).all():
+        return (_stretch(slice(0, num_sites), slice(0, num_sites), *pairs, owner),)
+    nodes = np.cumsum(1 + np.bincount(owner, minlength=num_sites))
+    bounds = [0, *(1 + np.flatnonzero(np.diff(nodes // _STRETCH))).tolist(), num_sites]
+    return tuple(
+        _stretch(slice(start, end), slice(max(0, start - reach), min(num_sites, end + reach)), *pairs, owner)
+        for start, end in pairwise(bounds)
+        if start < end or not num_sites
+    )
+
+
+def _stretch(own: slice, sites: slice, forward: np.ndarray, stacked: np.ndarray, owner: np.ndarray) -> Wiring:
+    """The edges among some sites and their seeds."""
+    seeds = np.flatnonzero((owner >= sites.start) & (owner < sites.stop))
+    seeds = seeds[np.argsort(_ranks(owner[seeds]), kind="stable")]
+    here = owner[seeds]
+    place = np.full(len(owner), -1)
+    place[seeds] = np.arange(len(seeds))
+    within = ((forward >= sites.start) & (forward < sites.stop)).all(axis=0)
+    forward = forward[:, within] - sites.start
+    stacked = place[stacked]
+    stacked = stacked[:, (stacked >= 0).all(axis=0)]
+    place, at = np.arange(len(seeds)), here - sites.start
     pairs = {
-        "layer_forward": (view.forward[0], view.forward[1]),
-        "rev_layer_forward": (view.forward[1], view.forward[0]),
-        "holds": (place, view.seed_site),
-        "rev_holds": (view.seed_site, place),
+        "layer_forward": (forward[0], forward[1]),
+        "rev_layer_forward": (forward[1], forward[0]),
+        "holds": (place, at),
+        "rev_holds": (at, place),
         "sequential": (stacked[0], stacked[1]),
         "rev_sequential": (stacked[1], stacked[0]),
     }
@@ -70,7 +112,13 @@ def wire(view: Observation) -> Wiring:
     slots = {kind: [Slot(f"{kind}_self", kind, everyone, everyone)] for kind in KINDS}
     for name, (origin, to) in RELATIONS.items():
         slots[to] += [Slot(name, origin, *ends) for ends in _slots(*pairs[name])]
-    return Wiring(order, {kind: tuple(found) for kind, found in slots.items()})
+    return Wiring(
+        sites,
+        seeds,
+        slice(own.start - sites.start, own.stop - sites.start),
+        np.flatnonzero((here >= own.start) & (here < own.stop)),
+        {kind: tuple(found) for kind, found in slots.items()},
+    )
 
 
 def _ranks(owner: np.ndarray) -> np.ndarray:
@@ -268,6 +316,62 @@ def weighted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def by_head(values: np.ndarray, heads: int) -> np.ndarray:
     """Sums (D, m) within each head: (H, m)."""
     return values.reshape(heads, len(values) // heads, values.shape[1]).sum(axis=1)
+
+
+class Stack:
+    """All layers of an encoder, over stretches of a graph.
+
+    Args:
+        layers: of the encoder.
+        norms: behind each.
+        heads: of attention.
+    """
+
+    def __init__(self, layers: torch.nn.ModuleList, norms: torch.nn.ModuleList, heads: int) -> None:
+        self._layers = [
+            Attending(layer, norm, heads)  # type: ignore[arg-type]
+            for layer, norm in zip(layers, norms, strict=True)
+        ]
+
+    @property
+    def reach(self) -> int:
+        """How many sites away a node may stand from what it sees."""
+        return len(self._layers)
+
+    def forward(self, nodes: Nodes, stretches: tuple[Wiring, ...]) -> tuple[Nodes, list[list[Trace]]]:
+        """Returns the nodes behind the last layer, and what the way back needs."""
+        out: Nodes = {kind: np.empty_like(values) for kind, values in nodes.items()}
+        passes: list[list[Trace]] = []
+        for wiring in stretches:
+            here = {
+                "site": np.ascontiguousarray(nodes["site"][:, wiring.sites]),
+                "seed": nodes["seed"][:, wiring.seeds],
+            }
+            passes.append([])
+            for layer in self._layers:
+                passes[-1].append(layer.forward(here, wiring))
+                here = passes[-1][-1].out
+            out["site"][:, wiring.sites][:, wiring.own_sites] = here["site"][:, wiring.own_sites]
+            out["seed"][:, wiring.seeds[wiring.own_seeds]] = here["seed"][:, wiring.own_seeds]
+        return out, passes
+
+    def back(self, slopes: Nodes, stretches: tuple[Wiring, ...], passes: list[list[Trace]]) -> Nodes:
+        """Returns the slopes before the first layer from those behind the last."""
+        before: Nodes = {kind: np.zeros_like(values) for kind, values in slopes.items()}
+        for wiring, traces in zip(stretches, passes, strict=True):
+            width, size = len(slopes["site"]), wiring.sites.stop - wiring.sites.start
+            here: Nodes = {
+                "site": np.zeros((width, size), dtype=np.float32),
+                "seed": np.zeros((width, len(wiring.seeds)), dtype=np.float32),
+            }
+            # what stands at the ends is another stretch's: its slope is told there
+            here["site"][:, wiring.own_sites] = slopes["site"][:, wiring.sites][:, wiring.own_sites]
+            here["seed"][:, wiring.own_seeds] = slopes["seed"][:, wiring.seeds[wiring.own_seeds]]
+            for layer, trace in zip(reversed(self._layers), reversed(traces), strict=True):
+                here = layer.back(trace, here, wiring)
+            before["site"][:, wiring.sites] += here["site"]
+            before["seed"][:, wiring.seeds] += here["seed"]
+        return before
 
 
 def _apart(vectors: np.ndarray) -> np.ndarray:

@@ -105,11 +105,12 @@ def _largest(table: np.ndarray, num: int) -> list[tuple[float, int]]:
     sizes = np.abs(table)
     columns = sizes.max(axis=0, initial=0.0)
     bound = np.sort(columns)[-min(num, len(columns))]
-    rows, features = np.nonzero((sizes >= bound) & (sizes > 0.0))
-    return [
-        (float(sizes[row, feature]), row * table.shape[1] + feature)
-        for row, feature in zip(rows.tolist(), features.tolist(), strict=True)
+    places = [
+        row * table.shape[1] + feature
+        for feature in np.flatnonzero((columns >= bound) & (columns > 0.0)).tolist()
+        for row in np.flatnonzero((sizes[:, feature] >= bound) & (sizes[:, feature] > 0.0)).tolist()
     ]
+    return [(float(sizes[divmod(place, table.shape[1])]), place) for place in sorted(places)]
 
 
 def consider(inference: Inference, views: Sequence[Observation], draws: Sequence[Draw]) -> list[Considered]:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from esper.tamiyo.actions import WAIT, ActionChoice, Operation
-from esper.tamiyo.attending import Attending, Nodes, Trace, Wiring, by_head, numbers, product, weighted, wire
+from esper.tamiyo.attending import Nodes, Stack, Trace, Wiring, by_head, numbers, product, weighted, wire
 from esper.tamiyo.encoder import HIDDEN_SCORE
 from esper.tamiyo.net import Decided, PolicyNet, pick
 from esper.tamiyo.observation import TENDED, Observation
@@ -77,16 +77,16 @@ class Encoded:
     """A pass of the encoder.
 
     Attributes:
-        nodes: behind the last layer; seeds in the wiring's order.
+        nodes: behind the last layer.
         attention: (S,) shares in the pooling.
         The others are kept for the way back.
     """
 
-    wiring: Wiring
+    stretches: tuple[Wiring, ...]
     features: Nodes
     run: np.ndarray
     entered: Nodes
-    traces: list[Trace]
+    traces: list[list[Trace]]
     nodes: Nodes
     kernel_hidden: np.ndarray
     kernel: np.ndarray
@@ -165,10 +165,7 @@ class Inference:
         self._heads, self._floor = net.shape.heads, net.shape.floor
         self._enter = {kind: Linear.of(module) for kind, module in encoder.enter.items()}
         self._kernel = [Linear.of(encoder.kernel[0]), Linear.of(encoder.kernel[2])]
-        self._layers = [
-            Attending(layer, norms, net.shape.heads)  # type: ignore[arg-type]
-            for layer, norms in zip(encoder.layers, encoder.norms, strict=True)
-        ]
+        self._stack = Stack(encoder.layers, encoder.norms, net.shape.heads)
         self._query = Linear.of(encoder.query)
         self._pool = [Linear.of(encoder.pool[0]), Linear.of(encoder.pool[2])]
         names = ("operation", "site", "option", "strategy", "seed", "value")
@@ -179,18 +176,15 @@ class Inference:
 
     def encode(self, view: Observation) -> Encoded:
         """Encodes an observation."""
-        wiring = wire(view)
-        features = {"site": np.ascontiguousarray(view.site.T), "seed": np.ascontiguousarray(view.seed[wiring.order].T)}
+        stretches = wire(view, self._stack.reach)
+        features = {"site": np.ascontiguousarray(view.site.T), "seed": np.ascontiguousarray(view.seed.T)}
         run = np.maximum(self._enter["run"].weight @ view.run + self._enter["run"].bias, 0.0)
         entered: Nodes = {}
         for kind, columns in features.items():
             entered[kind] = self._enter[kind](columns)
             entered[kind] += run[:, None]
             np.maximum(entered[kind], 0.0, out=entered[kind])
-        nodes, traces = entered, []
-        for layer in self._layers:
-            traces.append(layer.forward(nodes, wiring))
-            nodes = traces[-1].out
+        nodes, traces = self._stack.forward(entered, stretches)
         kernel_hidden = np.maximum(self._kernel[0](np.ascontiguousarray(view.kernel.T)), 0.0)
         kernel = self._kernel[1](kernel_hidden)
         site, seed, each = nodes["site"], nodes["seed"], len(run) // self._heads
@@ -200,7 +194,7 @@ class Inference:
         weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1e-30)
         can_grow = np.zeros(len(view.site), dtype=bool)
         can_grow[view.option_site] = True
-        tended = np.logical_or.reduce(view.can, axis=1)[wiring.order]
+        tended = np.logical_or.reduce(view.can, axis=1)
         pools = np.concatenate(
             [
                 weighted(site, weights).sum(axis=1),
@@ -214,7 +208,7 @@ class Inference:
         )
         pool_hidden = np.maximum(self._pool[0].weight @ pools + self._pool[0].bias, 0.0)
         graph = np.maximum(self._pool[1].weight @ pool_hidden + self._pool[1].bias, 0.0)
-        return Encoded(wiring, features, run, entered, traces, nodes, kernel_hidden, kernel, query, weights, pools,
+        return Encoded(stretches, features, run, entered, traces, nodes, kernel_hidden, kernel, query, weights, pools,
                        pool_hidden, graph, can_grow, tended)  # fmt: skip
 
     def judge(self, view: Observation) -> Judged:
@@ -228,7 +222,7 @@ class Inference:
         site = self._chances(scores[0], np.ones(len(growing), dtype=bool))
         tended = np.flatnonzero(encoded.tended)
         scores, seed_hidden = self._head["seed"](_of(encoded.nodes["seed"], encoded.tended), encoded.graph)
-        can = view.can[encoded.wiring.order[tended]]
+        can = view.can[tended]
         seed = tuple(self._chances(scores[column], can[:, column]) for column in range(len(TENDED)))
         value = float(self._head["value"](nothing, encoded.graph)[0][0, 0])
         return Judged(
@@ -260,11 +254,11 @@ class Inference:
             return Chosen(told(WAIT))
         if operation is not Operation.GERMINATE:
             column = TENDED.index(operation)
-            place = self._among(judged.tended, judged.encoded.wiring.order, judged.seed[column], len(view.seed))
+            place = self._among(judged.tended, judged.seed[column], len(view.seed))
             seed = drawn(place, "seed")
             log_prob += float(place.log_p[seed])
             return Chosen(told(ActionChoice(operation, seed=seed)))
-        place = self._among(judged.growing, None, judged.site, len(view.site))
+        place = self._among(judged.growing, judged.site, len(view.site))
         site = drawn(place, "site")
         log_prob += float(place.log_p[site])
         first, end = np.searchsorted(view.option_site, [site, site + 1])
@@ -294,7 +288,7 @@ class Inference:
             target = encoded.nodes["site"][:, choice.site]
             kernel = encoded.kernel[:, view.option_kernel[choice.option]]
         elif choice.seed >= 0:
-            target = encoded.nodes["seed"][:, int(np.flatnonzero(encoded.wiring.order == choice.seed)[0])]
+            target = encoded.nodes["seed"][:, choice.seed]
         operation = np.zeros(len(Operation), dtype=np.float32)
         operation[choice.operation] = 1.0
         return self.outcomes(torch.from_numpy(np.concatenate([encoded.graph, target, kernel, operation]))[None])
@@ -314,7 +308,7 @@ class Inference:
             site[:, judged.growing] += columns
             graph = graph + more + self._back_of_kernel(view, chosen, site, kernel)
         elif choice.seed >= 0:
-            place = int(np.flatnonzero(encoded.wiring.order[judged.tended] == choice.seed)[0])
+            place = int(np.searchsorted(judged.tended, choice.seed))
             column = TENDED.index(choice.operation)
             slope = np.zeros((len(TENDED), len(judged.tended)), dtype=np.float32)
             slope[column] = judged.seed[column].slope(place, self._floor)
@@ -349,8 +343,7 @@ class Inference:
         hidden = self._pool[1].weight.T @ (graph * (encoded.graph > 0.0))
         pools = np.split(self._pool[0].weight.T @ (hidden * (encoded.pool_hidden > 0.0)), 7)
         run = pools[6] + self._back_of_pools(encoded, slopes, kernel, pools)
-        for layer, trace in zip(reversed(self._layers), reversed(encoded.traces), strict=True):
-            slopes = layer.back(trace, slopes, encoded.wiring)
+        slopes = self._stack.back(slopes, encoded.stretches, encoded.traces)
         effects: dict[str, np.ndarray] = {}
         for kind in slopes:
             slope = slopes[kind] * (encoded.entered[kind] > 0.0)
@@ -358,9 +351,6 @@ class Inference:
             effects[kind] = (
                 product(np.ascontiguousarray(self._enter[kind].weight.T), slope) * encoded.features[kind]
             ).T
-        whole = np.empty_like(effects["seed"])
-        whole[encoded.wiring.order] = effects["seed"]
-        effects["seed"] = whole
         bent = self._kernel[1].weight.T @ kernel * (encoded.kernel_hidden > 0.0)
         effects["kernel"] = (self._kernel[0].weight.T @ bent).T * view.kernel
         effects["run"] = (self._enter["run"].weight.T @ (run * (encoded.run > 0.0)) * view.run)[None]
@@ -402,10 +392,9 @@ class Inference:
         return Chances(np.where(mask, log_p, np.float32(HIDDEN_SCORE)), raised / whole)
 
     @staticmethod
-    def _among(chosen: np.ndarray, order: np.ndarray | None, found: Chances, size: int) -> Chances:
+    def _among(places: np.ndarray, found: Chances, size: int) -> Chances:
         """A distribution over some as one over all."""
         log_p, p = np.full(size, HIDDEN_SCORE, dtype=np.float32), np.zeros(size, dtype=np.float32)
-        places = chosen if order is None else order[chosen]
         log_p[places], p[places] = found.log_p, found.p
         return Chances(log_p, p)
 

@@ -2,7 +2,8 @@
 
 A Ray of its own, Ray Serve with its two settings of `actors.cluster`, one replica. The packets are those of
 `bench tamiyo-latency`; state and configuration travel with each. Times are the callers', of the wall clock. HTTP is one
-connection that is kept, to the gateway on this machine.
+connection that is kept, to the gateway on this machine. The first row is a call that decides nothing: what Ray Serve
+takes for itself.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def _measure(
     tamiyo.deploy(timeout_s=120.0)
     gateway.deploy(storage, http, timeout_s=120.0)
     controller = tamiyo.ServeController(_CONFIG, storage=storage)
-    rows, together = [], []
+    controller.about()
+    floor = {"seeds": 0, "policy": "nothing is decided", "by": "handle"}
+    rows, together = [floor | _timed(controller.about, options.calls)], []
     gnn, policies = learned()
     StoredPolicies(storage).put(*policies(gnn.version))
     for num_seeds, policy in product(options.seeds, POLICIES):

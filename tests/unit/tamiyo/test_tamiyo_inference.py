@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tamiyo_hosts import situations
 
+from esper.tamiyo import attending
 from esper.tamiyo.actions import Operation
 from esper.tamiyo.attending import wire
 from esper.tamiyo.batch import targets_of
@@ -55,9 +56,21 @@ def by_torch(net, view, choice):
     return float(log_prob.detach()), float(entropy.detach()), float(value.detach()), forecasts[0].numpy(), effects
 
 
-@settings(max_examples=200, deadline=None)
-@given(situations(), st.sampled_from(Operation), st.sampled_from(SHAPES), st.integers(0, 3))
-def test_it_has_the_numbers_and_slopes_of_the_network_that_is_trained(situation, liked, shape, seed):
+@pytest.fixture(params=[1, 5, 1536])
+def stretch(request, monkeypatch):
+    """A graph is worked on in stretches of so many nodes."""
+    attending._wire.cache_clear()
+    monkeypatch.setattr(attending, "_STRETCH", request.param)
+    yield request.param
+    attending._wire.cache_clear()
+
+
+FIXTURES = (HealthCheck.function_scoped_fixture,)  # it is the same for all examples
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=FIXTURES)
+@given(situations(max_sites=8), st.sampled_from(Operation), st.sampled_from(SHAPES), st.integers(0, 3))
+def test_it_has_the_numbers_and_slopes_of_the_network_that_is_trained(stretch, situation, liked, shape, seed):
     state, seen, config = situation
     view = observe_graph(state, seen, config)
     net = net_of(shape, liked, seed)
@@ -87,20 +100,30 @@ def test_it_chooses_as_the_network_that_is_trained(situation, liked, seed):
         np.testing.assert_allclose(p, other.probabilities[part], atol=2e-5, err_msg=part)
 
 
-@settings(max_examples=100, deadline=None)
-@given(situations())
-def test_every_edge_stands_in_one_slot_and_no_node_twice_in_it(situation):
+@settings(max_examples=60, deadline=None, suppress_health_check=FIXTURES)
+@given(situations(max_sites=8), st.integers(0, 2))
+def test_every_edge_to_a_stretchs_own_stands_in_one_slot_and_no_node_twice_in_it(stretch, situation, reach):
     state, seen, config = situation
     view = observe_graph(state, seen, config)
-    wiring = wire(view)
     sizes = {"site": len(view.site), "seed": len(view.seed)}
-    names = {"site": np.arange(sizes["site"]), "seed": wiring.order}
-    found = {}
-    for kind, slots in wiring.slots.items():
-        for slot in slots:
-            source, target = names[slot.origin][slot.source], names[kind][slot.target]
-            assert len(set(source)) == len(source) == len(target) == len(set(target))
-            found.setdefault(slot.relation, []).extend(zip(source.tolist(), target.tolist(), strict=True))
+    found, owned = {}, {"site": [], "seed": []}
+    for wiring in wire(view, reach):
+        names = {"site": np.arange(sizes["site"])[wiring.sites], "seed": wiring.seeds}
+        own = {
+            "site": set(names["site"][wiring.own_sites].tolist()),
+            "seed": set(wiring.seeds[wiring.own_seeds].tolist()),
+        }
+        for kind, nodes in own.items():
+            owned[kind] += sorted(nodes)
+        for kind, slots in wiring.slots.items():
+            for slot in slots:
+                source, target = names[slot.origin][slot.source], names[kind][slot.target]
+                assert len(set(source)) == len(source) == len(target) == len(set(target))
+                pairs = zip(source.tolist(), target.tolist(), strict=True)
+                found.setdefault(slot.relation, []).extend(pair for pair in pairs if pair[1] in own[kind])
+    assert owned == {kind: list(range(size)) for kind, size in sizes.items()}
+    if not reach:  # then those at the ends do not see what lies beyond
+        return
     here = list(zip(range(sizes["seed"]), view.seed_site.tolist(), strict=True))
     forward, stacked = (list(zip(*pairs.tolist(), strict=True)) for pairs in (view.forward, view.stacked))
 
