@@ -79,11 +79,11 @@ class Considered:
 
     def _attributions(self, view: Observation) -> tuple[Attribution, ...]:
         """The features with the largest effect, that first."""
-        largest: list[tuple[float, str, int]] = []
+        found: list[tuple[float, str, int]] = []
         for kind, effects in self.effects.items():
-            largest += [(size, kind, place) for size, place in _largest(effects, _SHOWN_FEATURES)]
-        largest.sort(key=lambda entry: -entry[0])
-        return tuple(self._attribution(view, kind, place) for _, kind, place in largest[:_SHOWN_FEATURES])
+            found += [(size, kind, place) for size, place in largest(effects, _SHOWN_FEATURES)]
+        found.sort(key=lambda entry: -entry[0])
+        return tuple(self._attribution(view, kind, place) for _, kind, place in found[:_SHOWN_FEATURES])
 
     def _attribution(self, view: Observation, kind: str, place: int) -> Attribution:
         node, feature = divmod(place, len(_FEATURES[kind]))
@@ -94,17 +94,17 @@ class Considered:
             "kernel": lambda: view.kernel_names[node][1],
         }[kind]()
         value = np.atleast_2d(getattr(view, kind))[node, feature]
-        effect = float(self.effects[kind].ravel()[place])
+        effect = float(self.effects[kind][node, feature])
         return Attribution(of=of, feature=_FEATURES[kind][feature], value=float(value), effect=effect)
 
 
-def _largest(table: np.ndarray, num: int) -> list[tuple[float, int]]:
+def largest(table: np.ndarray, num: int) -> list[tuple[float, int]]:
     """The entries of a table that lie furthest from 0, at least the first `num` of them, with their flat place; none
     that is 0. The largest of each column bound what can be among them, so that no whole table is sorted.
     """
     sizes = np.abs(table)
     columns = sizes.max(axis=0, initial=0.0)
-    bound = np.sort(columns)[-min(num, len(columns))]
+    bound = np.sort(columns)[-num] if num <= len(columns) else 0.0
     places = [
         row * table.shape[1] + feature
         for feature in np.flatnonzero((columns >= bound) & (columns > 0.0)).tolist()

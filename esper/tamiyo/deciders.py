@@ -1,7 +1,7 @@
 """Who decides: the policy that a configuration names, or a stored one. A decider takes many questions at once.
 
 A stored policy of a kind that needs no weights is a set of settings: its shape holds fields of `TamiyoConfig`. Kinds
-with weights register a loader in `LOADERS`; `gnn` answers all questions of a call in one pass of its network.
+with weights register a loader in `LOADERS`; `gnn` answers each question by itself.
 """
 
 from __future__ import annotations

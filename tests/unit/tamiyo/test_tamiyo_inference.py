@@ -13,7 +13,7 @@ from esper.tamiyo import attending
 from esper.tamiyo.actions import Operation
 from esper.tamiyo.attending import wire
 from esper.tamiyo.batch import targets_of
-from esper.tamiyo.considering import Draw, consider
+from esper.tamiyo.considering import Draw, consider, largest
 from esper.tamiyo.inference import Inference
 from esper.tamiyo.net import NetShape, PolicyNet, chosen_features, collate
 from esper.tamiyo.observation import observe_graph
@@ -136,3 +136,15 @@ def test_every_edge_to_a_stretchs_own_stands_in_one_slot_and_no_node_twice_in_it
     assert {name: sorted(pairs) for name, pairs in found.items() if pairs} == {
         name: sorted(pairs) for name, pairs in wanted.items() if pairs
     }
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 12), st.integers(1, 6), st.integers(0, 5), st.integers(0, 999))
+def test_the_largest_effects_are_those_that_sorting_all_would_give(rows, columns, num, seed):
+    chance = np.random.default_rng(seed)
+    # few different sizes, so that many are equal; the first of them counts
+    table = chance.integers(-3, 4, size=(rows, columns)).astype(np.float32)
+    flat = np.abs(table).ravel()
+    wanted = [place for place in np.argsort(-flat, kind="stable").tolist() if flat[place] > 0.0][: 1 + num]
+    found = sorted(largest(table, 1 + num), key=lambda entry: -entry[0])[: 1 + num]
+    assert found == [(flat[place], place) for place in wanted]
