@@ -154,7 +154,8 @@ def test_every_method_of_the_hub_goes_through_it(breaker):
 
 def test_a_trainer_whose_urza_is_gone_asks_seldom_and_says_so(tmp_path):
     hub = Down()
-    summary, _ = train(tmp_path, config(deterministic=False, tolaria__epochs=6, kasmina__breaker_s=600, tamiyo__startup_s=1.0), hub=hub)
+    settings = config(deterministic=False, tolaria__epochs=6, kasmina__breaker_s=600, tamiyo__startup_s=1.0)
+    summary, _ = train(tmp_path, settings, hub=hub)
     assert hub.asked < 12  # an eager trainer asks several times an epoch, and eight threads ask for kernels
     assert summary.urza.state is CircuitState.OPEN
     assert summary.urza.opened >= 1
