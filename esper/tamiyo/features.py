@@ -242,9 +242,11 @@ def _options(packet: SystemStatePacket, table: Table) -> tuple[Column, Column, C
 
 def _evidence(table: Table, name: str, kinds: Iterable[EvidenceKind]) -> Column:
     """A figure of each seed's evidence; NaN where there is none of these kinds."""
+    found = np.full(table.seed.size, np.nan)
+    if not table.evidence.size:
+        return found
     codes = [place for place, kind in enumerate(EvidenceKind) if kind in kinds]
     there = np.isin(table.evidence.numbers("kind"), codes) & (table.evidence.numbers("num_pairs") > 0)
-    found = np.full(table.seed.size, np.nan)
     found[table.evidence_of[there]] = table.evidence.numbers(name)[there]
     return _cut(found)
 

@@ -207,8 +207,9 @@ def observe_graph(
     found = find_candidates(state, packet, config.model_copy(update={"strategy": "ramp"})) if may_grow else None
     if found is not None:
         table = table_of(packet)
-        begun = table.places_of(tuple(attempt.site for attempt in state.under_way))
-        free = np.flatnonzero(~np.isin(found.places, begun))
+        is_free = np.ones(len(table), dtype=bool)
+        is_free[table.places_of(tuple(attempt.site for attempt in state.under_way))] = False
+        free = np.flatnonzero(is_free[found.places])
         kernels.add(found.places[free], [found.options[number] for number in free.tolist()], table, found.room)
         resting[found.places[free]] = found.first[free]
     return Observation(

@@ -52,18 +52,14 @@ class Table:
         """Returns the columns of reports."""
         seeds = [seed for layer in layers for seed in layer.seeds]
         counts = np.array([len(layer.seeds) for layer in layers], dtype=np.int64)
-        # by their fields: the hash of a record of pydantic takes ten times as long
-        fields = [tuple(layer.signature.__dict__.values()) for layer in layers]
-        signatures = dict(zip(fields, [layer.signature for layer in layers], strict=True))
-        number = {one: place for place, one in enumerate(signatures)}
-        signature_of = np.array(list(map(number.__getitem__, fields)), dtype=np.int64)
+        signatures, signature_of = _signatures(layers)
         evidence_of, evidence = apart([(place, s.evidence) for place, s in enumerate(seeds) if s.evidence is not None])
         chunk_of, chunks = apart([(place, chunk) for place, layer in enumerate(layers) for chunk in layer.chunks])
         return cls(
             Columns.of("site", layers),
             Columns.of("seed", seeds),
             np.concatenate([[0], np.cumsum(counts)]),
-            tuple(signatures.values()),
+            signatures,
             signature_of,
             (evidence_of, Columns.of("evidence", evidence)),
             (chunk_of, Columns.of("chunk", chunks)),
@@ -149,6 +145,21 @@ class Table:
             seeds=tuple(self.signal(at) for at in seeds),
         )
         return cast("LayerHealthReport", report)
+
+
+def _signatures(layers: Sequence[LayerHealthReport]) -> tuple[tuple[SiteSignature, ...], np.ndarray]:
+    """The signatures that occur, and which is whose."""
+    number: dict[tuple[Any, ...], int] = {}
+    found: list[SiteSignature] = []
+    of: list[int] = []
+    for layer in layers:
+        # by their fields: the hash of a record of pydantic takes ten times as long. No key is kept beyond its turn,
+        # since thousands of them would call the garbage collector
+        place = number.setdefault(tuple(layer.signature.__dict__.values()), len(found))
+        if place == len(found):
+            found.append(layer.signature)
+        of.append(place)
+    return tuple(found), np.array(of, dtype=np.int64)
 
 
 class Layers(Sequence[LayerHealthReport]):
