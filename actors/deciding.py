@@ -17,7 +17,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from pydantic import ValidationError
 
@@ -248,7 +248,8 @@ def controller_pid() -> int | None:
     if not ray.is_initialized():
         return None
     try:
-        return ray.get(ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve").get_pid.remote(), timeout=5.0)
+        controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        return cast("int", ray.get(controller.get_pid.remote(), timeout=5.0))
     except (RayError, ValueError):  # a `ValueError` where no actor has the name
         return None
 

@@ -44,6 +44,32 @@ class DigitsData(Section):
     test_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
 
 
+class SyntheticData(Section):
+    """Made-up pictures, a problem for each `seed`: every class is a mixture of smooth random templates, moved about and
+    drowned in noise. What policies are trained on, so that real data are left to examine them.
+    """
+
+    type: Literal["synthetic"] = "synthetic"
+    layout: Literal["flat", "image"] = "image"
+    """`flat` gives (B, channels * size * size), `image` gives (B, channels, size, size)."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of templates and samples. That of the run changes neither."""
+    samples: Annotated[int, Field(ge=40)] = 1800
+    """In all three parts together."""
+    classes: Annotated[int, Field(ge=2)] = 10
+    clusters: PositiveInt = 3
+    """Templates of each class."""
+    size: Annotated[int, Field(ge=2)] = 8
+    """Side in pixels."""
+    channels: PositiveInt = 1
+    shift: Annotated[int, Field(ge=0)] = 1
+    """Pixels by which a template is moved at most, each way; what leaves on one side comes back on the other."""
+    noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    """Standard deviation of what is added, in that of the templates."""
+    val_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    test_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
+
+
 class ParquetImageData(Section):
     """Encoded images in parquet files of the Hugging Face schema: `<path>/train.parquet`, `<path>/test.parquet`."""
 
@@ -81,7 +107,7 @@ class GivenData(Section):
     type: Literal["given"] = "given"
 
 
-Data = Annotated[DigitsData | ParquetImageData | TextData | GivenData, Field(discriminator="type")]
+Data = Annotated[DigitsData | SyntheticData | ParquetImageData | TextData | GivenData, Field(discriminator="type")]
 
 # ---------------------------------------------------------------- hosts
 
@@ -377,13 +403,16 @@ class GnnConfig(Section):
     """Where the network's own forecast of what comes of its choice is less certain than this, it waits. 0 is certain,
     0.5 as uncertain as knowing nothing but how such choices went on the average. null asks for no certainty."""
     min_confidence: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.3
-    """It also waits where its choice of what to do has a probability below this."""
+    """Where `choice` is `likeliest`, it also waits where what it would do has a probability below this."""
     top_k: Annotated[int, Field(ge=1, le=64)] = 16
     """Kernels that it may choose from at a site: those of the largest expected value per cost."""
-    strategies: tuple[Strategy, ...] = ("ramp", "grad_norm_gated", "drift_controlled", "performance_linked")
+    strategies: tuple[Strategy, ...] = ("ramp", "direct", "grad_norm_gated", "drift_controlled", "performance_linked")
     """Ways into the live path that it may choose, beside `tamiyo.strategy`."""
+    choice: Literal["drawn", "likeliest"] = "drawn"
+    """`drawn`: what is done is drawn from its probabilities, the same for the same seed of the run and epoch, and then
+    done in the likeliest way. A wait costs nothing for one epoch, so `likeliest` may wait in every one."""
     explore: bool = False
-    """Draws from its probabilities instead of taking the most probable, however uncertain: to gather experience."""
+    """Draws all of it from its probabilities, however uncertain: to gather experience."""
 
 
 class TrialsConfig(Section):
@@ -804,7 +833,7 @@ def _explain(error: ValidationError) -> ConfigError:
     return ConfigError(f"{message}{got}{rest}", field=field or None, remedy="see the comments in configs/digits.yaml")
 
 
-_UNION_TAGS = frozenset({"digits", "parquet_images", "text", "mlp", "cnn", "gpt", "import", "given"})
+_UNION_TAGS = frozenset({"digits", "synthetic", "parquet_images", "text", "mlp", "cnn", "gpt", "import", "given"})
 
 
 def _known_keys(model: type[BaseModel], location: list[str], tag: str | None) -> list[str]:

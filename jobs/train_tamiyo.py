@@ -134,7 +134,8 @@ def in_words(row: dict[str, Any]) -> str | None:
             )
         case _:
             results = "".join(
-                f"\n  {one['task']}: {one['gnn']:+.3f}, the heuristic {one['heuristic']:+.3f}, on {one['seeds']} seeds"
+                f"\n  {one['task']}: {one['gnn']:+.3f}, drawing {one['drawn']:+.3f}, the heuristic "
+                f"{one['heuristic']:+.3f}, on {one['seeds']} seeds"
                 for one in row["results"]
                 if one["seeds"]
             )

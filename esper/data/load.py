@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from esper.config import Data, DigitsData, GivenData, ParquetImageData, TextData
+from esper.config import Data, DigitsData, GivenData, ParquetImageData, SyntheticData, TextData
 from esper.data.sets import DataSets
 from esper.leyline.errors import ConfigError
 
@@ -33,7 +33,7 @@ def load_data(
         raise ConfigError(
             "these data were handed over in Python and cannot be loaded from a configuration",
             field="data.type",
-            remedy="call esper.grow, or name one of digits, parquet_images, text",
+            remedy="call esper.grow, or name one of digits, synthetic, parquet_images, text",
         )
     wanted = "language_model" if isinstance(config, TextData) else "classification"
     if task != wanted:
@@ -48,6 +48,10 @@ def load_data(
             from esper.data.digits import load_digits
 
             return load_digits(config)
+        case SyntheticData():
+            from esper.data.synthetic import make_synthetic
+
+            return make_synthetic(config)
         case ParquetImageData():
             from esper.data.images import load_images
 

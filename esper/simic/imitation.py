@@ -1,7 +1,9 @@
 """The warm start: a net learns to choose as another policy did, from its logged runs, before it chooses for itself.
 
-Cross-entropy on choices. To wait is most of them: rare operations count more (`ImitationConfig.balance`). Batches come
-from prioritised replay: what the net finds least likely comes more often, with importance weights. The value learns
+Cross-entropy on choices. To wait is most of them: rare operations count more (`ImitationConfig.balance`). So do
+runs that came to more than others (`Lessons.weight`): where their choices were drawn at random, that is
+advantage-weighted regression (Peng et al. 2019). Batches come from prioritised replay: what the net finds least likely
+comes more often, with importance weights. The value learns
 what came of the choices (`Lessons.returns`) beside it.
 """
 
@@ -82,11 +84,13 @@ def imitate(
     Raises:
         ValueError: if there is nothing to learn from.
     """
-    items = [(item, ret) for one in lessons for item, ret in zip(one.items, one.returns().tolist(), strict=True)]
+    items = [
+        (item, ret, one.weight) for one in lessons for item, ret in zip(one.items, one.returns().tolist(), strict=True)
+    ]
     if not items:
         raise ValueError("no choices to imitate")
-    weights = _balanced([item.choice.operation for item, _ in items], config.balance)
-    replay: Replay[tuple[Lesson, float]] = Replay(len(items), seed=seed)
+    weights = _balanced([item.choice.operation for item, _, _ in items], config.balance)
+    replay: Replay[tuple[Lesson, float, float]] = Replay(len(items), seed=seed)
     for entry in items:
         replay.add(entry, 1.0)
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
@@ -94,8 +98,8 @@ def imitate(
         total, steps = 0.0, max(1, math.ceil(len(items) / config.minibatch))
         for _ in range(steps):
             places, drawn, importance = replay.sample(min(config.minibatch, len(items)))
-            scale = np.array([weights[item.choice.operation] for item, _ in drawn]) * importance
-            loss, surprise = _loss(net, collate, drawn, scale, config)
+            scale = np.array([weights[item.choice.operation] * weight for item, _, weight in drawn]) * importance
+            loss, surprise = _loss(net, collate, [(item, ret) for item, ret, _ in drawn], scale, config)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -41,6 +41,7 @@ class Lessons:
         policy, policy_version: who chose.
         items: its choices, oldest first.
         num_beyond: choices that the masks do not hold; what came of them is counted to the one before.
+        weight: how much it counts where it is imitated.
     """
 
     of: str
@@ -48,6 +49,7 @@ class Lessons:
     policy_version: str
     items: tuple[Lesson, ...]
     num_beyond: int = 0
+    weight: float = 1.0
 
     @property
     def total(self) -> float:

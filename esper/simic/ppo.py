@@ -136,6 +136,7 @@ class Ppo:
     Attributes:
         kl_weight: of the KL penalty; doubled and halved to keep the KL near its target.
         harm_weight: the Lagrange multiplier of harm.
+        entropy_weight: as it is for the next update.
     """
 
     net: ActorCritic
@@ -144,9 +145,11 @@ class Ppo:
     seed: int = 0
     kl_weight: float = field(init=False)
     harm_weight: float = field(init=False, default=0.0)
+    entropy_weight: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.kl_weight = self.config.kl_weight
+        self.entropy_weight = self.config.entropy_weight
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=self.config.lr, eps=1e-5)
         self._random = np.random.default_rng(self.seed)
 
@@ -201,7 +204,7 @@ class Ppo:
             _tensor(samples.returns[part]),
             config.clip,
         )
-        loss = found.policy + config.value_weight * found.value - config.entropy_weight * found.entropy
+        loss = found.policy + config.value_weight * found.value - self.entropy_weight * found.entropy
         loss = loss + self.kl_weight * found.kl
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

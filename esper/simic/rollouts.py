@@ -24,6 +24,7 @@ from esper.leyline import (
     new_id,
 )
 from esper.simic.experience import about_run
+from esper.simic.explorer import POLICY, Explorer
 from esper.simic.moments import About, Episode, Moment
 from esper.simic.reward import Twin
 from esper.simic.settings import TrainTamiyoConfig
@@ -39,7 +40,8 @@ class Ask:
         seed: of the run.
         policy: as `tamiyo.policy` names it.
         card, weights: of the net, for `gnn`.
-        greedy: take what is most probable, instead of drawing.
+        greedy: decide as a run would, by what is most probable and with the policy's own gates, instead of drawing.
+        flops: the run ends when it has spent so many times what the plain host costs for its epochs; None: at its end.
         draw: another number draws otherwise, of the same run.
     """
 
@@ -50,6 +52,7 @@ class Ask:
     weights: bytes = b""
     greedy: bool = False
     draw: int = 0
+    flops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,24 +101,36 @@ def load_tasks(config: TrainTamiyoConfig, folder: Path) -> list[RunConfig]:
         ConfigError: if a file or a setting is wrong.
     """
     common = ["deterministic=true", "simic.experience=false", "nissa.view=quiet", *config.overrides]
-    return [load_config(folder / name, common) for name in config.tasks]
+    return [
+        load_config(folder / task, common)
+        if isinstance(task, str)
+        else load_config(folder / task.config, [*common, *task.set])
+        for task in config.tasks
+    ]
 
 
 NET = "gnn"
 """The policy of an ask that brings weights."""
+
+EXPLORER = "explorer"
+"""The policy of an ask that grows by a plan of its own; see `esper.simic.explorer`."""
 
 
 def tamiyo_of(task: RunConfig, ask: Ask) -> TamiyoConfig:
     """Returns Tamiyo's configuration of an episode.
 
     A net that learns is held back by no doubt of its own: what it draws is done, else its log-probability would not be
-    that of what was done. The gates of every policy stand as ever.
+    that of what was done. The gates of every policy stand as ever. One that draws nothing is played as a run would use
+    it, with its own gates.
     """
+    if ask.policy == EXPLORER:
+        return task.tamiyo.model_copy(update={"policy": POLICY})
     if ask.policy != NET:
         return task.tamiyo.model_copy(update={"policy": ask.policy})
     version = _card(ask).version
-    free = {"version": version, "explore": not ask.greedy, "max_uncertainty": None, "min_confidence": 0.0}
-    return task.tamiyo.model_copy(update={"policy": NET, "gnn": task.tamiyo.gnn.model_copy(update=free)})
+    own = {"version": version, "explore": not ask.greedy}
+    free = {} if ask.greedy else {"max_uncertainty": None, "min_confidence": 0.0}
+    return task.tamiyo.model_copy(update={"policy": NET, "gnn": task.tamiyo.gnn.model_copy(update=own | free)})
 
 
 def _card(ask: Ask) -> PolicyCard:
@@ -126,6 +141,8 @@ def _card(ask: Ask) -> PolicyCard:
 
 def controller_for(config: RunConfig, ask: Ask) -> Controller:
     """Who decides an episode."""
+    if ask.policy == EXPLORER:
+        return Explorer(config.tamiyo, seed=ask.seed, draw=ask.draw, num_epochs=config.tolaria.epochs)
     return LocalController(
         config.tamiyo, seed=ask.seed + 7919 * ask.draw, policies=lambda _version: (_card(ask), ask.weights)
     )
@@ -159,6 +176,7 @@ class Player:
     def __init__(self, tasks: Sequence[RunConfig]) -> None:
         self._tasks = list(tasks)
         self._made: dict[int, tuple[Any, Any, bytes]] = {}
+        self._units: dict[int, float] = {}
 
     def play(self, asks: Iterable[Ask]) -> Iterator[Played]:
         """See `Rollouts`. What fails is told, and the next one is played."""
@@ -203,6 +221,8 @@ class Player:
         )
         run_id = f"rollout-{config.name}-{ask.policy}-{ask.seed}-{new_id()[:8]}"
         log = MemoryLog(about_run(config, run_id))
+        records: list[EpochRecord] = []
+        limit = None if ask.flops is None else ask.flops * self._unit(ask.task)
         with tempfile.TemporaryDirectory(prefix="esper-rollout-") as directory:
             train_local(
                 workload,
@@ -214,9 +234,22 @@ class Player:
                 controller=controller_for(config, ask),
                 public_key=key,
                 experience=log,
+                on_epoch=records.append,
+                stop=lambda: "its FLOPs are spent" if limit and records and _spent(records) >= limit else None,
             )
         assert log.episode is not None  # the trainer closes the log of a run that ends
         return log.episode
+
+    def _unit(self, number: int) -> float:
+        """FLOPs of all epochs of a task's plain host: training and validation, and nobody takes its health."""
+        from esper.hosts import build_host
+        from esper.simic.spending import epoch_flops
+
+        if number not in self._units:
+            task, data = self._tasks[number], self._prepared(number)[0]
+            model = build_host(task.host, input_shape=data.input_shape, num_outputs=data.num_outputs, seed=task.seed)
+            self._units[number] = task.tolaria.epochs * epoch_flops(task, data, model)
+        return self._units[number]
 
     def _prepared(self, number: int) -> tuple[Any, Any, bytes]:
         """Data, hub and public key of a task. The data's split is that of the task's own seed, for all its episodes."""
@@ -233,6 +266,10 @@ class Player:
             sites = find_sites(model, example_of(data.train), sites=task.kasmina.sites)
             self._made[number] = (data, *local_hub(sites.values(), task))
         return self._made[number]
+
+
+def _spent(records: Sequence[EpochRecord]) -> int:
+    return records[-1].total_flops
 
 
 def twin_of(episode: Episode) -> Twin:

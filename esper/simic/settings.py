@@ -20,13 +20,14 @@ class PpoConfig(Section):
     minibatch: PositiveInt = 64
     gamma: Unit = 1.0
     """Discount. 1: an episode has an end, and a gain is worth the same whenever it comes."""
-    lam: Unit = 0.95
+    lam: Unit = 1.0
     clip: PositiveFloat = 0.2
-    target_kl: PositiveFloat = 0.02
+    target_kl: PositiveFloat = 0.05
     kl_weight: PositiveFloat = 0.2
     """At first; it adapts."""
     value_weight: Annotated[float, Field(ge=0)] = 0.5
-    entropy_weight: Annotated[float, Field(ge=0)] = 0.01
+    entropy_weight: Annotated[float, Field(ge=0)] = 0.003
+    """At the first update; it falls to 0 towards the last one, so that what is most probable is what was trained."""
     clip_norm: PositiveFloat = 1.0
     max_harm: Annotated[float, Field(ge=0)] = 0.2
     """Rollbacks of a mean episode that are borne."""
@@ -49,6 +50,11 @@ class ImitationConfig(Section):
     value_weight: Annotated[float, Field(ge=0)] = 0.5
     policies: tuple[str, ...] = ("heuristic",)
     """Whose logged runs are imitated."""
+    temperature: PositiveFloat | None = 0.5
+    """Fresh runs count by what they came to: `exp(advantage / temperature)`, the advantage over the other runs of the
+    same task and seed in deviations of the task (advantage-weighted regression, Peng et al. 2019). null: all alike."""
+    max_weight: PositiveFloat = 10.0
+    """A run counts no more than so many times another of mean worth."""
 
 
 class RolloutConfig(Section):
@@ -57,16 +63,30 @@ class RolloutConfig(Section):
     workers: PositiveInt = 2
     """Ray actors."""
     cpus_per_worker: PositiveFloat = 0.5
-    episodes: PositiveInt = 8
+    episodes: PositiveInt = 24
     """Of one update."""
+    draws: PositiveInt = 4
+    """Episodes of the same task and seed in one update: what a run came to beyond the others of its own kind is free of
+    what the seed was worth."""
+    flops: PositiveFloat | None = 4.0
+    """A run ends when it has spent so many times what the plain host costs for all its epochs, as in the exam."""
     seeds: PositiveInt = 32
     """Of the runs; they come again, each with its twin without growth, which is played once."""
-    replayed: Annotated[int, Field(ge=0)] = 4
+    replayed: Annotated[int, Field(ge=0)] = 0
     """Episodes of older policies that each update looks at again, by V-trace."""
     kept: PositiveInt = 64
     """Episodes to choose those from."""
     deadline_s: PositiveFloat = 300.0
     """One that takes longer is given up."""
+
+
+class TaskOf(Section):
+    """A task of a training, with settings of its own."""
+
+    config: str
+    """File of a run's configuration, beside this one."""
+    set: tuple[str, ...] = ()
+    """Settings that go before those of the file, such as `host.hidden=[16]`."""
 
 
 class TrainTamiyoConfig(Section):
@@ -76,12 +96,16 @@ class TrainTamiyoConfig(Section):
     storage: str = "~/.esper"
     storage_options: dict[str, Any] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("digits_mlp.yaml",)
+    tasks: Annotated[tuple[str | TaskOf, ...], Field(min_length=1)] = ("digits_mlp.yaml",)
     """Configuration files of runs, beside this one; each names task, host and limits of its episodes."""
     overrides: tuple[str, ...] = ()
     """Settings of all of them, such as `tolaria.epochs=12`."""
     warm_up: Annotated[int, Field(ge=0)] = 8
-    """Fresh runs of the heuristic, to imitate beside those that are logged."""
+    """Fresh runs, to imitate beside those that are logged: of each task and seed the first is the heuristic's, and
+    `explore` others grow by plans of their own (`esper.simic.explorer`)."""
+    explore: Annotated[int, Field(ge=0)] = 0
+    """See `warm_up`. With imitation by worth (`imitation.temperature`) the net begins with what was better than the
+    heuristic."""
     iterations: Annotated[int, Field(ge=0)] = 10
     """Updates of PPO."""
     judged: Annotated[int, Field(ge=0)] = 6

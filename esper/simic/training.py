@@ -13,7 +13,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,24 +25,27 @@ from esper.leyline.policies import PolicyCard, PolicyOrigin, PolicyStore
 from esper.simic.experience import Experience, append_episode, code_digest
 from esper.simic.gae import effective_share, gae, vtrace
 from esper.simic.imitation import imitate
+from esper.simic.judging import judge_beside_heuristic
 from esper.simic.lessons import Lessons, lessons_of, split
+from esper.simic.moments import Episode
 from esper.simic.ppo import Ppo, Samples
 from esper.simic.replay import Replay
 from esper.simic.reward import Twin
-from esper.simic.rollouts import NET, Ask, Played, Rollouts, twin_of
+from esper.simic.rollouts import EXPLORER, NET, Ask, Played, Rollouts, twin_of
 from esper.simic.settings import TrainTamiyoConfig
+from esper.simic.weighing import levelled, run_weights
 from esper.storage import Storage
 from esper.tamiyo.batch import collate
 from esper.tamiyo.calibration import Lesson as Forecast
 from esper.tamiyo.calibration import teach
-from esper.tamiyo.net import PolicyNet
+from esper.tamiyo.net import FEATURES, PolicyNet, forget
 from esper.tamiyo.observation import OBSERVATION_VERSION
 from esper.tamiyo.shape import NetShape
 
 _LOG = logging.getLogger(__name__)
 
-JUDGED_FROM = 100_000
-"""Seeds from here on are never trained on."""
+_SAVED_EVERY = 24
+"""Runs of the warm-up, after which the state is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,8 @@ class Training:
         self._twins: dict[str, Twin] = {}
         self._runs: list[str] = []
         self._seeds: set[int] = set()
+        self._warm: dict[int, str] = {}  # runs of the warm-up; empty for one that failed
+        self._seen: dict[str, np.ndarray] = {}
         self.iteration = -1  # of the next update; -1: imitation comes first
         self.history: list[dict[str, Any]] = []
 
@@ -113,23 +118,50 @@ class Training:
     def _imitate(self) -> None:
         config = self._config
         logged = [*Experience(self._storage).episodes(policies=list(config.imitation.policies))]
-        asks = [
-            Ask(task=i % len(self._tasks), seed=config.seed + i, policy=config.imitation.policies[0])
-            for i in range(config.warm_up)
-        ]
-        played = [one for one in self._play(asks, "warm-up") if one.episode is not None]
-        fresh = [(one.ask, one.episode) for one in played if one.episode is not None]
-        self._find_twins([ask for ask, _ in fresh])
-        lessons = [lessons_of(one, config.reward) for one in logged]
-        lessons += [lessons_of(one, config.reward, twin=self._twin(ask)) for ask, one in fresh]
+        fresh = self._warm_up()
+        mine = set(self._warm.values())
+        lessons = [lessons_of(one, config.reward) for one in logged if one.about.run_id not in mine]
+        num_logged = len(lessons)
+        own = [lessons_of(one, config.reward, twin=self._twin(ask)) for ask, one in fresh]
+        worths = run_weights(
+            [(ask.task, ask.seed, one.total) for (ask, _), one in zip(fresh, own, strict=True)], config.imitation
+        )
+        lessons += [replace(one, weight=worth) for one, worth in zip(own, worths, strict=True)]
         lessons = [one for one in lessons if one.items]
+        self._see(lessons)
         self._runs += [one.of for one in lessons]
         if not lessons or not config.imitation.epochs:
             self._tell("imitation", episodes=len(lessons), words="nothing was imitated")
             return
         learned, held_out = split(lessons, config.imitation.held_out, seed=config.seed)
         report = imitate(self.net, collate, learned, held_out, config.imitation, seed=config.seed)
-        self._tell("imitation", episodes=len(lessons), logged=len(logged), **asdict(report))
+        self._tell("imitation", episodes=len(lessons), logged=num_logged, **asdict(report))
+
+    def _warm_up(self) -> list[tuple[Ask, Episode]]:
+        """Plays the fresh runs that are not there yet, and returns all of them. Every few of them are written down."""
+        config = self._config
+        asks = [self._warm_ask(i) for i in range(config.warm_up)]
+        while missing := [i for i in range(len(asks)) if i not in self._warm]:
+            part = missing[:_SAVED_EVERY]
+            self._find_twins([asks[i] for i in part])
+            places = {_ask_key(asks[i]): i for i in part}
+            for one in self._play([asks[i] for i in part], f"warm-up {part[0]} of {len(asks)}"):
+                self._warm[places[_ask_key(one.ask)]] = one.episode.about.run_id if one.episode is not None else ""
+            self._save()
+        runs = {run: i for i, run in self._warm.items() if run}
+        if not runs:
+            return []
+        # one whose FLOPs were spent before its last epoch is no less an episode
+        logged = Experience(self._storage).episodes(runs=list(runs), only_whole=False)
+        found = [(runs[one.about.run_id], one) for one in logged]
+        return [(asks[i], one) for i, one in sorted(found, key=lambda entry: entry[0])]
+
+    def _warm_ask(self, number: int) -> Ask:
+        config = self._config
+        group, place = divmod(number, 1 + config.explore)
+        seed = config.seed + group // len(self._tasks)
+        policy = EXPLORER if place else config.imitation.policies[0]
+        return Ask(group % len(self._tasks), seed, policy, draw=place, flops=config.rollout.flops)
 
     def _improve(self) -> None:
         """One update of PPO."""
@@ -137,12 +169,18 @@ class Training:
         self._find_twins(asks)
         self.net.eval()
         played = [*self._play(asks, f"update {self.iteration + 1}")]
-        lessons = self._settled(played)
+        played.sort(key=lambda one: (one.ask.task, one.ask.seed, one.ask.draw))  # whoever ended first
+        settled = self._settled(played)
+        lessons = [one for _, one in settled]
         if not lessons:
             problems = "; ".join(sorted({one.problem for one in played}))
             raise DataError(f"none of {len(asks)} rollouts could be played: {problems}")
         self._runs += [one.of for one in lessons]
-        samples, taught = self._fresh(lessons)
+        self._see(lessons)
+        left = 1.0 - self.iteration / self._config.iterations
+        self.ppo.entropy_weight = self._config.ppo.entropy_weight * left
+        groups = [_key(ask) for ask, _ in settled]
+        samples, taught = self._fresh(lessons, groups)
         again, refused, share = self._again()
         report = self.ppo.update(_joined([*samples, *again]), mean_harm=_mean([one.harm for one in lessons]))
         for one, part in zip(taught, samples, strict=True):
@@ -163,19 +201,20 @@ class Training:
             **asdict(report),
         )
 
-    def _settled(self, played: Sequence[Played]) -> list[Lessons]:
+    def _settled(self, played: Sequence[Played]) -> list[tuple[Ask, Lessons]]:
         """The lessons of what was played, settled with twins. One whose twin failed is left out: by shadow evidence
         alone it would be paid on another scale, and nobody would see it.
         """
-        whole = [(one.episode, self._twin(one.ask)) for one in played if one.episode is not None]
-        settled = [(episode, twin) for episode, twin in whole if twin is not None]
+        whole = [(one.ask, one.episode, self._twin(one.ask)) for one in played if one.episode is not None]
+        settled = [(ask, episode, twin) for ask, episode, twin in whole if twin is not None]
         if len(settled) < len(whole):
             _LOG.warning("rollout.unsettled", extra={"num": len(whole) - len(settled), "reason": "no twin was played"})
-        lessons = [lessons_of(episode, self._config.reward, twin=twin) for episode, twin in settled]
-        return [one for one in lessons if one.items]
+        lessons = [(ask, lessons_of(episode, self._config.reward, twin=twin)) for ask, episode, twin in settled]
+        return [(ask, one) for ask, one in lessons if one.items]
 
-    def _fresh(self, lessons: Sequence[Lessons]) -> tuple[list[Samples], list[Taught]]:
-        found, taught = [], []
+    def _fresh(self, lessons: Sequence[Lessons], groups: Sequence[str]) -> tuple[list[Samples], list[Taught]]:
+        """Samples of fresh episodes, levelled among those of their task and seed (`groups`)."""
+        found, taught, beyond = [], [], []
         for one in lessons:
             log_probs, values = self._judge(one)
             paid, dones = np.array([item.reward for item in one.items]), _dones(one)
@@ -183,7 +222,8 @@ class Training:
             worth = gae(paid, np.append(values, 0.0), dones, gamma=ppo.gamma, lam=ppo.lam)
             found.append(_samples(one, log_probs, worth.advantages, worth.returns, self._harm(one)))
             taught.append(Taught(one, log_probs))
-        return found, taught
+            beyond.append(one.total - float(values[0]))
+        return levelled(found, beyond, groups), taught
 
     def _again(self) -> tuple[list[Samples], int, float]:
         """Samples of older policies by V-trace, how many episodes were too old, and what share the rest is worth."""
@@ -230,16 +270,18 @@ class Training:
         rollout, first = self._config.rollout, self.iteration * self._config.rollout.episodes
         card, weights = self._card()
         numbers = range(first, first + rollout.episodes)
+        groups = [(i // rollout.draws, i % rollout.draws) for i in numbers]
         return [
             Ask(
-                task=i % len(self._tasks),
-                seed=self._config.seed + i // len(self._tasks) % rollout.seeds,
+                task=group % len(self._tasks),
+                seed=self._config.seed + group // len(self._tasks) % rollout.seeds,
                 policy=NET,
                 card=card,
                 weights=weights,
-                draw=self.iteration,
+                draw=self.iteration * rollout.draws + place,
+                flops=rollout.flops,
             )
-            for i in numbers
+            for group, place in groups
         ]
 
     def _play(self, asks: Sequence[Ask], stage: str) -> list[Played]:
@@ -270,9 +312,23 @@ class Training:
     # ---------------------------------------------------------------- the end
 
     def _publish(self) -> str:
+        # what was 0 in all that it learned from says nothing to it: its weights there are still those it was born with
+        unseen = forget(self.net, self._seen)
         calibration = self._calibrate()
         card, weights = self._card()
-        results = self._judge_beside_heuristic(card, weights) if self._config.judged else []
+        config = self._config
+        results = (
+            judge_beside_heuristic(
+                self._rollouts,
+                self._tasks,
+                (card, weights),
+                config.reward,
+                num_seeds=config.judged,
+                flops=config.rollout.flops,
+            )
+            if config.judged
+            else []
+        )
         origin = PolicyOrigin(
             runs=tuple(dict.fromkeys(self._runs)),
             hosts=tuple(sorted({task.host.type for task in self._tasks})),
@@ -286,7 +342,8 @@ class Training:
             "parents": (f"imitation of {', '.join(self._config.imitation.policies)}",),
             "calibration": calibration,
             "results": tuple(results),
-            "notes": f"{self.iteration} updates of PPO after imitation; rewards of {self._config.reward.model_dump()}",
+            "notes": f"{self.iteration} updates of PPO after imitation; rewards of {self._config.reward.model_dump()};"
+            f" features it never saw: {', '.join(unseen) or 'none'}",
         }
         version = self._store.put(card.model_copy(update=told), weights)
         self._tell("policy", version=version, results=results, calibration=calibration)
@@ -306,7 +363,7 @@ class Training:
         asks = self._asks()
         self._find_twins(asks)
         played = [one for one in self._play(asks, "calibration") if one.episode is not None]
-        lessons = self._settled(played)
+        lessons = [one for _, one in self._settled(played)]
         try:
             return teach(
                 self.net,
@@ -321,40 +378,14 @@ class Training:
             _LOG.warning("policy.uncalibrated", extra={"reason": str(error)})
             return {"refused": str(error)}
 
-    def _judge_beside_heuristic(self, card: PolicyCard, weights: bytes) -> list[dict[str, Any]]:
-        """Rows of the policy at its most probable (`gnn`), as it draws, and of the heuristic, on seeds that nothing was
-        learned from.
-        """
-        rows = []
-        for i, task in enumerate(self._tasks):
-            seeds = range(JUDGED_FROM, JUDGED_FROM + self._config.judged)
-            own = [Ask(i, seed, NET, card, weights, greedy=greedy) for seed in seeds for greedy in (True, False)]
-            asks = [*own, *(Ask(i, seed, "heuristic") for seed in seeds)]
-            twins = {
-                one.ask.seed: twin_of(one.episode)
-                for one in self._rollouts.play([Ask(i, seed, "none") for seed in seeds])
-                if one.episode is not None
-            }
-            totals: dict[str, dict[int, float]] = {NET: {}, "drawn": {}, "heuristic": {}}
-            for one in self._rollouts.play(asks):
-                if one.episode is not None and one.ask.seed in twins:
-                    whole = lessons_of(one.episode, self._config.reward, twin=twins[one.ask.seed])
-                    who = "drawn" if one.ask.policy == NET and not one.ask.greedy else one.ask.policy
-                    totals[who][one.ask.seed] = whole.total
-            both = sorted(totals[NET].keys() & totals["heuristic"].keys() & totals["drawn"].keys())
-            difference = [totals[NET][seed] - totals["heuristic"][seed] for seed in both]
-            rows.append(
-                {
-                    "task": task.name,
-                    "seeds": len(both),
-                    "gnn": _mean([totals[NET][seed] for seed in both]) if both else None,
-                    "drawn": _mean([totals["drawn"][seed] for seed in both]) if both else None,
-                    "heuristic": _mean([totals["heuristic"][seed] for seed in both]) if both else None,
-                    "difference": _mean(difference) if both else None,
-                    "stderr": _stderr(difference),
-                }
-            )
-        return rows
+    def _see(self, lessons: Sequence[Lessons]) -> None:
+        """Remembers which features were ever anything but 0."""
+        for one in lessons:
+            for item in one.items:
+                for kind in FEATURES:
+                    values = getattr(item.observation, kind)
+                    seen = (values.reshape(-1, values.shape[-1]) != 0).any(axis=0)
+                    self._seen[kind] = self._seen[kind] | seen if kind in self._seen else seen
 
     # ---------------------------------------------------------------- state
 
@@ -372,6 +403,8 @@ class Training:
             "twins": {key: (list(twin.val_losses), twin.total_flops) for key, twin in self._twins.items()},
             "runs": self._runs,
             "seeds": sorted(self._seeds),
+            "warm": self._warm,
+            "seen": {kind: seen.tolist() for kind, seen in self._seen.items()},
             "history": json.dumps(self.history),
         }
         into = io.BytesIO()
@@ -396,12 +429,17 @@ class Training:
         self.iteration = state["iteration"]
         self._twins = {key: Twin(tuple(losses), flops) for key, (losses, flops) in state["twins"].items()}
         self._runs, self._seeds = state["runs"], set(state["seeds"])
+        self._warm, self._seen = state["warm"], {kind: np.array(seen) for kind, seen in state["seen"].items()}
         self.history = json.loads(state["history"])
         self._told({"stage": "resumed", "iteration": self.iteration})
 
 
 def _silent(row: dict[str, Any]) -> None:
     """Says nothing."""
+
+
+def _ask_key(ask: Ask) -> tuple[int, int, str, int]:
+    return (ask.task, ask.seed, ask.policy, ask.draw)
 
 
 def _key(ask: Ask) -> str:

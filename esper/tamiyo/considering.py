@@ -18,7 +18,7 @@ from esper.leyline import Attribution, Explanation
 from esper.tamiyo.actions import STRATEGIES, Operation
 from esper.tamiyo.features import SEED_FEATURES
 from esper.tamiyo.inference import Inference
-from esper.tamiyo.net import Decided
+from esper.tamiyo.net import Decided, Drawn
 from esper.tamiyo.observation import KERNEL_FEATURES, RUN_FEATURES, SITE_FEATURES, Observation
 
 _SHOWN_SITES = 3
@@ -28,9 +28,15 @@ _FEATURES = {"site": SITE_FEATURES, "seed": SEED_FEATURES, "run": RUN_FEATURES, 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Where a row's chance comes from; None takes the most probable."""
+    """Where a row's chance comes from.
+
+    Attributes:
+        source: None takes the most probable.
+        whole: draws all parts of the choice, as it is learned from; else the operation alone, see `PolicyNet.decide`.
+    """
 
     source: random.Random | None
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -130,8 +136,9 @@ def consider(inference: Inference, views: Sequence[Observation], draws: Sequence
 
 def _consider(inference: Inference, view: Observation, draw: Draw) -> Considered:
     judged = inference.judge(view)
-    chance = None if draw.source is None else torch.Generator().manual_seed(draw.source.getrandbits(63))
-    chosen = inference.decide(view, judged, chance, greedy=draw.source is None)
+    generator = None if draw.source is None else torch.Generator().manual_seed(draw.source.getrandbits(63))
+    chance = Drawn.NONE if draw.source is None else Drawn.ALL if draw.whole else Drawn.OPERATION
+    chosen = inference.decide(view, judged, generator, chance)
     # where all can only wait there is nothing to explain
     effects = inference.effects(view, judged, chosen) if view.operations.sum() > 1 else {}
     forecasts = inference.forecasts(view, judged, chosen.decided.choice)

@@ -2,8 +2,11 @@
 
 What tending does by rule (a gate that asks for removal, a person's word, who loses a race) is done whatever the network
 says, and every order passes the gates of `safety` as those of any policy do. Before them stand two of its own: where it
-is not certain enough of what comes of its choice, or not decided enough, it waits, and the veto says so. Each decision
-comes with its explanation.
+is not certain enough of what comes of its choice, or not decided enough, it begins nothing, seeds under way are tended
+by the rule, and the veto says so. Each decision comes with its explanation.
+
+What is done is drawn from its probabilities, as it was trained: to wait for one epoch costs next to nothing, so that
+what is most probable may be to wait, in every epoch. Chance hangs on the run's seed, the epoch and nothing else.
 
 The same state, packet, configuration and version give the same decision. Weights come from whoever holds them
 (`Policies`) and are kept by version in this process. torch and numpy are imported with the first of them.
@@ -41,7 +44,7 @@ from esper.tamiyo.shape import NetShape
 from esper.tamiyo.tending import Care, removal, tend
 
 if TYPE_CHECKING:
-    from esper.tamiyo.considering import Considered
+    from esper.tamiyo.considering import Considered, Draw
     from esper.tamiyo.inference import Inference
     from esper.tamiyo.net import PolicyNet
     from esper.tamiyo.observation import Observation
@@ -182,13 +185,13 @@ class GraphPolicy:
 
 def propose_all(loaded: Loaded, cases: Sequence[Case]) -> list[Proposal]:
     """Returns what the network chooses for each, one after the other: a choice does not hang on who asks beside."""
-    from esper.tamiyo.considering import Draw, consider
+    from esper.tamiyo.considering import consider
     from esper.tamiyo.observation import observe_graph
 
     if not cases:
         return []
     views = [observe_graph(case.state, case.packet, case.config, case.care) for case in cases]
-    draws = [Draw(generator(case.state) if case.config.gnn.explore else None) for case in cases]
+    draws = [_draw(case) for case in cases]
     try:
         found = consider(loaded.inference, views, draws)
     except FloatingPointError as error:
@@ -198,8 +201,18 @@ def propose_all(loaded: Loaded, cases: Sequence[Case]) -> list[Proposal]:
     return [_proposal(loaded, *entry) for entry in zip(cases, views, found, strict=True)]
 
 
+def _is_drawn(config: TamiyoConfig) -> bool:
+    return config.gnn.explore or config.gnn.choice == "drawn"
+
+
+def _draw(case: Case) -> Draw:
+    from esper.tamiyo.considering import Draw
+
+    return Draw(generator(case.state) if _is_drawn(case.config) else None, whole=case.config.gnn.explore)
+
+
 def _proposal(loaded: Loaded, case: Case, view: Observation, found: Considered) -> Proposal:
-    choice, num_draws = found.decided.choice, int(case.config.gnn.explore)
+    choice, num_draws = found.decided.choice, int(_is_drawn(case.config))
     explanation = found.explanation(view, loaded.version)
     words = explanation.in_words
     if choice.operation is Operation.WAIT:
@@ -221,7 +234,8 @@ def _proposal(loaded: Loaded, case: Case, view: Observation, found: Considered) 
     )
     # what is done has another probability than what was wanted
     gated = explanation.model_copy(update={"log_prob": None})
-    return Proposal(words, (), (veto,), tends=True, explanation=gated, num_draws=num_draws)
+    # a seed under way is not left alone for that: it is tended by the rule of every policy
+    return Proposal(words, (), (veto,), explanation=gated, num_draws=num_draws)
 
 
 def _why_not(config: TamiyoConfig, found: Explanation, *, measured: bool) -> tuple[Gate, str] | None:
@@ -231,7 +245,7 @@ def _why_not(config: TamiyoConfig, found: Explanation, *, measured: bool) -> tup
         return Gate.UNCERTAINTY, "how far its forecasts can be trusted was never measured, so it waits"
     if limit is not None and found.uncertainty is not None and found.uncertainty > limit:
         return Gate.UNCERTAINTY, f"its uncertainty is {found.uncertainty:.2f}, above {limit:.2f}, so it waits"
-    if found.confidence < config.gnn.min_confidence:
+    if config.gnn.choice == "likeliest" and found.confidence < config.gnn.min_confidence:
         return (
             Gate.CONFIDENCE,
             f"it gives {found.operation} {found.confidence:.0%}, below {config.gnn.min_confidence:.0%}, so it waits",

@@ -21,7 +21,7 @@ from torch import nn
 from esper.tamiyo.actions import WAIT, ActionChoice, Operation
 from esper.tamiyo.attending import Nodes, Stack, Trace, Wiring, by_head, numbers, product, weighted, wire
 from esper.tamiyo.encoder import HIDDEN_SCORE
-from esper.tamiyo.net import Decided, PolicyNet, pick
+from esper.tamiyo.net import Decided, Drawn, PolicyNet, pick
 from esper.tamiyo.observation import TENDED, Observation
 
 _TENDED = list(TENDED)
@@ -229,8 +229,8 @@ class Inference:
             encoded, operation, operation_hidden, growing, site, site_hidden, tended, seed, seed_hidden, value
         )
 
-    def decide(self, view: Observation, judged: Judged, chance: torch.Generator | None, *, greedy: bool) -> Chosen:
-        """Chooses.
+    def decide(self, view: Observation, judged: Judged, generator: torch.Generator | None, chance: Drawn) -> Chosen:
+        """Chooses; see `PolicyNet.decide`.
 
         Raises:
             FloatingPointError: if a probability is not finite.
@@ -239,7 +239,7 @@ class Inference:
 
         def drawn(chances: Chances, part: str) -> int:
             probabilities[part] = np.exp(chances.log_p.astype(np.float64))
-            return pick(probabilities[part], part, chance, greedy=greedy)
+            return pick(probabilities[part], part, generator, chance, floor=self._floor)
 
         operation = Operation(drawn(judged.operation, "operation"))
         log_prob = float(judged.operation.log_p[operation])

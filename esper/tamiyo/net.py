@@ -12,8 +12,9 @@ Shapes: B observations of a batch, S sites, N seeds, K kernels, P options of cho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Self
 
 import numpy as np
@@ -26,11 +27,20 @@ from esper.leyline import TamperedError
 from esper.tamiyo.actions import STRATEGIES, WAIT, ActionChoice, Operation
 from esper.tamiyo.batch import Batch, Targets, collate, options_of, targets_of
 from esper.tamiyo.encoder import HIDDEN_SCORE, Encoded, Encoder, segment_log_softmax
-from esper.tamiyo.observation import TENDED, Observation
+from esper.tamiyo.features import SEED_FEATURES
+from esper.tamiyo.observation import KERNEL_FEATURES, RUN_FEATURES, SITE_FEATURES, TENDED, Observation
 from esper.tamiyo.outcomes import Outcomes
 from esper.tamiyo.shape import NetShape
 
 __all__ = ["Decided", "NetShape", "Observation", "PolicyNet", "collate"]
+
+
+class Drawn(Enum):
+    """What of a choice is left to chance: nothing, only what is done (without the floor), or every part of it."""
+
+    NONE = 0
+    OPERATION = 1
+    ALL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +113,20 @@ class PolicyNet(nn.Module):
         Raises:
             FloatingPointError: if a probability is not finite.
         """
-        return self.decide(batch, self.judge(batch), [generator] * len(batch), [greedy] * len(batch))[0]
+        drawn = Drawn.NONE if greedy else Drawn.ALL
+        return self.decide(batch, self.judge(batch), [generator] * len(batch), [drawn] * len(batch))[0]
 
     def decide(
         self,
         batch: Batch,
         judged: Judged,
         generators: Sequence[torch.Generator | None],
-        greedy: Sequence[bool],
+        parts: Sequence[Drawn],
     ) -> tuple[list[Decided], Tensor]:
         """Chooses for every observation from its distributions; also returns the log-probabilities (B,) with their
-        gradient, where one is kept. Each row has its own source of chance; else as `act`.
+        gradient, where one is kept. Each row has its own source of chance, and what is left to it; else as `act`.
         """
-        drawn = [self._draw(batch, judged, row, generators[row], greedy[row]) for row in range(len(batch))]
+        drawn = [self._draw(batch, judged, row, generators[row], parts[row]) for row in range(len(batch))]
         targets = targets_of(batch, [choice for choice, _ in drawn])
         log_prob, entropy, value = self.score(batch, judged, targets)
         told = zip(drawn, log_prob.tolist(), entropy.tolist(), value.tolist(), strict=True)
@@ -224,11 +235,11 @@ class PolicyNet(nn.Module):
     # ------------------------------------------------------------ one row
 
     def _draw(
-        self, batch: Batch, judged: Judged, row: int, generator: torch.Generator | None, greedy: bool
+        self, batch: Batch, judged: Judged, row: int, generator: torch.Generator | None, chance: Drawn
     ) -> tuple[ActionChoice, dict[str, np.ndarray]]:
         def drawn(log_p: Tensor, part: str) -> int:
             found[part] = np.exp(log_p.detach().double().numpy())
-            return pick(found[part], part, generator, greedy=greedy)
+            return pick(found[part], part, generator, chance, floor=self.shape.floor)
 
         found: dict[str, np.ndarray] = {}
         operation = Operation(drawn(judged.operation[row], "operation"))
@@ -273,16 +284,25 @@ class PolicyNet(nn.Module):
         return net.eval()
 
 
-def pick(p: np.ndarray, part: str, generator: torch.Generator | None, *, greedy: bool) -> int:
+def pick(p: np.ndarray, part: str, generator: torch.Generator | None, chance: Drawn, *, floor: float) -> int:
     """Returns a place by its probability, or the most probable.
+
+    Args:
+        p: probabilities.
+        part: of the choice; see `Decided`.
+        generator: where chance comes from; None is torch's own.
+        chance: what is left to it.
+        floor: the even share that is mixed into `p`: there to learn by, not to live by.
 
     Raises:
         FloatingPointError: if a probability is not finite.
     """
     if not np.isfinite(p).all() or not p.sum() > 0.0:
         raise FloatingPointError(f"the probabilities of the {part} are not finite")
-    if greedy:
+    if chance is Drawn.NONE or (chance is Drawn.OPERATION and part != "operation"):
         return int(p.argmax())
+    if chance is Drawn.OPERATION and p.max() < 1.0:
+        p = np.maximum(p - floor / np.count_nonzero(p), 0.0)
     sums = np.cumsum(p)
     at = float(torch.rand((), generator=generator, dtype=torch.float64)) * sums[-1]
     return min(int(np.searchsorted(sums, at, side="right")), int(np.flatnonzero(p)[-1]))
@@ -296,6 +316,26 @@ def chosen_features(batch: Batch, encoded: Encoded, targets: Targets) -> Tensor:
     kernel = blank.index_add(0, targets.germinating, encoded.kernel[batch.option_kernel[targets.option]])
     operation = nn.functional.one_hot(targets.operation, len(Operation)).to(target.dtype)
     return torch.cat([encoded.graph, target, kernel, operation], dim=1)
+
+
+FEATURES = {"site": SITE_FEATURES, "seed": SEED_FEATURES, "run": RUN_FEATURES, "kernel": KERNEL_FEATURES}
+"""What each kind of node is described by."""
+
+
+@torch.no_grad()
+def forget(net: PolicyNet, seen: Mapping[str, np.ndarray]) -> list[str]:
+    """Takes features out of a network, and returns their names as `kind.feature`.
+
+    Args:
+        net: changed in place. Where all of them were 0 in what it learned from, it chooses there as before.
+        seen: by kind of node, (features,) bool: those that stay. A kind that is missing stays whole.
+    """
+    first: dict[str, nn.Linear] = {**net.encoder.enter, "kernel": net.encoder.kernel[0]}  # type: ignore[dict-item]
+    gone: list[str] = []
+    for kind, known in seen.items():
+        first[kind].weight[:, torch.as_tensor(~known)] = 0.0
+        gone += [f"{kind}.{name}" for name, stays in zip(FEATURES[kind], known.tolist(), strict=True) if not stays]
+    return gone
 
 
 def _head(into: int, width: int, out: int, *, bias: bool = True) -> nn.Sequential:

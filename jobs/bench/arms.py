@@ -10,7 +10,6 @@ All arms of a seed start from the same host weights and see the same samples in 
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -35,11 +34,10 @@ from esper.leyline.lower import initialise
 from esper.storage import Storage
 from esper.tamiyo.controller import LocalController
 from esper.tolaria.checkpoint import Checkpoints
-from esper.tolaria.costs import HostCosts
 from esper.tolaria.schedules import optimizer_factory, scheduler_factory
 from esper.tolaria.task import resolve_task
 from esper.tolaria.weights import Trained
-from esper.tolaria.workload import Workload, evaluation_batches, example_of, model_args, training_batches
+from esper.tolaria.workload import Workload, example_of
 
 ARMS = ("none", "grow", "static", "stopped")
 
@@ -123,18 +121,6 @@ def with_parts(host: nn.Module, growth: dict[str, Any], config: RunConfig, data:
     for number, (layer, seed, facts) in enumerate(_blended(wrapped.module)):
         initialise(layer.kernel(seed), facts.ir, seed=config.seed * 1009 + number)
     return kasmina.export(wrapped)
-
-
-def epoch_flops(config: RunConfig, data: DataSets, model: nn.Module) -> int:
-    """FLOPs of an epoch of a model that does not grow and whose health nobody takes: training and validation."""
-    workload = _workload(config, data, copy.deepcopy(model))
-    growable = kasmina.wrap(workload.model, example=workload.example, sites=config.kasmina.sites)
-    costs = HostCosts(growable, workload.task.loss_fn)
-    size = config.tolaria.batch_size
-    inputs, targets = next(training_batches(data.train, batch_size=size, seed=0).epoch(0, rank=0, world=1))
-    steps = training_batches(data.train, batch_size=size, seed=0).num_batches(world=1)
-    passes = evaluation_batches(data.val, batch_size=size).epoch(0, rank=0, world=1)
-    return steps * costs.training_step(inputs, targets) + sum(costs.forward(model_args(part)) for part, _ in passes)
 
 
 def host_of(config: RunConfig, data: DataSets) -> nn.Module:

@@ -28,6 +28,7 @@ from esper.kasmina.sites import find_sites
 from esper.leyline import EpochRecord, Outcome, PolicyCard
 from esper.leyline.errors import ConfigError, DataError
 from esper.leyline.policies import find_policy
+from esper.simic.spending import epoch_flops
 from esper.storage import Storage
 from esper.tamiyo import LocalController
 from esper.tolaria.schedules import optimizer_factory, scheduler_factory
@@ -35,7 +36,7 @@ from esper.tolaria.task import resolve_task
 from esper.tolaria.workload import Workload, evaluation_batches, example_of, model_args
 from esper.urza.policies import StoredPolicies
 from jobs.bench import Say
-from jobs.bench.arms import epoch_flops, host_of
+from jobs.bench.arms import host_of
 from jobs.bench.harness import BenchResult, Goal, goal_above, machine, mean_interval
 from jobs.environment import REPOSITORY
 

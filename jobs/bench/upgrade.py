@@ -33,9 +33,10 @@ from pydantic import BaseModel, ConfigDict
 from esper.config import RunConfig, dump_config, load_config
 from esper.data import DataSets, load_data
 from esper.leyline.errors import ConfigError
+from esper.simic.spending import epoch_flops
 from esper.tolaria.weights import Trained
 from jobs.bench import Say
-from jobs.bench.arms import Outcome, epoch_flops, host_of, small, static, with_parts
+from jobs.bench.arms import Outcome, host_of, small, static, with_parts
 from jobs.bench.harness import BenchResult, Goal, goal_above, machine, mean_interval
 from jobs.bench.picture import Curve, Mark, draw
 from jobs.environment import REPOSITORY, data_root

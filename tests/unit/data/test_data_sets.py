@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from esper.config import DigitsData, GivenData, TextData
+from esper.config import DigitsData, GivenData, SyntheticData, TextData
 from esper.data import load_data
 from esper.data.split import standardise, stratified
 from esper.leyline import ConfigError
@@ -91,3 +91,41 @@ def test_stratified_by_salt_draws_otherwise():
 def test_a_constant_feature_stays_finite():
     (values,) = standardise(torch.ones(4, 1, 2, 2), dims=(0, 2, 3))
     assert torch.equal(values, torch.zeros(4, 1, 2, 2))
+
+
+def synthetic(**settings):
+    return load_data(SyntheticData(**settings), task="classification", seed=0)
+
+
+def test_synthetic_parts_hold_as_many_of_each_class_and_are_standardised():
+    data = synthetic(samples=200, classes=5, channels=2, size=6)
+    assert [len(part[1]) for part in (data.train, data.val, data.test)] == [120, 40, 40]
+    assert (data.input_shape, data.num_outputs) == ((2, 6, 6), 5)
+    assert all(part[1].bincount().unique().numel() == 1 for part in (data.train, data.val, data.test))
+    assert (data.train[0].dtype, data.train[1].dtype) == (torch.float32, torch.int64)
+    assert abs(data.train[0].mean().item()) < 1e-5
+    assert abs(data.train[0].std().item() - 1) < 1e-5
+
+
+def test_a_synthetic_problem_is_its_seed():
+    first, again, other = (synthetic(samples=100, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first.train[0], again.train[0])
+    assert not torch.equal(first.train[0], other.train[0])
+    flat = synthetic(samples=100, seed=3, layout="flat")
+    assert torch.equal(flat.train[0], first.train[0].flatten(1))
+
+
+def test_without_noise_synthetic_samples_are_templates_moved_about():
+    still = synthetic(samples=400, classes=2, clusters=3, shift=0, noise=0.0)
+    assert len(still.train[0].flatten(1).unique(dim=0)) == 2 * 3
+    moved = synthetic(samples=4000, classes=2, clusters=1, shift=1, noise=0.0)
+    rows = moved.train[0].flatten(1)
+    assert len(rows.unique(dim=0)) == 2 * 9
+    assert torch.equal(rows.sort(dim=1).values.unique(dim=0), rows.sort(dim=1).values.unique(dim=0)[:2])
+
+
+def test_synthetic_classes_can_be_told_apart_by_their_templates():
+    data = synthetic(samples=1000, classes=4, clusters=1, shift=0, noise=0.3)
+    centres = torch.stack([data.train[0][data.train[1] == label].mean(dim=0) for label in range(4)]).flatten(1)
+    nearest = torch.cdist(data.val[0].flatten(1), centres).argmin(dim=1)
+    assert (nearest == data.val[1]).float().mean() > 0.95

@@ -8,7 +8,8 @@ import torch
 from esper.config import load_config
 from esper.data import DataSets
 from esper.leyline.errors import ConfigError
-from jobs.bench.arms import epoch_flops, host_of, small
+from esper.simic.spending import epoch_flops
+from jobs.bench.arms import host_of, small
 from jobs.bench.upgrade import Cell, Study, main, picture_of, result_of, whole_epochs
 from jobs.environment import REPOSITORY
 

@@ -141,9 +141,54 @@ def test_a_certainty_that_was_never_measured_is_none():
 
 def test_too_little_confidence_is_a_veto():
     torn = net_that(Operation.GERMINATE, sharp=0.2)
-    signal = decide(torn, min_confidence=0.9)
+    signal = decide(torn, min_confidence=0.9, choice="likeliest")
     assert [veto.gate for veto in signal.vetoes] == [Gate.CONFIDENCE]
-    assert decide(torn, min_confidence=0.5).commands
+    assert decide(torn, min_confidence=0.5, choice="likeliest").commands
+
+
+def test_a_doubt_begins_nothing_and_leaves_seeds_under_way_to_the_rule():
+    wild = net_that(Operation.CULL)
+    with torch.no_grad():
+        wild.outcomes.get_buffer("scale").fill_(50.0)
+    ready = layer("a", 5, stage=SeedStage.TRAINING, is_ready_for_transition=True, evidence=SHADOW, gate="gain")
+    signal = decide(wild, packet(5, ready), max_uncertainty=0.4)
+    assert [(veto.gate, veto.action) for veto in signal.vetoes] == [(Gate.UNCERTAINTY, Action.CULL)]
+    assert [command.action for command in signal.commands] == [Action.ADVANCE]
+    assert [command.action for command in decide(wild, packet(5, ready), max_uncertainty=None).commands] == [
+        Action.CULL
+    ]
+
+
+def test_what_is_done_is_drawn_and_how_is_the_likeliest():
+    torn = net_that(sharp=0.0)
+    config, policies = served(torn, max_uncertainty=None)
+    found = {}
+    for seed in range(40):
+        state = initial_state(config, seed)
+        first, again = step(state, SEEN, config, policies), step(state, SEEN, config, policies)
+        assert first == again
+        assert first[0]["rng_counter"] == 1
+        told = first[1].explanation
+        found.setdefault(told.operation, set()).add((told.site, told.blueprint, told.strategy))
+    assert found.keys() == {"WAIT", "GERMINATE"}
+    assert len(found["GERMINATE"]) == 1
+
+
+def test_the_floor_is_not_drawn_from():
+    shape = SHAPE.model_copy(update={"floor": 0.9})
+    still = PolicyNet(shape, seed=0)
+    with torch.no_grad():
+        still.operation[-1].weight.zero_()
+        still.operation[-1].bias[Operation.WAIT] += 100.0
+    card, weights = stored(still, shape=shape.model_dump())
+    chosen = GnnConfig(version=card.version, max_uncertainty=None)
+    config = TamiyoConfig(policy="gnn", warmup_epochs=0, max_adaptations=2, gnn=chosen)
+    policies = {card.version: (card, weights)}.__getitem__
+    for seed in range(30):
+        assert step(initial_state(config, seed), SEEN, config, policies)[1].commands == ()
+    bold = config.model_copy(update={"gnn": chosen.model_copy(update={"explore": True})})
+    drawn = [step(initial_state(bold, seed), SEEN, bold, policies)[1].commands for seed in range(30)]
+    assert any(drawn)
 
 
 def test_a_decision_explains_itself_in_numbers_and_words():
@@ -206,7 +251,7 @@ def test_the_same_version_decides_the_same_and_chance_hangs_on_the_run_alone():
         signals[seed] = (first[1].explanation.operation, first[1].explanation.site)
     assert {operation for operation, _ in signals.values()} == {"WAIT", "GERMINATE"}
     assert {site for _, site in signals.values()} == {None, "a", "b"}
-    greedy, policies = served(torn)
+    greedy, policies = served(torn, choice="likeliest")
     assert len({step(initial_state(greedy, s), SEEN, greedy, policies)[1].explanation.operation for s in range(5)}) == 1
 
 
@@ -335,7 +380,7 @@ def test_strategies_are_those_that_the_run_allows():
 
 def test_a_veto_that_lasts_is_one_though_its_figures_differ():
     torn = [net_that(Operation.GERMINATE, sharp=sharp) for sharp in (0.2, 0.6)]
-    (first,), (again,) = (decide(net, min_confidence=0.9).vetoes for net in torn)
+    (first,), (again,) = (decide(net, min_confidence=0.9, choice="likeliest").vetoes for net in torn)
     assert first.reason != again.reason
     assert first.subject == again.subject
     assert first.subject != first.model_copy(update={"site": "elsewhere"}).subject

@@ -15,7 +15,7 @@ from esper.tamiyo.attending import wire
 from esper.tamiyo.batch import targets_of
 from esper.tamiyo.considering import Draw, consider, largest
 from esper.tamiyo.inference import Inference
-from esper.tamiyo.net import NetShape, PolicyNet, chosen_features, collate
+from esper.tamiyo.net import Drawn, NetShape, PolicyNet, chosen_features, collate
 from esper.tamiyo.observation import observe_graph
 
 SHAPES = (
@@ -92,7 +92,7 @@ def test_it_chooses_as_the_network_that_is_trained(situation, liked, seed):
     state, seen, config = situation
     view, net = observe_graph(state, seen, config), net_of(SHAPES[0], liked, seed)
     inference = Inference(net)
-    chosen = inference.decide(view, inference.judge(view), torch.Generator().manual_seed(seed), greedy=False).decided
+    chosen = inference.decide(view, inference.judge(view), torch.Generator().manual_seed(seed), Drawn.ALL).decided
     (other,) = net.act(collate([view]), generator=torch.Generator().manual_seed(seed))
     assert chosen.choice == other.choice
     assert chosen.probabilities.keys() == other.probabilities.keys()
