@@ -74,15 +74,15 @@ def wire(view: Observation, reach: int) -> tuple[Wiring, ...]:
 @lru_cache(maxsize=32)
 def _wire(num_sites: int, reach: int, forward: bytes, stacked: bytes, seed_site: bytes) -> tuple[Wiring, ...]:
     """Kept: edges change after a fossil alone."""
-    onward, beside = (np.frombuffer(data, dtype=np.int64).reshape(2, -1) for data in (forward, stacked))
+    ahead, up = (np.frombuffer(data, dtype=np.int64).reshape(2, -1) for data in (forward, stacked))
     owner = np.frombuffer(seed_site, dtype=np.int64)
-    in_order = bool((np.diff(owner) >= 0).all() and (np.abs(np.diff(onward, axis=0)) <= 1).all())
-    if not in_order or not (owner[beside[0]] == owner[beside[1]]).all():
-        return (_stretch(slice(0, num_sites), slice(0, num_sites), onward, beside, owner),)
+    in_order = bool((np.diff(owner) >= 0).all() and (np.abs(np.diff(ahead, axis=0)) <= 1).all())
+    if not in_order or not (owner[up[0]] == owner[up[1]]).all():
+        return (_stretch(slice(0, num_sites), slice(0, num_sites), ahead, up, owner),)
     nodes = np.cumsum(1 + np.bincount(owner, minlength=num_sites))
     bounds = [0, *(1 + np.flatnonzero(np.diff(nodes // _STRETCH))).tolist(), num_sites]
     return tuple(
-        _stretch(slice(start, end), slice(max(0, start - reach), min(num_sites, end + reach)), onward, beside, owner)
+        _stretch(slice(start, end), slice(max(0, start - reach), min(num_sites, end + reach)), ahead, up, owner)
         for start, end in pairwise(bounds)
         if start < end or not num_sites
     )
