@@ -31,11 +31,11 @@ def test_shipped_file_loads_under_a_name_of_its_own(path):
 
 
 def test_the_training_of_a_policy_names_every_key_there_is_with_the_value_it_would_have_anyway():
-    """But for `overrides`, and how much there is of it."""
+    """But for what is trained on and what that is worth, and how much there is of it."""
     path = FOLDER / "tamiyo_ppo.yaml"
     config = train_tamiyo.load(path, [])
     assert set(keys(yaml.safe_load(path.read_text()))) == set(keys(config.model_dump(mode="json")))
-    amounts = {"overrides", "warm_up", "iterations"}
+    amounts = {"overrides", "tasks", "reward", "warm_up", "explore", "iterations"}
     assert config.model_dump(exclude=amounts) == TrainTamiyoConfig().model_dump(exclude=amounts)
     assert all(task.deterministic for task in load_tasks(config, FOLDER))
 

@@ -133,7 +133,7 @@ def test_too_little_certainty_is_a_veto_with_its_figures():
 
 def test_a_certainty_that_was_never_measured_is_none():
     unknown = net_that(Operation.GERMINATE, calibrated=False)
-    signal = decide(unknown)
+    signal = decide(unknown, max_uncertainty=0.5)
     assert [veto.gate for veto in signal.vetoes] == [Gate.UNCERTAINTY]
     assert signal.explanation.uncertainty is None
     assert decide(unknown, max_uncertainty=None).commands
