@@ -32,7 +32,12 @@ def policy(*likes, calibrated=True):
 def chosen(card):
     base = config(tolaria__epochs=12)
     tree = base.model_dump(mode="json")
-    tree["tamiyo"] |= {"policy": "gnn", "schedule": [], "warmup_epochs": 0, "gnn": {"version": card.version, "max_uncertainty": 0.5}}
+    tree["tamiyo"] |= {
+        "policy": "gnn",
+        "schedule": [],
+        "warmup_epochs": 0,
+        "gnn": {"version": card.version, "max_uncertainty": 0.5},
+    }
     tree["tezzeret"]["blueprints"] = ["mlp_2x", "mlp_adapter"]
     return type(base).model_validate(tree)
 
