@@ -140,7 +140,11 @@ def test_each_step_is_told_in_words():
             "stage": "ppo", "iteration": 1, "mean_return": 0.1, "stderr": None, "episodes": 1, "kl": 0.01,
             "entropy": 1.0, "value": 0.2, "replayed": 0, "too_old": 1,
         },
-        {"stage": "policy", "version": "v", "results": [{"task": "t", "gnn": 0.1, "drawn": 0.3, "heuristic": 0.2, "seeds": 2}]},
+        {
+            "stage": "policy",
+            "version": "v",
+            "results": [{"task": "t", "gnn": 0.1, "drawn": 0.3, "heuristic": 0.2, "seeds": 2}],
+        },
     ]  # fmt: skip
     told = [in_words(row) for row in rows]
     assert "it broke" in told[0]
