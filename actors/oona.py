@@ -27,7 +27,19 @@ from esper.config import OonaConfig
 from esper.leyline.bus import BusStats
 from esper.leyline.errors import ConflictError, EsperError, NotFoundError, UnavailableError
 from esper.leyline.summary import BusCounts
-from esper.oona import Admission, Broker, BusClient, Journal, Received, Shelf, Start, decode_batch, merged
+from esper.oona import (
+    Admission,
+    Broker,
+    BusClient,
+    Journal,
+    Received,
+    Shelf,
+    Start,
+    decode_batch,
+    decode_leased,
+    encode_leased,
+    merged,
+)
 from esper.oona.archivist import archive_group
 from esper.storage import Storage
 
@@ -46,7 +58,7 @@ RECOVER_S = 1.0
 """From a sync that failed to the next attempt."""
 APPEND_WAIT_S = 5.0
 """How long a shard holds a batch before it says that there is no room."""
-PROTOCOL = 1
+PROTOCOL = 2
 """Of the calls between programs and shards: it rises whenever one of them changes, as a platform may be older or newer
 than who joins it."""
 
@@ -141,11 +153,9 @@ class OonaShard:
         self._note_write()
         await self._durable()
 
-    async def poll(
-        self, group: str, member: str, number: int, max_records: int, wait_s: float
-    ) -> tuple[list[int], list[int], list[bytes]]:
-        """Long poll: offsets, attempts and bytes of the next records, or nothing after `wait_s`. Columns: a tuple for
-        each record would cost Ray as much as its bytes.
+    async def poll(self, group: str, member: str, number: int, max_records: int, wait_s: float) -> bytes:
+        """Long poll: the next records as `encode_leased` makes bytes of them, or none after `wait_s`. Bytes are
+        what costs Ray least.
         """
         deadline = time.monotonic() + wait_s
         while not self._journal.has_left(member):
@@ -161,28 +171,24 @@ class OonaShard:
                 self._note_write()
             remaining = deadline - now
             if leased or remaining <= 0:
-                return (
-                    [record.offset for record in leased],
-                    [record.attempt for record in leased],
-                    [record.data for record in leased],
-                )
+                return encode_leased(leased)
             news = self._news.setdefault(group, asyncio.Event())
             await _happens(news, min(remaining, max(0.0, self._journal.next_expiry - now)))
-        return [], [], []
+        return b""
 
-    async def ack(self, group: str, offsets: Sequence[int]) -> None:
+    async def ack(self, group: str, spans: Sequence[range]) -> None:
         """See `Journal.ack`."""
         self._check()
-        if self._journal.ack(group, offsets, time.monotonic()):
+        if self._journal.ack(group, spans, time.monotonic()):
             self._note_write()
             self._make_room()
             self._tell((group,))  # a lane may be free for another member
         await self._durable()
 
-    async def reject(self, group: str, offsets: Sequence[int], reason: str) -> None:
+    async def reject(self, group: str, spans: Sequence[range], reason: str) -> None:
         """See `Journal.bury`."""
         self._check()
-        if self._journal.bury(group, offsets, reason, at=time.time()):
+        if self._journal.bury(group, spans, reason, at=time.time()):
             self._note_write()
             self._tell_all()
         await self._durable()
@@ -464,9 +470,9 @@ class RayTransport:
         for ref in ready:
             index, number = asked[ref]
             self._polls[member, index] = (number, None)  # asked again with the same number if this answer is lost
-            columns = _get(ref, self._name)
+            body = _get(ref, self._name)
             self._polls[member, index] = (number + 1, None)
-            received.extend([Received(index, *record) for record in zip(*columns, strict=True)])
+            received += [Received(index, *one) for one in decode_leased(body)]
         return received
 
     def _ask_to_attend(self, group: str, member: str) -> None:
@@ -477,15 +483,15 @@ class RayTransport:
             for shard in self._shards:
                 shard.attend.remote(group, member, *self._home)
 
-    def ack(self, group: str, offsets: Mapping[int, Sequence[int]]) -> None:
+    def ack(self, group: str, spans: Mapping[int, Sequence[range]]) -> None:
         """See `Transport.ack`."""
         shards = self._connected()
-        _get([shards[shard].ack.remote(group, list(some)) for shard, some in offsets.items()], self._name)
+        _get([shards[shard].ack.remote(group, list(some)) for shard, some in spans.items()], self._name)
 
-    def reject(self, group: str, offsets: Mapping[int, Sequence[int]], reason: str) -> None:
+    def reject(self, group: str, spans: Mapping[int, Sequence[range]], reason: str) -> None:
         """See `Transport.reject`."""
         shards = self._connected()
-        _get([shards[shard].reject.remote(group, list(some), reason) for shard, some in offsets.items()], self._name)
+        _get([shards[shard].reject.remote(group, list(some), reason) for shard, some in spans.items()], self._name)
 
     def leave(self, group: str, member: str) -> None:
         """See `Transport.leave`."""

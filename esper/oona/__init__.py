@@ -1,7 +1,7 @@
 """Oona, the message bus: at least once, order within (topic, key), groups with leases, a log that survives a crash.
 
-`broker` decides, `log` and `journal` remember, `publisher` and `consumer` are the ends, `memory` is the bus of one
-process. `actors/oona.py` puts a journal into a Ray actor. Imports no torch.
+`broker` decides, over `spans` of offsets and `packed` records; `log` and `journal` remember, `publisher` and `consumer`
+are the ends, `memory` is the bus of one process. `actors/oona.py` puts a journal into a Ray actor. Imports no torch.
 """
 
 from esper.oona.broker import Admission, Broker
@@ -14,7 +14,16 @@ from esper.oona.requests import Requester, Responder
 from esper.oona.start import Start
 from esper.oona.stats import merged
 from esper.oona.transport import Received, Shelf, Transport
-from esper.oona.wire import Batch, Leased, Record, decode_batch, encode_batch, shard_of
+from esper.oona.wire import (
+    Batch,
+    Leased,
+    Record,
+    decode_batch,
+    decode_leased,
+    encode_batch,
+    encode_leased,
+    shard_of,
+)
 
 __all__ = [
     "Admission",
@@ -34,7 +43,9 @@ __all__ = [
     "Start",
     "Transport",
     "decode_batch",
+    "decode_leased",
     "encode_batch",
+    "encode_leased",
     "merged",
     "shard_of",
 ]

@@ -4,6 +4,9 @@ Order within (topic, key) holds for a whole group, not only for a member: what a
 *lane*, and while records of a lane are out with a member, the lane's next ones go to that member alone. When a lease
 of a lane runs out, all that is out of this lane goes back, oldest first.
 
+Offsets are handled as spans (`esper.oona.spans`): what a batch brings for a lane is one run, leased and acknowledged as
+one as long as nobody takes it apart. Methods that take offsets take them one by one, too.
+
 A record that came back too often is *spent*: `exhausted` names it and `bury` takes it from the group. Its last delivery
 is of it alone, so that what merely travelled with it is not given up too. Where a topic drops its oldest, `surplus`
 names what has to go before a batch and `drop` lets it go. What decides and what acts are apart, because a log must
@@ -25,9 +28,11 @@ from esper.leyline.messages import Topic
 from esper.leyline.summary import BusCounts
 from esper.oona.groups import Group, Lane
 from esper.oona.kept import Kept
+from esper.oona.packed import joined
 from esper.oona.producers import Producers
+from esper.oona.spans import add, num_in, overlap, spans_of
 from esper.oona.tallies import Tallies
-from esper.oona.wire import Batch, Leased, Record, runs_of
+from esper.oona.wire import Batch, Block, Leased, Record, blocks_of
 
 _LETTERS = Topic.DEAD_LETTERS.value
 
@@ -110,7 +115,7 @@ class Broker:
                     return Admission.FULL
         return Admission.ACCEPT
 
-    def surplus(self, batch: Batch) -> dict[str, list[int]]:
+    def surplus(self, batch: Batch) -> dict[str, list[range]]:
         """What has to give way to this batch, by group: the oldest records of topics that drop, if none has them."""
         if not self.drop_oldest:
             return {}
@@ -119,7 +124,7 @@ class Broker:
             if topic in self.drop_oldest:
                 for group in self._takers_of(topic, key):
                     added[group.name, topic] += count
-        surplus: dict[str, list[int]] = {}
+        surplus: dict[str, list[range]] = {}
         for (name, topic), count in added.items():
             group = self._groups[name]
             excess = group.pending[topic] + count - self.backlog
@@ -127,13 +132,13 @@ class Broker:
                 surplus.setdefault(name, []).extend(oldest)
         return surplus
 
-    def drop(self, name: str, offsets: Sequence[int]) -> None:
+    def drop(self, name: str, offsets: Iterable[int | range]) -> None:
         """Lets records go that `surplus` named."""
         group = self._group(name)
-        for lane, run in self._runs(group, offsets):
-            group.remove(lane, run)
-            group.num_dropped += len(run)
-            self._tallies.dropped(lane.key, len(run))
+        for lane, spans in self._by_lane(group, spans_of(offsets)):
+            count = group.remove(lane, spans)
+            group.num_dropped += count
+            self._tallies.dropped(lane.key, count)
 
     def append(self, batch: Batch, at: float = 0.0) -> None:
         """Takes an admitted batch; the records get the next offsets, in order.
@@ -143,21 +148,22 @@ class Broker:
             at: the time, seconds since the epoch; 0 if it is not known. A clock that was set back stands still here.
         """
         self._producers.note(batch)
-        self._append(batch.records, batch.runs, at)
+        self._append(batch.blocks, at)
 
     def takers(self, batch: Batch) -> set[str]:
         """The groups that want any of it."""
         runs = {(topic, key) for topic, key, _ in batch.runs}
         return {group.name for topic, key in runs for group in self._takers_of(topic, key)}
 
-    def _append(self, records: Sequence[Record], runs: Sequence[tuple[str, str, int]], at: float) -> None:
-        offset = self.kept.append(records, at)
-        for topic, key, count in runs:
+    def _append(self, blocks: Sequence[Block], at: float) -> None:
+        offset = self.kept.append(blocks, at)
+        for topic, key, records in blocks:
+            count = len(records)
             self._published[topic] += count
             if topic != _LETTERS:  # told by `dead`; they were published once already
                 self._tallies.published(key, count)
             for group in self._takers_of(topic, key):
-                group.offer(topic, key, range(offset, offset + count))
+                group.offer(topic, key, offset, offset + count)
             offset += count
         if self.kept.is_due(at):
             self.trim(at)
@@ -183,9 +189,9 @@ class Broker:
             group.seen_at = now
             return False
         group = self._enter(name, topics, key, now)
-        for offset, record in self.kept.from_offset(start):
-            if group.wants(record.topic, record.key):
-                group.offer(record.topic, record.key, (offset,))
+        for its_topic, its_key, first, stop in self.kept.places([range(start, self.next_offset)]):
+            if group.wants(its_topic, its_key):
+                group.offer(its_topic, its_key, first, stop)
         return True
 
     def poll(self, name: str, member: str, number: int, max_records: int, now: float) -> list[Leased]:
@@ -199,8 +205,8 @@ class Broker:
             self.lease(name, member, number, chosen, now + self.lease_s)
         return self.leased(name, chosen)
 
-    def next_for(self, name: str, member: str, number: int, max_records: int, now: float) -> tuple[list[int], bool]:
-        """What a member would get, and whether it is to be leased to it for that.
+    def next_for(self, name: str, member: str, number: int, max_records: int, now: float) -> tuple[list[range], bool]:
+        """What a member would get, lane by lane, and whether it is to be leased to it for that.
 
         A repeated `number` means that the last answer was lost: the same records are given again, as the same
         attempt.
@@ -212,37 +218,50 @@ class Broker:
         group.seen_at = now
         if member in self._left:
             return [], False
-        last, offsets = group.polls.get(member, (-1, []))
+        last, spans = group.polls.get(member, (-1, []))
         if last == number:
-            again = [offset for offset in offsets if self._is_leased(group, offset, member)]
+            again = [
+                range(run.start, run.stop)
+                for lane, few in self._by_lane(group, spans)
+                if lane.owner == member
+                for run in overlap(lane.leased, few)
+            ]
             if again:
                 return again, False
         return self._choose(group, member, max_records), True
 
-    def leased(self, name: str, offsets: Sequence[int]) -> list[Leased]:
-        """Records that are out, as their member gets them."""
+    def leased(self, name: str, spans: Sequence[range]) -> list[Leased]:
+        """Records that are out, as their member gets them: as few pieces as may be."""
         group = self._group(name)
-        return [Leased(offset, group.attempts[offset], self.kept[offset].data) for offset in offsets]
+        return [
+            Leased(run.start, run.attempts, joined([held.records for held in self.kept.within(run.start, run.stop)]))
+            for lane, few in self._by_lane(group, spans)
+            for run in overlap(lane.leased, few)
+        ]
 
-    def lease(self, name: str, member: str, number: int, offsets: Sequence[int], deadline: float) -> None:
-        """Marks records as out with a member. `next_for` says which; a replayed log calls this directly."""
+    def lease(self, name: str, member: str, number: int, spans: Sequence[range], deadline: float) -> None:
+        """Marks records as out with a member. `next_for` says which; a replayed log calls this directly.
+
+        Raises:
+            ValueError: if some of them are not before the group.
+        """
         group = self._group(name)
-        touched: dict[tuple[str, str], Lane] = {}
-        for lane, run in self._runs(group, offsets):
+        touched: list[Lane] = []
+        for lane, few in self._by_lane(group, spans):
             # only in a replay: the log does not tell that a lease ran out, but the next lease of the lane does
-            if lane.owner not in (None, member) or not lane.leased.keys().isdisjoint(run):
+            if lane.owner not in (None, member) or next(overlap(lane.leased, few), None) is not None:
                 group.revoke(lane)
-            num_again = group.hand_out(lane, run, member, deadline)
+            num, num_again = group.hand_out(lane, few, member, deadline)
             if lane.topic != _LETTERS:
-                self._tallies.delivered(lane.key, len(run), again=num_again)
-            touched[lane.topic, lane.key] = lane
-        for at, lane in touched.items():
-            group.runnable.pop(at, None)  # to the end of the turn
+                self._tallies.delivered(lane.key, num, again=num_again)
+            touched.append(lane)
+        for lane in touched:
+            group.runnable.pop((lane.topic, lane.key), None)  # to the end of the turn
             group.settle(lane)
-        group.polls[member] = (number, list(offsets))
+        group.polls[member] = (number, list(spans))
         self._expiry = min(self._expiry, deadline)
 
-    def ack(self, name: str, offsets: Sequence[int], now: float) -> list[int]:
+    def ack(self, name: str, offsets: Iterable[int | range], now: float) -> list[range]:
         """Acknowledges records, whoever holds them now; returns those that were not acknowledged before.
 
         Raises:
@@ -251,21 +270,21 @@ class Broker:
         group = self._group(name)
         group.seen_at = now
         done = self.outstanding(name, offsets)
-        for lane, run in self._runs(group, done):
-            group.remove(lane, run)
-            group.num_acknowledged += len(run)
+        for lane, spans in self._by_lane(group, done):
+            group.num_acknowledged += group.remove(lane, spans)
         return done
 
-    def outstanding(self, name: str, offsets: Iterable[int]) -> list[int]:
+    def outstanding(self, name: str, offsets: Iterable[int | range]) -> list[range]:
         """Those that were delivered to the group and are not acknowledged, each once.
 
         Raises:
             NotFoundError: if there is no such group.
         """
-        attempts = self._group(name).attempts
-        return [offset for offset in dict.fromkeys(offsets) if offset in attempts]
+        group = self._group(name)
+        lanes = self._by_lane(group, spans_of(offsets))
+        return spans_of(range(run.start, run.stop) for lane, spans in lanes for run in group.outstanding(lane, spans))
 
-    def exhausted(self, name: str) -> list[int]:
+    def exhausted(self, name: str) -> list[range]:
         """Records that came back after their last delivery.
 
         Raises:
@@ -273,34 +292,39 @@ class Broker:
         """
         return list(self._group(name).spent)
 
-    def held(self, name: str, offsets: Iterable[int]) -> list[tuple[int, int, Record]]:
+    def held(self, name: str, offsets: Iterable[int | range]) -> list[tuple[int, int, Record]]:
         """(offset, attempts, record) of those that were delivered to the group and are not acknowledged.
 
         Raises:
             NotFoundError: if there is no such group.
         """
         group = self._group(name)
-        known = ((offset, group.attempts.get(offset), self.kept.get(offset)) for offset in offsets)
-        return [(offset, attempts, record) for offset, attempts, record in known if attempts and record is not None]
+        return [
+            (offset, run.attempts, Record(held.topic, held.key, data))
+            for lane, spans in self._by_lane(group, spans_of(offsets))
+            for run in group.outstanding(lane, spans)
+            for held in self.kept.within(run.start, run.stop)
+            for offset, data in enumerate(held.records, held.start)
+        ]
 
-    def bury(self, name: str, offsets: Sequence[int], letters: Sequence[Record], at: float = 0.0) -> None:
+    def bury(self, name: str, offsets: Iterable[int | range], letters: Sequence[Record], at: float = 0.0) -> None:
         """Takes records from a group for good, and appends the letters that tell of them.
 
         Raises:
             NotFoundError: if there is no such group.
         """
         group = self._group(name)
-        for lane, run in self._runs(group, self.outstanding(name, offsets)):
-            group.remove(lane, run)
-            group.num_dead += len(run)
+        for lane, spans in self._by_lane(group, self.outstanding(name, offsets)):
+            count = group.remove(lane, spans)
+            group.num_dead += count
             if lane.topic != _LETTERS:
-                self._tallies.dead(lane.key, len(run))
+                self._tallies.dead(lane.key, count)
         self.append_letters(letters, at)
 
     def append_letters(self, letters: Sequence[Record], at: float) -> None:
         """Takes dead letters, which no producer sends."""
         if letters:
-            self._append(letters, runs_of(letters), at)
+            self._append(blocks_of(letters), at)
 
     def leave(self, name: str, member: str) -> None:
         """Takes back at once what a member holds, for good: a poll of it that comes late gets nothing.
@@ -329,7 +353,7 @@ class Broker:
         self._expiry = math.inf
         for group in self._groups.values():
             for lane in list(group.lanes.values()):
-                deadline = next(iter(lane.leased.values()), math.inf)
+                deadline = lane.deadline if lane.leased else math.inf
                 if deadline <= now:
                     group.revoke(lane)
                     num_expired += 1
@@ -449,15 +473,19 @@ class Broker:
             if name not in self._groups:
                 self.join(name, topics, key=key, start=self.first_offset, now=now)
 
-    def before(self, name: str, offsets: Iterable[int]) -> list[int]:
+    def before(self, name: str, offsets: Iterable[int | range]) -> list[range]:
         """Those of some records that the group has before it, out or not.
 
         Raises:
             NotFoundError: if there is no such group.
         """
         group = self._group(name)
-        lanes = ((offset, self._lane(group, offset)) for offset in offsets)
-        return [offset for offset, lane in lanes if lane and (offset in lane.leased or offset in lane.ready)]
+        return spans_of(
+            range(run.start, run.stop)
+            for lane, spans in self._by_lane(group, spans_of(offsets))
+            for runs in (lane.leased, lane.ready)
+            for run in overlap(runs, spans)
+        )
 
     # ---- within
 
@@ -478,45 +506,32 @@ class Broker:
         anyway, this = self._takers.get((topic, None)), self._takers.get((topic, key))
         return (anyway or []) + (this or []) if this else anyway or []
 
-    def _lane(self, group: Group, offset: int) -> Lane | None:
-        record = self.kept.get(offset)
-        return None if record is None else group.lanes.get((record.topic, record.key))
-
-    def _runs(self, group: Group, offsets: Iterable[int]) -> list[tuple[Lane, list[int]]]:
-        """Offsets by lane, as they follow each other; what the group does not have is passed over."""
-        runs: list[tuple[Lane, list[int]]] = []
-        topic = key = None
-        run: list[int] | None = None
-        for offset in offsets:
-            record = self.kept.get(offset)
-            if record is None:
-                continue
-            if run is None or record.key != key or record.topic != topic:
-                topic, key = record.topic, record.key
+    def _by_lane(self, group: Group, spans: Iterable[range]) -> list[tuple[Lane, list[range]]]:
+        """Spans by lane, as they follow each other; what the group does not have is passed over."""
+        found: dict[tuple[str, str], tuple[Lane, list[range]]] = {}
+        for topic, key, start, stop in self.kept.places(spans):
+            known = found.get((topic, key))
+            if known is None:
                 lane = group.lanes.get((topic, key))
-                run = [] if lane is not None else None
-                if lane is None or run is None:
+                if lane is None:
                     continue
-                runs.append((lane, run))
-            run.append(offset)
-        return runs
+                known = found[topic, key] = (lane, [])
+            add(known[1], start, stop)
+        return list(found.values())
 
-    def _is_leased(self, group: Group, offset: int, member: str) -> bool:
-        lane = self._lane(group, offset)
-        return lane is not None and lane.owner == member and offset in lane.leased
-
-    def _choose(self, group: Group, member: str, max_records: int) -> list[int]:
-        chosen: list[int] = []
+    def _choose(self, group: Group, member: str, max_records: int) -> list[range]:
+        chosen: list[range] = []
         for at in group.runnable:
             lane = group.lanes[at]
             if lane.owner not in (None, member) or group.is_last_out(lane):
                 continue
-            few, is_last = group.next_of(lane, max_records - len(chosen))
+            few, is_last = group.next_of(lane, max_records)
             if is_last:
                 if chosen or lane.leased:  # it waits until nothing goes with it
                     continue
                 return few
             chosen.extend(few)
-            if len(chosen) >= max_records:
+            max_records -= num_in(few)
+            if max_records <= 0:
                 break
         return chosen

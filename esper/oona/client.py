@@ -11,8 +11,10 @@ from esper.leyline.contract import new_id
 from esper.leyline.messages import OonaMessage, Topic
 from esper.leyline.ports import ReadPage, Subscription
 from esper.leyline.summary import BusCounts
-from esper.oona.consumer import Consumer, decode_apart
+from esper.oona.codec import decode_apart
+from esper.oona.consumer import Consumer
 from esper.oona.groups import LISTENER
+from esper.oona.packed import Packed
 from esper.oona.publisher import Publisher
 from esper.oona.start import Start
 from esper.oona.transport import Received, Transport
@@ -88,11 +90,15 @@ class BusClient:
         """
         start = Start(from_start=positions is None and from_time is None, offsets=positions, time=from_time)
         shelves = self._transport.read(start, _names(topics), key=key, max_records=max_messages)
-        received = [Received(shard, at, 1, data) for shard, shelf in enumerate(shelves) for at, data in shelf.records]
+        received = [
+            Received(shard, at, 1, Packed.of([data]))
+            for shard, shelf in enumerate(shelves)
+            for at, data in shelf.records
+        ]
         deliveries, refused = decode_apart(received)
         return ReadPage(
             deliveries=tuple(deliveries),
-            undecodable=tuple((record.shard, record.offset) for record in refused),
+            undecodable=tuple(refused),
             positions={shard: shelf.position for shard, shelf in enumerate(shelves)},
             is_end=all(shelf.position >= shelf.end for shelf in shelves),
         )

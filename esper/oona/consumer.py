@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Sequence
-
-from pydantic import ValidationError
 
 from esper.leyline.contract import new_id
 from esper.leyline.errors import EsperError, UnavailableError
-from esper.leyline.messages import OonaMessage, decode
 from esper.leyline.ports import Delivery
-from esper.oona.duplicates import Duplicates
+from esper.oona.acknowledged import Acknowledged
+from esper.oona.codec import decode_apart
+from esper.oona.spans import spans_of
 from esper.oona.transport import Received, Transport
 
 RETRY_S = 0.2
@@ -40,9 +39,9 @@ class Consumer:
         self._group = group
         self._is_alone = is_alone
         self._member = new_id()
-        self._held: deque[Delivery] = deque()
-        self._acked = Duplicates()
-        self._outgoing: dict[int, list[int]] = defaultdict(list)
+        self._held: list[Delivery] = []
+        self._acked = Acknowledged()
+        self._outgoing: dict[int, list[range]] = defaultdict(list)
         self._num_sending = 0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -61,20 +60,22 @@ class Consumer:
             remaining = max(0.0, end - time.monotonic())
             received = self._transport.poll(self._group, self._member, max_records=max_messages, timeout_s=remaining)
             deliveries, refused = decode_apart(self._without_acked(received))
-            self._held.extend(deliveries)
+            self._held = deliveries
             if refused:
-                self._give_up([(record.shard, record.offset) for record in refused], "it cannot be decoded")
+                self._give_up(refused, "it cannot be decoded")
             if not received and time.monotonic() >= end:
                 break
-        return [self._held.popleft() for _ in range(min(max_messages, len(self._held)))]
+        few, self._held = self._held[:max_messages], self._held[max_messages:]
+        return few
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledges; a thread sends what has gathered. `close` returns after all of it is safe."""
+        spans = _spans_by_shard(deliveries)
         with self._changed:
             self._raise_if_unusable()
-            for delivery in deliveries:
-                if self._acked.add(delivery.shard, delivery.offset):
-                    self._outgoing[delivery.shard].append(delivery.offset)
+            for shard, some in spans.items():
+                if fresh := self._acked.add(shard, some):
+                    self._outgoing[shard] += fresh
             self._send_soon()
 
     def reject(self, deliveries: Sequence[Delivery], *, reason: str) -> None:
@@ -123,16 +124,21 @@ class Consumer:
         offsets: dict[int, list[int]] = defaultdict(list)
         for shard, offset in positions:
             offsets[shard].append(offset)
-        self._transport.reject(self._group, offsets, reason)
+        spans = {shard: spans_of(some) for shard, some in offsets.items()}
+        self._transport.reject(self._group, spans, reason)
 
     def _without_acked(self, received: Sequence[Received]) -> list[Received]:
+        fresh: list[Received] = []
         with self._changed:
-            fresh = [record for record in received if (record.shard, record.offset) not in self._acked]
-            if len(fresh) < len(received):  # the broker has not heard of it: tell it again
-                for record in received:
-                    if (record.shard, record.offset) in self._acked:
-                        self._outgoing[record.shard].append(record.offset)
+            for one in received:
+                known = self._acked.known(one.shard, one.span)
+                if not known:
+                    fresh.append(one)
+                    continue
+                self._outgoing[one.shard] += known  # the broker has not heard of it: tell it again
                 self._send_soon()
+                others = self._acked.fresh(one.shard, one.span)
+                fresh += [one.part(span.start - one.offset, span.stop - one.offset) for span in others]
         return fresh
 
     def _send_soon(self) -> None:
@@ -148,9 +154,9 @@ class Consumer:
                 self._changed.wait_for(lambda: self._outgoing or self._is_closed)
                 if self._is_closed:
                     return
-                offsets, self._outgoing = self._outgoing, defaultdict(list)
-                self._num_sending = sum(map(len, offsets.values()))
-            failure = self._send(offsets)
+                spans, self._outgoing = self._outgoing, defaultdict(list)
+                self._num_sending = sum(map(len, spans.values()))
+            failure = self._send({shard: spans_of(some) for shard, some in spans.items()})
             with self._changed:
                 self._num_sending = 0
                 self._failure = failure
@@ -158,10 +164,10 @@ class Consumer:
                 if failure is not None:
                     return
 
-    def _send(self, offsets: dict[int, list[int]]) -> EsperError | None:
+    def _send(self, spans: dict[int, list[range]]) -> EsperError | None:
         while not self._is_closed:
             try:
-                self._transport.ack(self._group, offsets)
+                self._transport.ack(self._group, spans)
             except UnavailableError as error:
                 logger.warning("oona.ack.retried", extra={"group": self._group, "error": str(error)})
                 with self._changed:
@@ -173,30 +179,11 @@ class Consumer:
         return None
 
 
-def decode_apart(received: Sequence[Received]) -> tuple[list[Delivery], list[Received]]:
-    """Decodes all at once, which costs a fifth of one at a time; returns what is no message apart."""
-    if not received:
-        return [], []
-    try:
-        messages = _decoded(received)
-    except ValidationError:
-        messages = []
-    refused: list[Received] = []
-    if len(messages) != len(received):  # the bytes of one may also be none, or several
-        refused = [record for record in received if not _is_message(record.data)]
-        received = [record for record in received if _is_message(record.data)]
-        messages = _decoded(received)
-    pairs = zip(received, messages, strict=True)
-    return [Delivery(shard, offset, message, attempt) for (shard, offset, attempt, _), message in pairs], refused
-
-
-def _decoded(received: Sequence[Received]) -> list[OonaMessage]:
-    return decode(b"[" + b",".join([record.data for record in received]) + b"]")
-
-
-def _is_message(data: bytes) -> bool:
-    try:
-        OonaMessage.model_validate_json(data)
-    except ValidationError:
-        return False
-    return True
+def _spans_by_shard(deliveries: Sequence[Delivery]) -> dict[int, list[range]]:
+    """Where they lie; most often they follow each other."""
+    spans: dict[int, list[range]] = {}
+    for shard in {delivery[0] for delivery in deliveries}:
+        offsets = [delivery[1] for delivery in deliveries if delivery[0] == shard]
+        run = range(offsets[0], offsets[0] + len(offsets))
+        spans[shard] = [run] if offsets == list(run) else spans_of(offsets)
+    return spans

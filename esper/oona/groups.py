@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 from esper.leyline.bus import GroupStats
+from esper.oona.spans import Run, cut, num_in, overlap, spans_of, without
 
 LISTENER = "listener-"
 """How the names of groups begin that are one listener's alone."""
@@ -20,9 +20,14 @@ class Lane:
 
     topic: str
     key: str
-    ready: deque[int] = field(default_factory=deque)
-    leased: dict[int, float] = field(default_factory=dict)  # offset -> deadline, in order of delivery
+    ready: deque[Run] = field(default_factory=deque)  # ascending; what came back lies before what never was out
+    leased: deque[Run] = field(default_factory=deque)  # ascending
     owner: str | None = None
+
+    @property
+    def deadline(self) -> float:
+        """When the first of its leases runs out; there is one."""
+        return min([run.deadline for run in self.leased])
 
 
 @dataclass(slots=True)
@@ -36,10 +41,9 @@ class Group:
     limit: int | None = None  # deliveries, then a record is spent
     lanes: dict[tuple[str, str], Lane] = field(default_factory=dict)
     runnable: dict[tuple[str, str], None] = field(default_factory=dict)  # lanes with ready records, next one first
-    attempts: dict[int, int] = field(default_factory=dict)  # of what was delivered and not acknowledged
-    polls: dict[str, tuple[int, list[int]]] = field(default_factory=dict)  # member -> its last poll and what it got
+    polls: dict[str, tuple[int, list[range]]] = field(default_factory=dict)  # member -> its last poll and what it got
     pending: Counter[str] = field(default_factory=Counter)  # topic -> not acknowledged
-    spent: dict[int, None] = field(default_factory=dict)  # came back after their last delivery
+    spent: list[range] = field(default_factory=list)  # came back after their last delivery
     num_delivered: int = 0
     num_redelivered: int = 0
     num_acknowledged: int = 0
@@ -49,14 +53,18 @@ class Group:
     def wants(self, topic: str, key: str) -> bool:
         return topic in self.topics and self.key in (None, key)
 
-    def offer(self, topic: str, key: str, offsets: Iterable[int]) -> None:
+    def offer(self, topic: str, key: str, start: int, stop: int) -> None:
+        """New records of a lane."""
         at = (topic, key)
         lane = self.lanes.get(at)
         if lane is None:
             lane = self.lanes[at] = Lane(topic, key)
-        before = len(lane.ready)
-        lane.ready.extend(offsets)
-        self.pending[topic] += len(lane.ready) - before
+        ready = lane.ready
+        if ready and ready[-1].stop == start and not ready[-1].attempts:
+            ready[-1] = Run(ready[-1].start, stop)
+        else:
+            ready.append(Run(start, stop))
+        self.pending[topic] += stop - start
         self.runnable.setdefault(at)
 
     def stats(self, now: float) -> GroupStats:
@@ -67,7 +75,7 @@ class Group:
             key=self.key,
             members=len({lane.owner for lane in self.lanes.values()} - {None}),
             pending=self.pending.total(),
-            leased=sum(len(lane.leased) for lane in self.lanes.values()),
+            leased=sum(num_in(lane.leased) for lane in self.lanes.values()),
             delivered=self.num_delivered,
             redelivered=self.num_redelivered,
             acknowledged=self.num_acknowledged,
@@ -87,25 +95,31 @@ class Group:
 
     def is_last_out(self, lane: Lane) -> bool:
         """Whether a record of this lane is out for its last delivery."""
-        first = next(iter(lane.leased), None)
-        return self.limit is not None and first is not None and self.attempts[first] >= self.limit
+        return self.limit is not None and bool(lane.leased) and lane.leased[0].attempts >= self.limit
 
-    def next_of(self, lane: Lane, count: int) -> tuple[list[int], bool]:
+    def next_of(self, lane: Lane, count: int) -> tuple[list[range], bool]:
         """The next records of a lane, and whether it is one alone, for its last delivery."""
-        few = list(islice(lane.ready, count))
-        if self.limit is None or (self.limit > 1 and few[0] not in self.attempts):
-            return few, False  # what came back lies before what never was out
-        last = next((i for i, offset in enumerate(few) if self.attempts.get(offset, 0) + 1 >= self.limit), None)
-        return (few[:1], True) if last == 0 else (few[:last], False)
+        few: list[range] = []
+        for run in lane.ready:
+            if self.limit is not None and run.attempts + 1 >= self.limit:
+                return (few, False) if few else ([range(run.start, run.start + 1)], True)
+            few.append(range(run.start, min(run.stop, run.start + count)))
+            count -= len(few[-1])
+            if count <= 0:
+                break
+        return few, False
 
     def revoke(self, lane: Lane) -> None:
         """Takes back all that is out of this lane."""
         if lane.owner is not None:
             self.polls.pop(lane.owner, None)
-        if self.limit is not None:
-            self.spent.update((offset, None) for offset in lane.leased if self.attempts[offset] >= self.limit)
-        lane.ready.extendleft(sorted(lane.leased, reverse=True))
+        back = [run._replace(deadline=0.0) for run in lane.leased]
+        if self.limit is not None and (spent := [run for run in back if run.attempts >= self.limit]):
+            self.spent = spans_of([*self.spent, *(range(run.start, run.stop) for run in spent)])
         lane.leased.clear()
+        lane.ready.extendleft(reversed(back))
+        if back and len(lane.ready) > len(back) and lane.ready[len(back)].start < back[-1].stop:
+            lane.ready = deque(sorted(lane.ready))  # only in a replay of a log of which a part was lost
         self.settle(lane)
 
     def settle(self, lane: Lane) -> None:
@@ -120,43 +134,64 @@ class Group:
         if not lane.leased:
             self.lanes.pop(at, None)
 
-    def hand_out(self, lane: Lane, offsets: Sequence[int], member: str, deadline: float) -> int:
-        """Gives the first of a lane to a member; returns how many of them were out before."""
-        ready, attempts, num_again = lane.ready, self.attempts, 0
-        for offset in offsets:
-            if ready[0] == offset:
-                ready.popleft()
-            else:
-                ready.remove(offset)
-            before = attempts.get(offset, 0)
-            attempts[offset] = before + 1
-            num_again += before > 0
-        lane.leased.update(dict.fromkeys(offsets, deadline))
+    def hand_out(self, lane: Lane, spans: Sequence[range], member: str, deadline: float) -> tuple[int, int]:
+        """Gives records of a lane to a member; returns how many, and how many of them were out before.
+
+        Raises:
+            ValueError: if some of them are not there.
+        """
+        num, num_again = 0, 0
+        is_behind = True
+        for start, stop, attempts, _ in self._taken(lane, cut(lane.ready, spans), spans):
+            is_behind = is_behind and (not lane.leased or lane.leased[-1].stop <= start)
+            lane.leased.append(Run(start, stop, attempts + 1, deadline))
+            num += stop - start
+            num_again += stop - start if attempts else 0
+        if not is_behind:
+            lane.leased = deque(sorted(lane.leased))
         lane.owner = member
-        self.num_delivered += len(offsets)
+        self.num_delivered += num
         self.num_redelivered += num_again
-        return num_again
+        return num, num_again
 
-    def remove(self, lane: Lane, offsets: Sequence[int]) -> None:
-        """Ends records of a lane for this group, wherever they are."""
-        for offset in offsets:
-            if offset in lane.leased:
-                del lane.leased[offset]
-            else:
-                lane.ready.remove(offset)
-            self.attempts.pop(offset, None)
+    def outstanding(self, lane: Lane, spans: Sequence[range]) -> list[Run]:
+        """What of these was delivered and not acknowledged."""
+        back = [run for run in overlap(lane.ready, spans) if run.attempts]
+        return sorted([*overlap(lane.leased, spans), *back]) if back else list(overlap(lane.leased, spans))
+
+    def remove(self, lane: Lane, spans: Sequence[range]) -> int:
+        """Ends records of a lane for this group, wherever they are; returns how many.
+
+        Raises:
+            ValueError: if some of them are not there.
+        """
+        taken = cut(lane.leased, spans)
+        if (count := num_in(taken)) < num_in(spans):
+            taken += cut(lane.ready, spans)
+            count = num_in(self._taken(lane, taken, spans))
         if self.spent:
-            for offset in offsets:
-                self.spent.pop(offset, None)
-        self.pending[lane.topic] -= len(offsets)
+            self.spent = without(self.spent, spans)
+        self.pending[lane.topic] -= count
         self.settle(lane)
+        return count
 
-    def oldest_ready(self, topic: str, count: int) -> list[int]:
+    def oldest_ready(self, topic: str, count: int) -> list[range]:
         """The oldest records of a topic that are with no member."""
-        ready = (lane.ready for lane in self.lanes.values() if lane.topic == topic)
-        return list(islice(heapq.merge(*ready), count))
+        oldest: list[range] = []
+        for run in heapq.merge(*(lane.ready for lane in self.lanes.values() if lane.topic == topic)):
+            if count <= 0:
+                break
+            oldest.append(range(run.start, min(run.stop, run.start + count)))
+            count -= len(oldest[-1])
+        return oldest
 
     def oldest(self, default: int) -> int:
         """The lowest offset not acknowledged."""
-        firsts = ((*lane.leased, *islice(lane.ready, 1)) for lane in self.lanes.values())
-        return min((offset for lane in firsts for offset in lane), default=default)
+        firsts = (runs[0].start for lane in self.lanes.values() for runs in (lane.leased, lane.ready) if runs)
+        return min(firsts, default=default)
+
+    @staticmethod
+    def _taken(lane: Lane, taken: list[Run], spans: Sequence[range]) -> list[Run]:
+        if num_in(taken) != num_in(spans):
+            raise ValueError(f"of {lane.topic} {lane.key} there are {num_in(taken)} of {num_in(spans)} records")
+        return taken

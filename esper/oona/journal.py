@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from esper.oona.deadletters import letters_of, spent_reason
 from esper.oona.drops import DropTold
 from esper.oona.frames import Frame
 from esper.oona.groups import LISTENER
-from esper.oona.kinds import PLACE, TIME, Kind
+from esper.oona.kinds import OF_OFFSETS, PLACE, TIME, Kind, batch_of, pairs_of, spans_in
 from esper.oona.log import SegmentLog
+from esper.oona.spans import num_in, spans_of
 from esper.oona.start import Start
 from esper.oona.transport import Shelf
 from esper.oona.unplaced import first_offsets
-from esper.oona.wire import Batch, Leased, Record, decode_batch
+from esper.oona.wire import Batch, Leased, Record
 
 FORGET_AFTER_S = 86_400.0
 """A group that nobody used for so long loses its position, or the log would grow for it for ever."""
@@ -113,11 +114,11 @@ class Journal:
             self._roll(at)
         admission = self._broker.admit(batch)
         if admission is Admission.ACCEPT:
-            for name, offsets in self._broker.surplus(batch).items():
-                self._write_json(Kind.DROP, (name, offsets))
-                self._broker.drop(name, offsets)
-                self._told.tell(name, len(offsets))
-            self._write(Kind.PLACED_BATCH, PLACE.pack(at, self._broker.next_offset) + body)
+            for name, spans in self._broker.surplus(batch).items():
+                self._write_json(Kind.DROP_SPANS, (name, pairs_of(spans)))
+                self._broker.drop(name, spans)
+                self._told.tell(name, num_in(spans))
+            self._write(Kind.PACKED_BATCH, PLACE.pack(at, self._broker.next_offset) + body)
             self._broker.append(batch, at)
         return admission
 
@@ -137,24 +138,24 @@ class Journal:
         """See `Broker.poll`. Call `bury_exhausted` before."""
         chosen, is_new = self._broker.next_for(name, member, number, max_records, now)
         if chosen and is_new:
-            self._write_json(Kind.LEASE, (name, member, number, chosen))
+            self._write_json(Kind.LEASE_SPANS, (name, member, number, pairs_of(chosen)))
             self._broker.lease(name, member, number, chosen, now + self._broker.lease_s)
         return self._broker.leased(name, chosen)
 
-    def ack(self, name: str, offsets: Sequence[int], now: float) -> int:
+    def ack(self, name: str, offsets: Iterable[int | range], now: float) -> int:
         """See `Broker.ack`; returns how many were new."""
         held = self._broker.outstanding(name, offsets)
         if held:
-            self._write_json(Kind.ACK, (name, held))
+            self._write_json(Kind.ACK_SPANS, (name, pairs_of(held)))
         self._broker.ack(name, held, now)
-        return len(held)
+        return num_in(held)
 
     def bury_exhausted(self, name: str, *, at: float = 0.0) -> int:
         """Gives up what came back from its last delivery; returns how many. See `bury`."""
         spent = self._broker.exhausted(name)
         return self.bury(name, spent, spent_reason(self._broker.max_deliveries), at=at) if spent else 0
 
-    def bury(self, name: str, offsets: Sequence[int], reason: str, *, at: float = 0.0) -> int:
+    def bury(self, name: str, offsets: Iterable[int | range], reason: str, *, at: float = 0.0) -> int:
         """Gives records up for a group, with a letter for each; returns how many it had.
 
         Args:
@@ -284,25 +285,21 @@ class Journal:
 
     def _apply(self, frame: Frame, now: float, *, is_first: bool) -> None:
         kind = Kind(frame.kind)
-        if kind is Kind.PLACED_BATCH:
+        if kind in {Kind.PACKED_BATCH, Kind.PLACED_BATCH}:
             at, offset = PLACE.unpack_from(frame.body)
             self._place(offset)
-            self._broker.append(decode_batch(frame.body[PLACE.size :]), at)
-        elif kind is Kind.TIMED_BATCH:
-            (at,) = TIME.unpack_from(frame.body)
-            self._repeat_unplaced(frame.body[TIME.size :], at)
-        elif kind is Kind.BATCH:  # logs of the first form
-            self._repeat_unplaced(frame.body, 0.0)
+            self._broker.append(batch_of(kind, frame.body), at)
+        elif kind in {Kind.TIMED_BATCH, Kind.BATCH}:  # logs of the first two forms
+            self._find_place()
+            self._broker.append(
+                batch_of(kind, frame.body), 0.0 if kind is Kind.BATCH else TIME.unpack_from(frame.body)[0]
+            )
         elif kind is Kind.GAP:
             self._is_gapped, self._knows_offset = True, False
         elif kind is Kind.SNAPSHOT:
             self._take_over(json.loads(frame.body), now, is_first=is_first)
         else:
             self._repeat(kind, json.loads(frame.body), now)
-
-    def _repeat_unplaced(self, body: bytes, at: float) -> None:
-        self._find_place()
-        self._broker.append(decode_batch(body), at)
 
     def _find_place(self) -> None:
         """Of the first record behind a part that was lost, in a log whose frames do not tell it."""
@@ -348,15 +345,15 @@ class Journal:
         elif kind is Kind.BURY:
             self._repeat_bury(name, *rest)
         else:
-            self._repeat_for(kind, name, *rest, now=now)
+            self._repeat_for(OF_OFFSETS.get(kind, kind), name, *rest[:-1], spans=spans_in(kind, rest), now=now)
 
-    def _repeat_for(self, kind: Kind, name: str, *rest: Any, now: float) -> None:
+    def _repeat_for(self, kind: Kind, name: str, *rest: Any, spans: list[range], now: float) -> None:
         """What a group was given, or gave back; of a group that is lost, it is lost too."""
-        known = self._known(name, rest[-1])
+        known = self._known(name, spans)
         if name in self._lost:
             return
         if kind is Kind.LEASE:
-            member, number, _ = rest
+            member, number = rest
             self._broker.lease(name, member, number, known, now + self._broker.lease_s)
         elif kind is Kind.ACK:
             self._broker.ack(name, known, now)
@@ -367,7 +364,7 @@ class Journal:
 
     def _repeat_bury(self, name: str, offsets: list[int], letters: Any, at: float, place: int | None = None) -> None:
         """`place` is the offset of the first letter, which logs of the second form do not tell."""
-        known = self._known(name, offsets)
+        known = self._known(name, spans_of(offsets))
         records = [Record(topic, key, data.encode()) for topic, key, data in letters]
         if records:
             self._find_place() if place is None else self._place(place)
@@ -376,14 +373,14 @@ class Journal:
         else:
             self._broker.bury(name, known, records, at)
 
-    def _known(self, name: str, offsets: list[int]) -> list[int]:
+    def _known(self, name: str, spans: list[range]) -> list[range]:
         """Those that the group has before it. Others there are only of what was lost, and no new record may be taken
         for one of them. A group of which was lost that it joined is noted, as what it reads is not known any more.
         """
         if not self._is_gapped:
-            return offsets
-        self._broker.kept.skip_to(max(offsets, default=-1) + 1)
+            return spans
+        self._broker.kept.skip_to(max((span.stop for span in spans), default=0))
         if name not in self._broker.groups:
             self._lost.add(name)
             return []
-        return self._broker.before(name, offsets)
+        return self._broker.before(name, spans)

@@ -1,18 +1,35 @@
-"""The records that one shard keeps: by offset, with the time at which each batch came, and how long they stay.
+"""The records that one shard keeps: blocks by offset, with the time at which each batch came, and how long they stay.
 
 Knows nothing of groups: what somebody still needs is said by the caller.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 from esper.leyline.bus import TopicStats
-from esper.oona.wire import Record
+from esper.oona.packed import Packed
+from esper.oona.wire import Block, Record
 
 READ_AHEAD = 20_000
 """Records that one `read` looks at."""
+
+
+class Held(NamedTuple):
+    """What is kept of consecutive offsets of one block."""
+
+    start: int
+    topic: str
+    key: str
+    records: Packed
+
+    @property
+    def stop(self) -> int:
+        """The offset behind the last."""
+        return self.start + len(self.records)
 
 
 class Kept:
@@ -32,44 +49,70 @@ class Kept:
         self.retain_s = retain_s
         self.next_offset = 0
         self.num_bytes = 0
-        self._records: dict[int, Record] = {}
+        self._first = 0  # records below it are gone, though their block may be there
+        self._starts: list[int] = []  # offset of each block's first record
+        self._blocks: list[Block] = []
+        self._num_records = 0
         self._stamps: list[tuple[float, int]] = []  # when a batch came, and its first offset; both ascend
         self._count_limit = 2 * retain
         self._bytes_limit = retain_bytes
         self._look_at = 0.0  # when some may be too old
 
-    def __getitem__(self, offset: int) -> Record:
-        return self._records[offset]
-
     def get(self, offset: int) -> Record | None:
         """The record, if it is kept."""
-        return self._records.get(offset)
+        return next(
+            (Record(topic, key, records[0]) for _, topic, key, records in self.within(offset, offset + 1)), None
+        )
+
+    def within(self, start: int, stop: int) -> Iterator[Held]:
+        """What is kept of offsets from `start` to before `stop`, by blocks."""
+        start = max(start, self._first)
+        index = max(0, bisect_right(self._starts, start) - 1)
+        for at in range(index, len(self._starts)):
+            first = self._starts[at]
+            if first >= stop:
+                return
+            topic, key, records = self._blocks[at]
+            begin, end = max(0, start - first), min(len(records), stop - first)
+            if begin < end:
+                yield Held(first + begin, topic, key, records.part(begin, end))
+
+    def places(self, spans: Iterable[range]) -> Iterator[tuple[str, str, int, int]]:
+        """(topic, key, start, stop) of what is kept of the spans, by blocks; `within` without the bytes."""
+        starts, blocks = self._starts, self._blocks
+        for span in spans:
+            start = max(span.start, self._first)
+            at = max(0, bisect_right(starts, start) - 1)
+            while at < len(starts) and (first := starts[at]) < span.stop:
+                topic, key, records = blocks[at]
+                begin, end = max(start, first), min(first + len(records), span.stop)
+                if begin < end:
+                    yield topic, key, begin, end
+                at += 1
 
     @property
     def first_offset(self) -> int:
         """The lowest offset kept."""
-        return next(iter(self._records), self.next_offset)
+        return max(self._first, self._starts[0]) if self._starts else self.next_offset
 
     @property
     def newest_at(self) -> float:
         """When the last batch came; 0 if there is none."""
         return self._stamps[-1][0] if self._stamps else 0.0
 
-    def from_offset(self, start: int) -> Iterator[tuple[int, Record]]:
-        """Records from an offset on; what is no longer kept is passed over."""
-        offsets = range(max(start, self.first_offset), self.next_offset)
-        return ((offset, record) for offset in offsets if (record := self._records.get(offset)) is not None)
-
     def skip_to(self, offset: int) -> None:
         """The next record has this offset, if it would have a lower one."""
         self.next_offset = max(self.next_offset, offset)
 
-    def append(self, records: Sequence[Record], at: float) -> int:
+    def append(self, blocks: Sequence[Block], at: float) -> int:
         """Takes records that came at a time; returns the offset of the first. A clock set back stands still here."""
         start = self.next_offset
-        self.next_offset += len(records)
-        self._records.update(zip(range(start, self.next_offset), records, strict=True))
-        self.num_bytes += sum([len(record.data) for record in records])
+        for block in blocks:
+            self._starts.append(self.next_offset)
+            self._blocks.append(block)
+            self.next_offset += len(block.records)
+            self.num_bytes += block.records.num_bytes
+        self._num_records += self.next_offset - start
         self._stamps.append((max(at, self.newest_at), start))
         return start
 
@@ -78,7 +121,7 @@ class Kept:
     def is_due(self, at: float) -> bool:
         """Whether there is so much, or something so old, that `trim` may find something."""
         return (
-            len(self._records) > self._count_limit
+            self._num_records > self._count_limit
             or (self._bytes_limit is not None and self.num_bytes > self._bytes_limit)
             or (self.retain_s is not None and at >= self._look_at)
         )
@@ -96,22 +139,37 @@ class Kept:
             keep = max(keep, self.offset_at(at - self.retain_s))
             self._look_at = at + self.retain_s / 100
         stop = min(needed, max(keep, first))
-        for offset in range(first, stop):
-            self._drop(offset)
         if self.retain_bytes is not None:
-            while self.num_bytes > self.retain_bytes and stop < needed:
-                self._drop(stop)
-                stop += 1
-        self._count_limit = len(self._records) + self.retain
+            stop = max(stop, min(needed, self._offset_of_last(self.retain_bytes, stop)))
+        self._drop_below(stop)
+        self._count_limit = self._num_records + self.retain
         if self.retain_bytes is not None:
             self._bytes_limit = max(self.retain_bytes, self.num_bytes) + self.retain_bytes // 4
         first = self.first_offset
         passed = next((at for at, (_, start) in enumerate(self._stamps) if start > first), len(self._stamps))
         del self._stamps[: max(0, passed - 1)]  # the last of these may hold the first record
 
-    def _drop(self, offset: int) -> None:
-        record = self._records.pop(offset, None)
-        self.num_bytes -= 0 if record is None else len(record.data)
+    def _offset_of_last(self, num_bytes: int, start: int) -> int:
+        """The lowest offset, `start` or above, from which on the records have at most so many bytes."""
+        excess = self.num_bytes - num_bytes
+        for held in self.within(self._first, self.next_offset):
+            size = held.records.num_bytes
+            if held.stop > start and excess < size:
+                sizes = (len(data) for data in held.records)
+                dropped = next((n for n, total in enumerate(accumulate(sizes, initial=0)) if total >= excess), 0)
+                return max(start, held.start + dropped)
+            excess -= size
+        return self.next_offset
+
+    def _drop_below(self, offset: int) -> None:
+        passed = 0
+        for held in self.within(self._first, offset):
+            self.num_bytes -= held.records.num_bytes
+            self._num_records -= len(held.records)
+        self._first = max(self._first, offset)
+        while passed < len(self._starts) and self._starts[passed] + len(self._blocks[passed].records) <= self._first:
+            passed += 1
+        del self._starts[:passed], self._blocks[:passed]
 
     # ---- looking
 
@@ -137,27 +195,29 @@ class Kept:
             max_records: at most so many.
         """
         found: list[tuple[int, bytes]] = []
-        offset = max(start, self.first_offset)
-        end = min(self.next_offset, offset + READ_AHEAD)
-        while offset < end and len(found) < max_records:
-            record = self._records.get(offset)
-            if record is not None and (not topics or record.topic in topics) and key in (None, record.key):
-                found.append((offset, record.data))
-            offset += 1
-        return found, offset
+        start = max(start, self.first_offset)
+        end = min(self.next_offset, start + READ_AHEAD)
+        for held in self.within(start, end):
+            if (topics and held.topic not in topics) or key not in (None, held.key):
+                continue
+            few = held.records.part(0, min(len(held.records), max_records - len(found)))
+            found.extend(enumerate(few, held.start))
+            if len(found) == max_records:
+                return found, held.start + len(few)
+        return found, max(start, end)
 
     def topic_stats(self, published: dict[str, int]) -> list[TopicStats]:
-        """Figures by topic; reads every record once.
+        """Figures by topic; looks at every block once.
 
         Args:
             published: messages of each topic since the log began.
         """
         kept: dict[str, list[int]] = {}  # number, bytes, first and last offset
-        for offset, record in self._records.items():
-            row = kept.setdefault(record.topic, [0, 0, offset, offset])
-            row[0] += 1
-            row[1] += len(record.data)
-            row[3] = offset
+        for held in self.within(self._first, self.next_offset):
+            row = kept.setdefault(held.topic, [0, 0, held.start, held.start])
+            row[0] += len(held.records)
+            row[1] += held.records.num_bytes
+            row[3] = held.stop - 1
         stats = []
         for topic in sorted(published.keys() | kept):
             number, size, first, last = kept.get(topic, (0, 0, -1, -1))

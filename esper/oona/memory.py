@@ -17,6 +17,7 @@ from esper.oona.broker import Admission, Broker
 from esper.oona.client import BusClient
 from esper.oona.deadletters import letters_of, spent_reason
 from esper.oona.drops import DropTold
+from esper.oona.spans import num_in
 from esper.oona.start import Start
 from esper.oona.transport import Received, Shelf
 from esper.oona.wire import Batch, decode_batch
@@ -76,22 +77,22 @@ class MemoryTransport:
                 leased = self._broker.poll(group, member, self._num_polls, max_records, now)
                 remaining = end - time.monotonic()
                 if leased or remaining <= 0:
-                    return [Received(0, *record) for record in leased]
+                    return [Received(0, *one) for one in leased]
                 self._changed.wait(min(remaining, max(0.0, self._broker.next_expiry - now)))
         return []
 
-    def ack(self, group: str, offsets: Mapping[int, Sequence[int]]) -> None:
+    def ack(self, group: str, spans: Mapping[int, Sequence[range]]) -> None:
         """See `Broker.ack`."""
         with self._changed:
-            self._broker.ack(group, offsets[0], self._clock())
+            self._broker.ack(group, spans[0], self._clock())
             accepted = self._admit()
             self._changed.notify_all()  # a lane may be free for another member
         _resolve(accepted)
 
-    def reject(self, group: str, offsets: Mapping[int, Sequence[int]], reason: str) -> None:
+    def reject(self, group: str, spans: Mapping[int, Sequence[range]], reason: str) -> None:
         """Gives records up for the group, with a letter for each."""
         with self._changed:
-            self._bury(group, offsets[0], reason)
+            self._bury(group, spans[0], reason)
             accepted = self._admit()
             self._changed.notify_all()
         _resolve(accepted)
@@ -131,7 +132,7 @@ class MemoryTransport:
             self._is_closed = True
             self._changed.notify_all()
 
-    def _bury(self, group: str, offsets: Sequence[int], reason: str) -> None:
+    def _bury(self, group: str, offsets: Sequence[range], reason: str) -> None:
         held = self._broker.held(group, offsets)
         letters = letters_of(held, group=group, shard=0, reason=reason)
         self._broker.bury(group, [offset for offset, _, _ in held], letters, self._wall_clock())
@@ -144,9 +145,9 @@ class MemoryTransport:
         for batch, future in sorted(self._waiting, key=lambda waiting: waiting[0].seq):
             admission = self._broker.admit(batch)
             if admission is Admission.ACCEPT:
-                for group, offsets in self._broker.surplus(batch).items():
-                    self._broker.drop(group, offsets)
-                    self._told.tell(group, len(offsets))
+                for group, spans in self._broker.surplus(batch).items():
+                    self._broker.drop(group, spans)
+                    self._told.tell(group, num_in(spans))
                 self._broker.append(batch, self._wall_clock())
             if admission in (Admission.ACCEPT, Admission.DUPLICATE):
                 accepted.append(future)

@@ -7,8 +7,10 @@ when the broker has no room, `publish` waits.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+import operator
 import threading
 import time
 from collections import deque
@@ -19,8 +21,9 @@ from dataclasses import dataclass, field
 from esper.leyline.contract import new_id
 from esper.leyline.errors import EsperError, UnavailableError
 from esper.leyline.messages import OonaMessage, Topic
+from esper.oona.codec import pack
 from esper.oona.transport import Transport
-from esper.oona.wire import Batch, Record, encode_batch, shard_of
+from esper.oona.wire import Batch, Block, encode_batch, merged_blocks, shard_of
 
 WINDOW = 8
 """Batches on their way to one shard at once."""
@@ -34,7 +37,7 @@ _MOST_DOUBLINGS = 16  # far beyond it; an outage may last for thousands
 MAX_ROUTES = 4096
 """Of (topic, key) whose shard is remembered."""
 
-_to_json = OonaMessage.__pydantic_serializer__.to_json  # what a TypeAdapter calls, at a third of the cost
+_LANE = operator.attrgetter("topic", "key")
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,8 @@ class _Call:
     """A batch that is not yet known to be safe. `due_at` is when to send it (again): never while it is on its way."""
 
     seq: int
-    records: tuple[Record, ...]
+    blocks: tuple[Block, ...]
+    count: int
     end: int  # records of this shard up to and with this batch
     waiting_since: float
     due_at: float
@@ -55,7 +59,8 @@ class _Call:
 class _Outbox:
     """What is on its way to one shard."""
 
-    buffered: deque[Record] = field(default_factory=deque)
+    buffered: deque[Block] = field(default_factory=deque)
+    num_buffered: int = 0
     oldest_at: float = 0.0
     num_taken: int = 0
     next_seq: int = 0
@@ -71,7 +76,26 @@ class _Outbox:
     def num_safe(self) -> int:
         """Records known to be safe, counted from the first."""
         oldest = next(iter(self.window.values()), None)
-        return self.num_taken - len(self.buffered) if oldest is None else oldest.end - len(oldest.records)
+        return self.num_taken - self.num_buffered if oldest is None else oldest.end - oldest.count
+
+    def put(self, block: Block) -> None:
+        """Queues records."""
+        self.buffered.append(block)
+        self.num_buffered += len(block.records)
+        self.num_taken += len(block.records)
+
+    def cut(self, count: int) -> tuple[Block, ...]:
+        """Takes the next records, at most so many, out of what is queued."""
+        blocks: list[Block] = []
+        while count and self.buffered:
+            block = self.buffered.popleft()
+            if len(block.records) > count:
+                self.buffered.appendleft(block.part(count, len(block.records)))
+                block = block.part(0, count)
+            blocks.append(block)
+            count -= len(block.records)
+            self.num_buffered -= len(block.records)
+        return tuple(merged_blocks(blocks))
 
 
 class Publisher:
@@ -107,21 +131,23 @@ class Publisher:
             UnavailableError: if the buffer is full and the broker does not answer, or the publisher is closed.
             EsperError: if the broker refused an earlier batch.
         """
-        runs = self._runs_of(messages)
+        blocks = self._blocks_of(messages)
         with self._changed:
-            for shard, records in runs:
-                outbox, first = self._outboxes[shard], 0
-                while first < len(records):
-                    while not self._is_open() or len(outbox.buffered) >= self._limit:
+            for shard, block in blocks:
+                outbox, first, number = self._outboxes[shard], 0, len(block.records)
+                while first < number:
+                    while not self._is_open() or outbox.num_buffered >= self._limit:
                         self._wait_for_room(outbox)
                     if not outbox.buffered:
                         outbox.oldest_at = time.monotonic()
-                    some = records[first : first + self._limit - len(outbox.buffered)]
-                    outbox.buffered.extend(some)
-                    outbox.num_taken += len(some)
-                    first += len(some)
+                    stop = min(number, first + self._limit - outbox.num_buffered)
+                    outbox.put(block.part(first, stop))
+                    first = stop
             self._start()
-            self._changed.notify_all()
+            due = self._due_bodies()  # what is full goes at once: to wake the thread costs as much as to send
+            if any(outbox.buffered for outbox in self._outboxes):
+                self._changed.notify_all()
+        self._send(due)
 
     def flush(self, *, timeout_s: float = 10.0) -> None:
         """Returns once all that was published before is safe.
@@ -161,18 +187,19 @@ class Publisher:
 
     # ---- the caller's side, under the lock
 
-    def _runs_of(self, messages: Sequence[OonaMessage]) -> list[tuple[int, list[Record]]]:
-        """Encodes messages: (shard, records) of those that follow each other with the same topic and key."""
-        runs: list[tuple[int, list[Record]]] = []
-        at: tuple[Topic, str] | None = None
-        shard, topic, records = 0, "", list[Record]()
-        for message in messages:
-            here = (message.topic, message.key)
-            if here != at:
-                at, (shard, topic), records = here, self._route(*here), []
-                runs.append((shard, records))
-            records.append(Record(topic, here[1], _to_json(message)))
-        return runs
+    def _blocks_of(self, messages: Sequence[OonaMessage]) -> list[tuple[int, Block]]:
+        """Encodes messages: (shard, block) of those that follow each other with the same topic and key."""
+        if not messages:
+            return []
+        records = pack(messages)
+        blocks: list[tuple[int, Block]] = []
+        first = 0
+        for (topic, key), run in itertools.groupby(messages, _LANE):
+            stop = first + sum(1 for _ in run)
+            shard, name = self._route(topic, key)
+            blocks.append((shard, Block(name, key, records.part(first, stop))))
+            first = stop
+        return blocks
 
     def _route(self, topic: Topic, key: str) -> tuple[int, str]:
         """The shard of (topic, key), and the topic's name; a producer has few."""
@@ -222,40 +249,56 @@ class Publisher:
     def _send_loop(self) -> None:
         while True:
             with self._changed:
-                while not (due := self._due()) and not self._is_closed:
+                while not self._is_due() and not self._is_closed:
                     self._changed.wait(self._pause())
                 if self._is_closed:
                     return
-                bodies = [(shard, call, self._encode(shard, call)) for shard, call in due]
-            for shard, call, body in bodies:
-                future = self._transport.append(shard, body)
-                future.add_done_callback(lambda future, shard=shard, call=call: self._settle(shard, call, future))
+                bodies = self._due_bodies()
+            self._send(bodies)
 
-    def _encode(self, shard: int, call: _Call) -> bytes:
-        return encode_batch(Batch(self._producer, call.seq, self._outboxes[shard].base, call.records))
+    def _send(self, bodies: Sequence[tuple[int, _Call, bytes]]) -> None:
+        for shard, call, body in bodies:
+            future = self._transport.append(shard, body)
+            future.add_done_callback(lambda future, shard=shard, call=call: self._settle(shard, call, future))
 
-    def _due(self) -> list[tuple[int, _Call]]:
-        """Cuts full or ripe batches, and returns what is to be sent now."""
+    def _due_bodies(self) -> list[tuple[int, _Call, bytes]]:
+        """What is to be sent now, and is on its way from here on."""
         now = time.monotonic()
-        due: list[tuple[int, _Call]] = []
+        bodies: list[tuple[int, _Call, bytes]] = []
         for shard, outbox in enumerate(self._outboxes):
-            while outbox.buffered and len(outbox.window) < WINDOW and self._is_ripe(outbox, now):
-                count = min(self._batch, len(outbox.buffered))
-                records = tuple(outbox.buffered.popleft() for _ in range(count))
-                outbox.oldest_at = now
-                call = _Call(outbox.next_seq, records, outbox.num_taken - len(outbox.buffered), now, now)
-                outbox.window[call.seq] = call
-                outbox.next_seq += 1
-                self._changed.notify_all()
+            self._cut(outbox, now)
             for call in outbox.window.values():
                 if call.due_at <= now:
                     call.due_at = math.inf
-                    due.append((shard, call))
-        return due
+                    bodies.append((shard, call, self._encode(call, outbox)))
+        return bodies
+
+    def _encode(self, call: _Call, outbox: _Outbox) -> bytes:
+        return encode_batch(Batch(self._producer, call.seq, outbox.base, blocks=call.blocks))
+
+    def _cut(self, outbox: _Outbox, now: float) -> None:
+        """Cuts full or ripe batches, as many as the window has room for."""
+        while outbox.buffered and len(outbox.window) < WINDOW and self._is_ripe(outbox, now):
+            before = outbox.num_buffered
+            blocks = outbox.cut(self._batch)
+            outbox.oldest_at = now
+            sent_to = outbox.num_taken - outbox.num_buffered
+            call = _Call(outbox.next_seq, blocks, before - outbox.num_buffered, sent_to, now, now)
+            outbox.window[call.seq] = call
+            outbox.next_seq += 1
+            self._changed.notify_all()
+
+    def _is_due(self) -> bool:
+        now = time.monotonic()
+        return any(
+            any(call.due_at <= now for call in outbox.window.values())
+            or (outbox.buffered and len(outbox.window) < WINDOW and self._is_ripe(outbox, now))
+            for outbox in self._outboxes
+        )
 
     def _is_ripe(self, outbox: _Outbox, now: float) -> bool:
-        is_full = len(outbox.buffered) >= self._batch
-        is_flushed = outbox.num_taken - len(outbox.buffered) < outbox.flush_to
+        is_full = outbox.num_buffered >= self._batch
+        is_flushed = outbox.num_taken - outbox.num_buffered < outbox.flush_to
         return is_full or is_flushed or now >= outbox.oldest_at + self._linger_s
 
     def _pause(self) -> float | None:

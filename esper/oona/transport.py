@@ -8,16 +8,26 @@ from typing import NamedTuple, Protocol
 
 from esper.leyline.bus import BusStats
 from esper.leyline.summary import BusCounts
+from esper.oona.packed import Packed
 from esper.oona.start import Start
 
 
 class Received(NamedTuple):
-    """A record as it arrives at a member."""
+    """Records of one lane as they arrive at a member: of consecutive offsets, the same delivery of each."""
 
     shard: int
     offset: int
     attempt: int
-    data: bytes
+    records: Packed
+
+    @property
+    def span(self) -> range:
+        """Their offsets."""
+        return range(self.offset, self.offset + len(self.records))
+
+    def part(self, start: int, stop: int) -> Received:
+        """Some of them, counted from 0."""
+        return self._replace(offset=self.offset + start, records=self.records.part(start, stop))
 
 
 class Shelf(NamedTuple):
@@ -46,11 +56,11 @@ class Transport(Protocol):
         """Waits for records; may return more than `max_records` where there are more shards than that."""
         ...
 
-    def ack(self, group: str, offsets: Mapping[int, Sequence[int]]) -> None:
+    def ack(self, group: str, spans: Mapping[int, Sequence[range]]) -> None:
         """Acknowledges offsets, by shard; returns once that is safe."""
         ...
 
-    def reject(self, group: str, offsets: Mapping[int, Sequence[int]], reason: str) -> None:
+    def reject(self, group: str, spans: Mapping[int, Sequence[range]], reason: str) -> None:
         """Gives records up for the group, by shard; returns once their letters are safe."""
         ...
 

@@ -11,8 +11,7 @@ import json
 from collections.abc import Iterable
 
 from esper.oona.frames import Frame
-from esper.oona.kinds import PLACE, TIME, Kind
-from esper.oona.wire import decode_batch
+from esper.oona.kinds import OF_OFFSETS, PLACE, Kind, batch_of, spans_in
 
 
 def first_offsets(frames: Iterable[Frame]) -> dict[int, int]:
@@ -49,7 +48,7 @@ def first_offsets(frames: Iterable[Frame]) -> dict[int, int]:
 
 def _told(kind: Kind, frame: Frame) -> int | None:
     """The offset that the next record has, or its own first one, where a frame tells it."""
-    if kind is Kind.PLACED_BATCH:
+    if kind in {Kind.PACKED_BATCH, Kind.PLACED_BATCH}:
         return PLACE.unpack_from(frame.body)[1]
     if kind is Kind.SNAPSHOT:
         return json.loads(frame.body)["next_offset"]
@@ -61,10 +60,8 @@ def _told(kind: Kind, frame: Frame) -> int | None:
 
 def _num_untold(kind: Kind, frame: Frame) -> int:
     """Records of a frame that does not tell where they are."""
-    if kind is Kind.TIMED_BATCH:
-        return len(decode_batch(frame.body[TIME.size :]).records)
-    if kind is Kind.BATCH:
-        return len(decode_batch(frame.body).records)
+    if kind in {Kind.TIMED_BATCH, Kind.BATCH}:
+        return _num_records(kind, frame)
     if kind is Kind.BURY:
         values = json.loads(frame.body)
         return len(values[2]) if len(values) <= 4 else 0
@@ -73,12 +70,16 @@ def _num_untold(kind: Kind, frame: Frame) -> int:
 
 def _beyond(kind: Kind, frame: Frame) -> int:
     """An offset above all that a frame names."""
-    if kind is Kind.PLACED_BATCH:
-        return PLACE.unpack_from(frame.body)[1] + len(decode_batch(frame.body[PLACE.size :]).records)
+    if kind in {Kind.PACKED_BATCH, Kind.PLACED_BATCH}:
+        return PLACE.unpack_from(frame.body)[1] + _num_records(kind, frame)
     if kind is Kind.SNAPSHOT:
         return json.loads(frame.body)["next_offset"]
-    if kind in {Kind.LEASE, Kind.ACK, Kind.DROP}:
-        return max(json.loads(frame.body)[-1], default=-1) + 1
+    if OF_OFFSETS.get(kind, kind) in {Kind.LEASE, Kind.ACK, Kind.DROP}:
+        return max((span.stop for span in spans_in(kind, json.loads(frame.body))), default=0)
     if kind is Kind.BURY:
         return max(json.loads(frame.body)[1], default=-1) + 1
     return 0
+
+
+def _num_records(kind: Kind, frame: Frame) -> int:
+    return sum(count for *_, count in batch_of(kind, frame.body).runs)

@@ -1,7 +1,8 @@
-"""How records travel to the broker and lie in its log: one body a batch, so that a batch is encoded once.
+"""How records travel to the broker and lie in its log, and how they come from there: packed, so that a batch is encoded
+once and decoded once, however many records it has.
 
-A body is a 4-byte header length (little endian), a JSON header and the records' bytes end to end. The header lists
-runs of records with the same topic and key, with the length of each. What a record's bytes mean is not known here.
+A batch's body is a 4-byte header length (little endian), a JSON header, where each record ends (`packed.END`), and the
+records. The header lists runs of records with the same topic and key. What a record's bytes mean is not known here.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import itertools
 import json
 import struct
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from esper.leyline.errors import TamperedError
+from esper.oona.packed import Packed, joined, read_ends
 
 _LENGTH = struct.Struct("<I")
+_EACH_END = 4
 
 
 class Record(NamedTuple):
@@ -28,33 +30,72 @@ class Record(NamedTuple):
     data: bytes
 
 
-@dataclass(frozen=True)
+class Block(NamedTuple):
+    """Records that follow each other with the same topic and key."""
+
+    topic: str
+    key: str
+    records: Packed
+
+    def part(self, start: int, stop: int) -> Block:
+        """Some of them, counted from 0."""
+        return self._replace(records=self.records.part(start, stop))
+
+
 class Batch:
     """Records of one producer for one shard.
 
-    Attributes:
+    Args:
         producer: unique for each publisher's life.
         seq: numbers the producer's batches for this shard from 0; a retry carries the same number.
         base: every batch below it was acknowledged, so the broker need not wait for one.
+        records: what it carries.
+        blocks: the same, where it is packed already.
     """
 
-    producer: str
-    seq: int
-    base: int
-    records: tuple[Record, ...]
+    def __init__(
+        self, producer: str, seq: int, base: int, records: Sequence[Record] = (), *, blocks: Sequence[Block] = ()
+    ) -> None:
+        self.producer = producer
+        self.seq = seq
+        self.base = base
+        self.blocks = (*blocks, *blocks_of(records))
 
     @cached_property
     def runs(self) -> list[tuple[str, str, int]]:
-        """See `runs_of`; several ask."""
-        return runs_of(self.records)
+        """(topic, key, count) of its blocks."""
+        return [(topic, key, len(records)) for topic, key, records in self.blocks]
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """Each record; for who wants them one by one."""
+        return tuple(Record(topic, key, data) for topic, key, records in self.blocks for data in records)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Batch):
+            return NotImplemented
+        return self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[str, int, int, tuple[Record, ...]]:
+        return self.producer, self.seq, self.base, self.records
 
 
 class Leased(NamedTuple):
-    """A record as a member gets it: `attempt` counts its deliveries to the group."""
+    """Records of one lane as a member gets them: of consecutive offsets, delivered to the group equally often.
+
+    Attributes:
+        offset: of the first.
+        attempt: which delivery this is.
+        records: their bytes.
+    """
 
     offset: int
     attempt: int
-    data: bytes
+    records: Packed
 
 
 def shard_of(topic: str, key: str, num_shards: int) -> int:
@@ -62,18 +103,48 @@ def shard_of(topic: str, key: str, num_shards: int) -> int:
     return zlib.crc32(f"{topic}\0{key}".encode()) % num_shards
 
 
+def blocks_of(records: Sequence[Record]) -> list[Block]:
+    """Packs records."""
+    return [
+        Block(topic, key, Packed.of([record.data for record in run]))
+        for (topic, key), run in itertools.groupby(records, lambda record: (record.topic, record.key))
+    ]
+
+
+def merged_blocks(blocks: Sequence[Block]) -> list[Block]:
+    """As few blocks as may be, of the same records in the same order."""
+    return [
+        Block(topic, key, joined([block.records for block in some]))
+        for (topic, key), some in itertools.groupby(blocks, lambda block: (block.topic, block.key))
+    ]
+
+
 def encode_batch(batch: Batch) -> bytes:
     """Encodes a batch as one body."""
-    runs = [
-        (topic, key, [len(record.data) for record in run])
-        for (topic, key), run in itertools.groupby(batch.records, lambda record: (record.topic, record.key))
-    ]
-    header = json.dumps((batch.producer, batch.seq, batch.base, runs), separators=(",", ":")).encode()
-    return b"".join((_LENGTH.pack(len(header)), header, *(record.data for record in batch.records)))
+    header = (batch.producer, batch.seq, batch.base, batch.runs)
+    return _encode(header, [block.records for block in batch.blocks])
 
 
 def decode_batch(body: bytes) -> Batch:
-    """Inverse of `encode_batch`.
+    """Inverse of `encode_batch`; the batch shares the bytes of the body.
+
+    Raises:
+        TamperedError: if the body is not whole.
+    """
+    try:
+        (producer, seq, base, runs), all_of_it = _decode(body, lambda header: sum(count for *_, count in header[3]))
+        blocks: list[Block] = []
+        first = 0
+        for topic, key, count in runs:
+            blocks.append(Block(topic, key, all_of_it.part(first, first + count)))
+            first += count
+    except (struct.error, ValueError, TypeError, IndexError) as error:
+        raise TamperedError(f"a batch of {len(body)} bytes cannot be read: {error}") from error
+    return Batch(producer, seq, base, blocks=blocks)
+
+
+def decode_unpacked(body: bytes) -> Batch:
+    """A body as it was until the third form of the log: the header has the length of each record, nothing between them.
 
     Raises:
         TamperedError: if the body is not whole.
@@ -91,14 +162,44 @@ def decode_batch(body: bytes) -> Batch:
         raise TamperedError(f"a batch of {len(body)} bytes cannot be read: {error}") from error
     if end != len(body):
         raise TamperedError(f"a batch of {len(body)} bytes should have {end}")
-    batch = Batch(producer, seq, base, tuple(records))
-    batch.__dict__["runs"] = [(topic, key, len(sizes)) for topic, key, sizes in runs]  # known already
-    return batch
+    return Batch(producer, seq, base, records)
 
 
-def runs_of(records: Sequence[Record]) -> list[tuple[str, str, int]]:
-    """Returns (topic, key, count) of consecutive records that share both."""
-    return [
-        (topic, key, sum(1 for _ in run))
-        for (topic, key), run in itertools.groupby(records, lambda record: (record.topic, record.key))
-    ]
+def encode_leased(leased: Sequence[Leased]) -> bytes:
+    """What a member gets as one body; nothing is no byte."""
+    if not leased:
+        return b""
+    header = [(offset, attempt, len(records)) for offset, attempt, records in leased]
+    return _encode(header, [one.records for one in leased])
+
+
+def decode_leased(body: bytes) -> list[Leased]:
+    """Inverse of `encode_leased`. What follows each other in the list does so in the bytes, too."""
+    if not body:
+        return []
+    header, all_of_it = _decode(body, lambda header: sum(count for *_, count in header))
+    leased: list[Leased] = []
+    first = 0
+    for offset, attempt, count in header:
+        leased.append(Leased(offset, attempt, all_of_it.part(first, first + count)))
+        first += count
+    return leased
+
+
+def _encode(header: object, parts: Sequence[Packed]) -> bytes:
+    records = joined(parts) if len(parts) else Packed(b"", 0, ())
+    ends = records.ends if records.begin == 0 else [end - records.begin for end in records.ends]
+    head = json.dumps(header, separators=(",", ":")).encode()
+    return b"".join((_LENGTH.pack(len(head)), head, Packed(b"", 0, ends).end_bytes, records.view))
+
+
+def _decode(body: bytes, count_in: Callable[[Any], int]) -> tuple[Any, Packed]:
+    (length,) = _LENGTH.unpack_from(body)
+    at = _LENGTH.size + length
+    header = json.loads(body[_LENGTH.size : at])
+    number = count_in(header)
+    ends = read_ends(body, at, number)
+    records = Packed(memoryview(body)[at + _EACH_END * number :], 0, ends)
+    if len(records.data) != (ends[-1] if number else 0):
+        raise ValueError(f"its records should have {ends[-1] if number else 0} bytes")
+    return header, records

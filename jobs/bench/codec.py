@@ -1,8 +1,8 @@
 """What encoding and decoding a signal costs, by way: microseconds of CPU a message, a batch at a time.
 
-    the bus's own       each message by pydantic's C serializer, then one body for the batch with the length of each;
-                        decoded as one JSON list
-    TypeAdapter list    the batch as one JSON list; nothing tells where a message ends, so a broker cannot redeliver one
+    the bus's own       the batch as one JSON list by a TypeAdapter, and where each message ends in it
+    TypeAdapter list    the list alone; nothing tells where a message ends, so a broker cannot redeliver one
+    each apart          each message by pydantic's C serializer, then joined; decoded as one JSON list
     Arrow columns       a column a field, as an Arrow stream; decoded to the same messages
     object by object    `model_dump_json` and `model_validate_json` of each
 
@@ -22,12 +22,13 @@ from pydantic import TypeAdapter
 from esper.leyline.kernels import SiteKind, SiteSignature
 from esper.leyline.messages import OonaMessage, Topic, decode, encode
 from esper.leyline.signals import HealthSignal, LayerHealthReport, StepBatch
-from esper.oona.publisher import _to_json
-from esper.oona.wire import Batch, Record, decode_batch, encode_batch
+from esper.oona.codec import pack
+from esper.oona.wire import Batch, Block, decode_batch, encode_batch
 from jobs.bench import Say
 from jobs.bench.harness import BenchResult, machine
 
 BATCH = 256
+_to_json = OonaMessage.__pydantic_serializer__.to_json
 _LIST = TypeAdapter(list[OonaMessage])
 
 
@@ -104,12 +105,15 @@ def _turns(messages: list[OonaMessage], rounds: int) -> list[dict[str, Any]]:
 
 
 def _own(messages: list[OonaMessage]) -> bytes:
-    records = tuple(Record(message.topic.value, message.key, _to_json(message)) for message in messages)
-    return encode_batch(Batch("p" * 32, 7, 7, records))
+    return encode_batch(Batch("p" * 32, 7, 7, blocks=[Block(messages[0].topic.value, messages[0].key, pack(messages))]))
 
 
 def _from_own(body: bytes) -> list[OonaMessage]:
-    return decode(b"[" + b",".join([record.data for record in decode_batch(body).records]) + b"]")
+    return decode(b"[%b]" % b",".join([block.records.view for block in decode_batch(body).blocks]))
+
+
+def _apart(messages: list[OonaMessage]) -> bytes:
+    return b"[%b]" % b",".join([_to_json(message) for message in messages])
 
 
 def _columns(messages: list[OonaMessage]) -> bytes:
@@ -143,6 +147,7 @@ def _from_each(body: bytes) -> list[OonaMessage]:
 WAYS = (
     Way("the bus's own", _own, _from_own),
     Way("TypeAdapter list", encode, decode),
+    Way("each apart", _apart, decode),
     Way("Arrow columns", _columns, _from_columns),
     Way("object by object", _each, _from_each),
 )

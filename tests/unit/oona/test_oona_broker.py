@@ -6,19 +6,17 @@ from collections import defaultdict
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oona_support import each, offsets
 
 from esper.leyline.errors import ConflictError, NotFoundError
 from esper.leyline.summary import BusCounts
 from esper.oona import Admission, Batch, Broker, Record
 from esper.oona.kept import Kept
+from esper.oona.spans import flat, spans_of
 
 
 def batch(seq, *keys, producer="p", base=0, topic="t"):
     return Batch(producer, seq, base, tuple(Record(topic, key, f"{producer}{seq}{key}".encode()) for key in keys))
-
-
-def offsets(leased):
-    return [record.offset for record in leased]
 
 
 @pytest.fixture
@@ -67,7 +65,7 @@ def test_a_lease_that_runs_out_takes_back_the_whole_lane_in_order(broker):
     assert broker.poll("g", "m2", 0, 9, 9.9) == []
     assert broker.expire(10.0) == 1
     again = broker.poll("g", "m2", 1, 9, 10.0)
-    assert [(record.offset, record.attempt) for record in again] == [(0, 2), (1, 2), (2, 2)]
+    assert [one[:2] for one in each(again)] == [(0, 2), (1, 2), (2, 2)]
     assert broker.counts("a") == BusCounts(published=3, delivered=6, redelivered=3)
 
 
@@ -75,17 +73,17 @@ def test_who_was_late_may_still_acknowledge(broker):
     broker.append(batch(0, "a", "a"))
     broker.poll("g", "m1", 0, 9, 0.0)
     broker.expire(10.0)
-    assert broker.ack("g", [0], 10.0) == [0]
+    assert flat(broker.ack("g", [0], 10.0)) == [0]
     assert offsets(broker.poll("g", "m2", 0, 9, 10.0)) == [1]
-    assert broker.ack("g", [1], 10.0) == [1]  # in m2's hands; the work is done all the same
-    assert broker.ack("g", [0, 1], 10.0) == []
+    assert flat(broker.ack("g", [1], 10.0)) == [1]  # in m2's hands; the work is done all the same
+    assert flat(broker.ack("g", [0, 1], 10.0)) == []
     broker.expire(1e9)
     assert broker.poll("g", "m2", 1, 9, 1e9) == []
 
 
 def test_what_was_never_delivered_cannot_be_acknowledged(broker):
     broker.append(batch(0, "a"))
-    assert broker.ack("g", [0, 7], 0.0) == []
+    assert flat(broker.ack("g", [0, 7], 0.0)) == []
     assert offsets(broker.poll("g", "m", 0, 9, 0.0)) == [0]
 
 
@@ -93,17 +91,17 @@ def test_leaving_gives_back_at_once(broker):
     broker.append(batch(0, "a", "b"))
     broker.poll("g", "m1", 0, 9, 0.0)
     broker.leave("g", "m1")
-    assert [(record.offset, record.attempt) for record in broker.poll("g", "m2", 0, 9, 0.0)] == [(0, 2), (1, 2)]
+    assert [one[:2] for one in each(broker.poll("g", "m2", 0, 9, 0.0))] == [(0, 2), (1, 2)]
     broker.leave("g", "m1")
     broker.leave("unknown", "m1")
 
 
 def test_a_repeated_poll_gets_the_lost_answer_again_as_the_same_attempt(broker):
     broker.append(batch(0, "a", "a", "b"))
-    lost = broker.poll("g", "m", 0, 2, 0.0)
-    assert broker.poll("g", "m", 0, 2, 1.0) == lost
-    broker.ack("g", [lost[0].offset], 1.0)
-    assert broker.poll("g", "m", 0, 2, 1.0) == lost[1:]
+    lost = each(broker.poll("g", "m", 0, 2, 0.0))
+    assert each(broker.poll("g", "m", 0, 2, 1.0)) == lost
+    broker.ack("g", [lost[0][0]], 1.0)
+    assert each(broker.poll("g", "m", 0, 2, 1.0)) == lost[1:]
     assert broker.counts("a").redelivered == 0
 
 
@@ -255,15 +253,15 @@ def test_whatever_happens_nothing_is_lost_and_firsts_come_in_order(steps):
         elif what == "poll":
             number += 1
             broker.expire(now)
-            for record in broker.poll("g", value, number, 4, now):
-                assert record.offset not in acked
-                held[value].append(record.offset)
-                if record.attempt == 1:
-                    firsts[keys[record.offset]].append(record.offset)
+            for offset, attempt, _ in each(broker.poll("g", value, number, 4, now)):
+                assert offset not in acked
+                held[value].append(offset)
+                if attempt == 1:
+                    firsts[keys[offset]].append(offset)
             if what == "poll" and now >= 100:
-                acked |= set(broker.ack("g", held.pop(value, []), now))
+                acked |= set(flat(broker.ack("g", held.pop(value, []), now)))
         elif what == "ack":
-            acked |= set(broker.ack("g", held.pop(value, []), now))
+            acked |= set(flat(broker.ack("g", held.pop(value, []), now)))
         elif what == "leave":
             broker.leave("g", value)
         else:
@@ -292,11 +290,11 @@ def test_the_last_delivery_of_a_record_is_of_it_alone():
     got = [offsets(broker.poll("g", "m2", number, 9, 0.0)) for number in range(3)]
     assert got == [[0], [2], []]  # 1 waits for 0, the lane's first
     broker.ack("g", [2], 0.0)
-    assert broker.exhausted("g") == []
+    assert flat(broker.exhausted("g")) == []
     broker.leave("g", "m2")
-    assert broker.exhausted("g") == [0]
+    assert flat(broker.exhausted("g")) == [0]
     broker.bury("g", [0], [])
-    assert broker.exhausted("g") == []
+    assert flat(broker.exhausted("g")) == []
     assert offsets(broker.poll("g", "m3", 0, 9, 0.0)) == [1]
 
 
@@ -306,8 +304,8 @@ def test_who_acknowledges_late_saves_a_record():
     broker.append(batch(0, "a"))
     broker.poll("g", "m1", 0, 9, 0.0)
     broker.leave("g", "m1")
-    assert broker.ack("g", [0], 0.0) == [0]
-    assert broker.exhausted("g") == []
+    assert flat(broker.ack("g", [0], 0.0)) == [0]
+    assert flat(broker.exhausted("g")) == []
 
 
 def test_stamps_are_trimmed_and_never_go_back():
@@ -341,9 +339,9 @@ class Fates:
         self.held = defaultdict(list)
         self.fate: dict[int, str] = {}
 
-    def end(self, offsets, how):
-        assert not self.fate.keys() & set(offsets)
-        self.fate |= dict.fromkeys(offsets, how)
+    def end(self, spans, how):
+        assert not self.fate.keys() & set(flat(spans))
+        self.fate |= dict.fromkeys(flat(spans), how)
 
     def append(self, keys):
         one = batch(self.seq, *keys)
@@ -363,7 +361,7 @@ class Fates:
         self.number += 1
         got = self.broker.poll("g", member, self.number, 3, self.now)
         assert not self.fate.keys() & set(offsets(got))
-        assert all(record.attempt <= 2 for record in got)
+        assert all(one.attempt <= 2 for one in got)
         self.held[member] += offsets(got)
 
     def bury(self, dead):
@@ -374,7 +372,7 @@ class Fates:
         self.end(self.broker.ack("g", self.held.pop(member, []), self.now), "acknowledged")
 
     def reject(self, member):
-        self.bury([offset for offset, _, _ in self.broker.held("g", self.held.pop(member, []))])
+        self.bury(spans_of(offset for offset, _, _ in self.broker.held("g", self.held.pop(member, []))))
 
     def leave(self, member):
         self.broker.leave("g", member)
@@ -414,9 +412,9 @@ def test_thousands_of_groups_each_get_their_own_and_late_ones_all_that_is_kept()
         broker.join(f"g{number}", ["t"], key=f"k{number}", start=0, now=0.0)
     broker.append(batch(0, *(f"k{number}" for number in range(0, 3000, 3))))
     broker.join("late", ["t"], key=None, start=broker.first_offset, now=0.0)
-    got = [len(broker.poll(f"g{number}", "m", 0, 9, 0.0)) for number in range(3000)]
+    got = [len(offsets(broker.poll(f"g{number}", "m", 0, 9, 0.0))) for number in range(3000)]
     assert got == [1, 0, 0] * 1000
-    assert len(broker.poll("late", "m", 0, 2000, 0.0)) == 1000
+    assert len(offsets(broker.poll("late", "m", 0, 2000, 0.0))) == 1000
     looked_at = broker.takers(batch(1, "k6"))
     assert looked_at == {"g6", "late"}  # and at no other
     for number in range(3000):

@@ -1,12 +1,12 @@
 """The journal: a broker opened anew from the log behaves as the one that died."""
 
-import dataclasses
 import json
 import os
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oona_support import each, offsets, unpacked
 
 from esper.leyline.errors import NotFoundError, TamperedError, UnavailableError
 from esper.leyline.messages import OonaMessage, Topic
@@ -34,10 +34,6 @@ def batch(seq, *keys, size=4):
 
 def append(journal, one):
     return journal.append(one, encode_batch(one))
-
-
-def offsets(leased):
-    return [record.offset for record in leased]
 
 
 @pytest.fixture
@@ -71,11 +67,11 @@ def test_records_positions_leases_and_counts_survive(reopen):
     assert journal.counts("a") == BusCounts(published=2, delivered=2)
     # 1 is still out with m, who may be alive; b never was
     other = journal.poll("g", "m2", 0, 9, 100.0)
-    assert [(record.offset, record.data) for record in other] == [(2, first.records[2].data)]
+    assert each(other) == [(2, 1, first.records[2].data)]
     journal.ack("g", [2], 100.0)
     journal.expire(110.0)
     again = journal.poll("g", "m2", 1, 9, 110.0)
-    assert [(record.offset, record.attempt, record.data) for record in again] == [(1, 2, first.records[1].data)]
+    assert each(again) == [(1, 2, first.records[1].data)]
     journal.ack("g", [1], 110.0)
 
     journal = reopen(now=200.0)
@@ -87,8 +83,8 @@ def test_an_answer_lost_with_the_broker_is_given_again(reopen):
     journal = reopen()
     journal.join("g", ["t"], key=None, start=Start(), now=0.0)
     append(journal, batch(0, "a", "a"))
-    lost = journal.poll("g", "m", 5, 9, 0.0)
-    assert reopen().poll("g", "m", 5, 9, 0.0) == lost
+    lost = each(journal.poll("g", "m", 5, 9, 0.0))
+    assert each(reopen().poll("g", "m", 5, 9, 0.0)) == lost
 
 
 def test_leases_that_ran_out_or_were_given_back_are_replayed(reopen):
@@ -171,7 +167,7 @@ def test_the_dead_and_the_dropped_stay_so_after_a_restart(reopen):
     assert journal.bury_exhausted("g", at=5.0) == 1
     dropping = Batch("q", 0, 0, tuple(Record("d", "k", b"x") for _ in range(2)))
     append(journal, dropping)
-    append(journal, dataclasses.replace(dropping, seq=1))
+    append(journal, Batch("q", 1, 0, dropping.records))
     before = [journal.counts(key) for key in "abk"], journal.stats(0.0)
     assert before[0][2] == BusCounts(published=4, dropped=2)
     assert sum(counts.dead for counts in before[0]) == 1
@@ -180,7 +176,7 @@ def test_the_dead_and_the_dropped_stay_so_after_a_restart(reopen):
     assert ([journal.counts(key) for key in "abk"], journal.stats(0.0)) == before
     assert journal.poll("d", "x", 0, 9, 0.0)
     (letter,) = journal.poll("letters", "x", 0, 9, 0.0)
-    assert OonaMessage.model_validate_json(letter.data).body().reason == "not acknowledged after 1 deliveries"
+    assert OonaMessage.model_validate_json(letter.records[0]).body().reason == "not acknowledged after 1 deliveries"
     journal.ack("letters", [letter.offset], 0.0)
     assert [counts.dead for counts in [reopen(**settings_).counts(key) for key in "ab"]].count(1) == 1
 
@@ -188,7 +184,7 @@ def test_the_dead_and_the_dropped_stay_so_after_a_restart(reopen):
 def test_times_survive_and_a_log_of_the_first_form_has_none(reopen, tmp_path):
     log = SegmentLog(tmp_path)
     log.roll(0, Kind.SNAPSHOT, json.dumps(Broker().snapshot()).encode())
-    log.write(Kind.BATCH, encode_batch(batch(0, "a")))
+    log.write(Kind.BATCH, unpacked(batch(0, "a")))
     log.close()
     journal = reopen()
     second = batch(1, "a")

@@ -5,12 +5,13 @@ import json
 import os
 
 import pytest
+from oona_support import each, offsets, unpacked
 
 from esper.leyline.errors import FencedError, StorageError, TamperedError
 from esper.leyline.messages import Topic
-from esper.oona import Batch, Broker, Journal, Record, SegmentLog, Start, encode_batch
+from esper.oona import Batch, Broker, Journal, Record, SegmentLog, Start, decode_batch, encode_batch
 from esper.oona.frames import frame_of, frames_in
-from esper.oona.journal import Kind
+from esper.oona.kinds import OF_OFFSETS, Kind
 from esper.oona.repair import repair
 
 LIMITS = {"lease_s": 10.0, "backlog": 12, "drop_oldest": ("d",)}
@@ -41,7 +42,7 @@ def write(directory):
     for _ in range(4):
         append("t", "a", "b")
         append("d", *"abcdef")
-        held = [one.offset for one in journal.poll("g", "m", number, 3, 0.0)]
+        held = offsets(journal.poll("g", "m", number, 3, 0.0))
         journal.ack("g", held[:1], 0.0)
         journal.bury("g", held[1:2], "why")
         if number == 4:
@@ -50,7 +51,8 @@ def write(directory):
     append("t", "a")
     shelf = journal.read(Start(from_start=True), [], None, 999)
     records = dict(shelf.records)
-    pending = {offset for lane in log_group(journal).lanes.values() for offset in (*lane.ready, *lane.leased)}
+    runs = [run for lane in log_group(journal).lanes.values() for run in (*lane.ready, *lane.leased)]
+    pending = {offset for run in runs for offset in range(run.start, run.stop)}
     journal.close()
     return records, pending, shelf.end
 
@@ -72,7 +74,7 @@ def places(directory):
 
 def of_frame(frame, records):
     """The offsets that only this frame holds."""
-    if frame.kind == Kind.PLACED_BATCH:
+    if frame.kind == Kind.PACKED_BATCH:
         return {at for at, data in records.items() if data in frame.body}
     if frame.kind == Kind.BURY:
         return {at for at, data in records.items() if data[:1] == b"{"}
@@ -83,7 +85,8 @@ def test_without_the_one_damaged_frame_nothing_else_is_lost(tmp_path):
     records, pending, end = write(tmp_path / "whole")
     frames = places(tmp_path / "whole")
     assert {frame.kind for *_, frame in frames} >= {
-        Kind.SNAPSHOT, Kind.PLACED_BATCH, Kind.JOIN, Kind.LEASE, Kind.ACK, Kind.LEAVE, Kind.FORGET, Kind.BURY, Kind.DROP
+        Kind.SNAPSHOT, Kind.PACKED_BATCH, Kind.JOIN, Kind.LEASE_SPANS, Kind.ACK_SPANS, Kind.LEAVE, Kind.FORGET,
+        Kind.BURY, Kind.DROP_SPANS,
     }  # fmt: skip
     assert len({name for name, *_ in frames}) > 2
     for number, (name, at, frame) in enumerate(frames):
@@ -111,7 +114,7 @@ def test_without_the_one_damaged_frame_nothing_else_is_lost(tmp_path):
         for group, topics in JOINS.items():  # as its members do when they start again
             journal.join(group, topics, key=None, start=Start(), now=0.0)
         journal.leave("g", "m")
-        came = {one.offset for one in journal.poll("g", "new", 0, 999, 0.0)}
+        came = set(offsets(journal.poll("g", "new", 0, 999, 0.0)))
         assert came >= pending & set(kept), frame
         journal.append(one := Batch("q", 0, 0, (Record("t", "a", b"x"),)), encode_batch(one))
         assert journal.read(Start(from_start=True), ["t"], None, 999).records[-1] == (end, b"x")
@@ -158,8 +161,12 @@ def as_it_was_before_batches_told_their_offsets(directory):
         frames = []
         for frame in frames_in(path.read_bytes()):
             kind, body = frame.kind, frame.body
-            if kind == Kind.PLACED_BATCH:
-                kind, body = Kind.TIMED_BATCH, body[:8] + body[16:]
+            if kind == Kind.PACKED_BATCH:
+                kind, body = Kind.TIMED_BATCH, body[:8] + unpacked(decode_batch(body[16:]))
+            elif kind in OF_OFFSETS:
+                *values, spans = json.loads(body)
+                named = [offset for start, stop in spans for offset in range(start, stop)]
+                kind, body = OF_OFFSETS[kind], json.dumps([*values, named]).encode()
             elif kind == Kind.BURY:
                 body = json.dumps(json.loads(body)[:4]).encode()
             frames.append(frame_of(kind, body))
@@ -191,7 +198,7 @@ def test_without_the_one_damaged_frame_a_log_that_tells_no_offsets_goes_on(tmp_p
         for group, topics in JOINS.items():
             journal.join(group, topics, key=None, start=Start(), now=0.0)
         journal.leave("g", "m")
-        came = {one.data for one in journal.poll("g", "new", 0, 999, 0.0)}
+        came = {data for _, _, data in each(journal.poll("g", "new", 0, 999, 0.0))}
         assert came >= {records[offset] for offset in pending - gone}, frame
         journal.close()
     assert num_moved
@@ -210,7 +217,7 @@ def test_what_lies_between_two_losses_in_a_log_that_tells_no_offsets_is_not_gues
     batch = Batch("p", 0, 0, (Record("t", "a", b"x"),))
     for _ in range(2):
         log.write(Kind.GAP, b"{}")
-        log.write(Kind.BATCH, encode_batch(batch))
+        log.write(Kind.BATCH, unpacked(batch))
     log.close()
     with pytest.raises(TamperedError, match="its offset is not known"):
         opened(tmp_path)
