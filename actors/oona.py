@@ -11,18 +11,18 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.logs import log_as
+from actors.oona_transport import DEADLINE_S, Address, RayTransport, get
 from esper.config import OonaConfig
 from esper.leyline.bus import BusStats
 from esper.leyline.errors import ConflictError, EsperError, NotFoundError, UnavailableError
@@ -32,32 +32,24 @@ from esper.oona import (
     Broker,
     BusClient,
     Journal,
-    Received,
     Shelf,
     Start,
     decode_batch,
-    decode_leased,
     encode_leased,
-    merged,
 )
 from esper.oona.archivist import archive_group
+from esper.oona.door import Door
 from esper.storage import Storage
 
 NAMESPACE = "esper"
-DEADLINE_S = 10.0
-"""How long a call may take beyond the time it asks the shard to wait."""
 START_S = 60.0
 """How long a shard may take to start and read its log."""
 WATCH_S = 0.2
 """From one answer of a member's actor to the next question."""
-ATTEND_S = 2.0
-"""From one request of a member to be watched to the next."""
 TIDY_S = 30.0
 """From one look for what is too old to the next."""
 RECOVER_S = 1.0
 """From a sync that failed to the next attempt."""
-APPEND_WAIT_S = 5.0
-"""How long a shard holds a batch before it says that there is no room."""
 PROTOCOL = 2
 """Of the calls between programs and shards: it rises whenever one of them changes, as a platform may be older or newer
 than who joins it."""
@@ -117,6 +109,8 @@ class OonaShard:
         self._recovering: asyncio.Task[None] | None = None
         self._tidying: asyncio.Task[None] | None = None
         self._homes: dict[str, Home] = {}  # processes whose members end with them
+        self._directory = Path(directory)
+        self._door: Door | None = None
         self._fault: EsperError | None = None  # what the disk, or that this is closed, makes every call end with
         self._is_closed = False
 
@@ -126,6 +120,18 @@ class OonaShard:
     async def describe(self) -> ShardInfo:
         """Answers once the log is read."""
         return ShardInfo(self._num_shards, self._config, os.getpid(), PROTOCOL)
+
+    async def door(self) -> Address | None:
+        """Where programs on this node come in without calls (`esper.oona.door`); None where no socket can be."""
+        if self._door is None:
+            door = Door(self._directory, self)
+            try:
+                await door.open()
+            except OSError as error:
+                logger.warning("oona.door.shut", extra={"shard": self._name, "reason": str(error)})
+                return None
+            self._door = door
+        return Address(ray.get_runtime_context().get_node_id(), str(self._directory))
 
     async def append(self, body: bytes, wait_s: float) -> bool:
         """Takes a batch in its turn; False if there was no room within `wait_s`."""
@@ -240,6 +246,8 @@ class OonaShard:
         for task in (self._syncing, self._recovering, self._tidying, *watches):
             if task is not None:
                 task.cancel()
+        if self._door is not None:
+            self._door.close()
         self._journal.close()
         self._tell_all()
 
@@ -386,163 +394,7 @@ async def _happens(event: asyncio.Event, timeout_s: float) -> None:
         return
 
 
-# ---------------------------------------------------------------- the way to the shards
-
-
-def _cause(error: BaseException, what: str) -> EsperError | None:
-    """Turns what Ray raises into the tree of Esper; None if it is neither Ray's nor Esper's."""
-    if isinstance(error, RayTaskError):
-        return error.cause if isinstance(error.cause, EsperError) else None
-    if isinstance(error, GetTimeoutError):
-        return UnavailableError(f"{what} did not answer in time")
-    if isinstance(error, RayActorError):
-        said = [line for line in str(error).splitlines() if line.strip()]
-        # of one that could not begin, the last line of the traceback says why
-        return UnavailableError(f"{what} is gone: {said[-1 if error.actor_init_failed else 0].strip()}")
-    return None
-
-
-def _get(refs: Any, what: str, timeout_s: float = DEADLINE_S) -> Any:
-    try:
-        return ray.get(refs, timeout=timeout_s)
-    except (RayTaskError, GetTimeoutError, RayActorError) as error:
-        cause = _cause(error, what)
-        if cause is None:
-            raise
-        raise cause from error
-
-
-class RayTransport:
-    """The way to the shards from any process of the cluster."""
-
-    def __init__(self, shards: Sequence[ActorHandle], name: str) -> None:
-        self._shards: list[Any] = list(shards)
-        self._name = name
-        # a member's poll at a shard: its number, and the answer on its way
-        self._polls: dict[tuple[str, int], tuple[int, Any]] = {}
-        self._home = _home()
-        self._attend_at: dict[str, float] = {}  # by member
-
-    @property
-    def num_shards(self) -> int:
-        return len(self._shards)
-
-    def append(self, shard: int, body: bytes) -> Future[bool]:
-        """Sends without waiting; Ray repeats the call if the shard restarts."""
-        answer: Future[bool] = Future()
-        try:
-            actor = self._connected()[shard]
-        except UnavailableError as error:
-            answer.set_exception(error)
-            return answer
-
-        def settle(future: Future[bool]) -> None:
-            error = future.exception()
-            if error is None:
-                answer.set_result(future.result())
-            else:
-                answer.set_exception(_cause(error, self._name) or error)
-
-        actor.append.remote(body, APPEND_WAIT_S).future().add_done_callback(settle)
-        return answer
-
-    def subscribe(self, group: str, topics: Sequence[str], *, key: str | None, start: Start) -> None:
-        """See `Transport.subscribe`."""
-        _get([shard.subscribe.remote(group, topics, key, start) for shard in self._connected()], self._name)
-
-    def poll(self, group: str, member: str, *, max_records: int, timeout_s: float) -> list[Received]:
-        """Waits for whichever shard answers first. The others' answers are taken by the next poll."""
-        each = max(1, max_records // len(self._shards))
-        asked: dict[Any, tuple[int, int]] = {}
-        self._ask_to_attend(group, member)
-        for index, shard in enumerate(self._connected()):
-            number, ref = self._polls.get((member, index), (0, None))
-            if ref is None:
-                ref = shard.poll.remote(group, member, number, each, timeout_s)
-                self._polls[member, index] = (number, ref)
-            asked[ref] = (index, number)
-        ready, _ = ray.wait(list(asked), num_returns=1, timeout=timeout_s + DEADLINE_S)
-        if not ready:
-            raise UnavailableError(f"{self._name} did not answer in time")
-        if len(asked) > 1:
-            ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
-        received: list[Received] = []
-        for ref in ready:
-            index, number = asked[ref]
-            self._polls[member, index] = (number, None)  # asked again with the same number if this answer is lost
-            body = _get(ref, self._name)
-            self._polls[member, index] = (number + 1, None)
-            received += [Received(index, *one) for one in decode_leased(body)]
-        return received
-
-    def _ask_to_attend(self, group: str, member: str) -> None:
-        """Where this is an actor: the shards watch it. They are asked again, as one that restarts forgets it."""
-        now = time.monotonic()
-        if self._home is not None and now >= self._attend_at.get(member, 0.0):
-            self._attend_at[member] = now + ATTEND_S
-            for shard in self._shards:
-                shard.attend.remote(group, member, *self._home)
-
-    def ack(self, group: str, spans: Mapping[int, Sequence[range]]) -> None:
-        """See `Transport.ack`."""
-        shards = self._connected()
-        _get([shards[shard].ack.remote(group, list(some)) for shard, some in spans.items()], self._name)
-
-    def reject(self, group: str, spans: Mapping[int, Sequence[range]], reason: str) -> None:
-        """See `Transport.reject`."""
-        shards = self._connected()
-        _get([shards[shard].reject.remote(group, list(some), reason) for shard, some in spans.items()], self._name)
-
-    def leave(self, group: str, member: str) -> None:
-        """See `Transport.leave`."""
-        self._attend_at.pop(member, None)
-        for index in range(len(self._shards)):
-            self._polls.pop((member, index), None)
-        _get([shard.leave.remote(group, member) for shard in self._connected()], self._name)
-
-    def forget(self, group: str) -> None:
-        """See `Transport.forget`."""
-        _get([shard.forget.remote(group) for shard in self._connected()], self._name)
-
-    def counts(self, key: str) -> BusCounts:
-        """Sums over the shards."""
-        each: list[BusCounts] = _get([shard.counts.remote(key) for shard in self._connected()], self._name)
-        return BusCounts(
-            published=sum(counts.published for counts in each),
-            delivered=sum(counts.delivered for counts in each),
-            redelivered=sum(counts.redelivered for counts in each),
-            dropped=sum(counts.dropped for counts in each),
-            dead=sum(counts.dead for counts in each),
-        )
-
-    def read(self, start: Start, topics: Sequence[str], *, key: str | None, max_records: int) -> list[Shelf]:
-        """See `Transport.read`."""
-        shards = self._connected()
-        return _get([shard.read.remote(start, topics, key, max_records) for shard in shards], self._name)
-
-    def stats(self) -> BusStats:
-        """See `Transport.stats`."""
-        return merged(_get([shard.stats.remote() for shard in self._connected()], self._name))
-
-    def close(self) -> None:
-        """Nothing to let go of: the shards live on."""
-
-    def _connected(self) -> list[Any]:
-        if not ray.is_initialized():  # or the thread of a bus that was left open would start a Ray of its own
-            raise UnavailableError(f"{self._name} is gone: this process has left Ray")
-        return self._shards
-
-
-def _home() -> tuple[Any, str] | None:
-    """A handle of the actor that this process is, and which of its lives this is; None elsewhere."""
-    if not ray.is_initialized():
-        return None
-    context = ray.get_runtime_context()
-    if context.get_actor_id() is None:
-        return None
-    actor = context.current_actor
-    actor._ray_weak_ref = True  # noqa: SLF001 - there is no other way to say it; the bus keeps nobody alive
-    return actor, context.get_worker_id()
+# ---------------------------------------------------------------- starting and finding it
 
 
 class RayBus(BusClient):
@@ -573,7 +425,7 @@ class OonaHandle:
         """
         shards: Sequence[Any] = self.shards
         try:
-            _get([shard.close.remote() for shard in shards], self.prefix)
+            get([shard.close.remote() for shard in shards], self.prefix)
         finally:
             for shard in shards:
                 ray.kill(shard)
@@ -631,7 +483,7 @@ def spawn(
         for shard in shards:
             ray.kill(shard)
         raise ConflictError(f"cannot start {prefix}: {error}", remedy="connect to the one that runs") from error
-    _get([shard.describe.remote() for shard in shards], prefix, START_S)
+    get([shard.describe.remote() for shard in shards], prefix, START_S)
     return OonaHandle(prefix, namespace, tuple(shards), config)
 
 
@@ -644,7 +496,7 @@ def connect(prefix: str = "oona", *, namespace: str = NAMESPACE) -> OonaHandle:
         ConflictError: if it speaks another protocol.
     """
     first = _find(prefix, 0, namespace)
-    info: ShardInfo = _get(first.describe.remote(), prefix, START_S)
+    info: ShardInfo = get(first.describe.remote(), prefix, START_S)
     check_protocol(info, prefix)
     others = [_find(prefix, index, namespace) for index in range(1, info.num_shards)]
     return OonaHandle(prefix, namespace, (first, *others), info.config)
