@@ -102,6 +102,7 @@ class OonaShard:
             lasting=lasting,
             is_synced=config.fsync != "never",
         )
+        gc.freeze()  # nor at what Ray and the log have made until now
         self._room = asyncio.Event()  # set when a batch that waits may be admitted
         self._news: dict[str, asyncio.Event] = {}  # by group: set when a poll of it may find something
         self._num_written = self._num_synced = 0

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from esper.leyline.bus import BusStats
 from esper.leyline.errors import EsperError, UnavailableError
@@ -286,8 +286,8 @@ class RayTransport:
                 way.connect_at = float("inf")  # shards stay where they are
                 return
             link = Link(Path(address.directory))
-        except (RayError, OSError) as error:
-            logger.info("oona.link.failed", extra={"bus": self._name, "reason": str(error)})
+        except Exception as error:  # the thread's edge: calls are made, and this is tried again
+            logger.info("oona.link.failed", extra={"bus": self._name, "reason": str(error)}, exc_info=True)
             return
         with way.guard:
             way.link = link

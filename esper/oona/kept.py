@@ -16,6 +16,8 @@ from esper.oona.wire import Block, Record
 
 READ_AHEAD = 20_000
 """Records that one `read` looks at."""
+FEW = 16
+"""A block with fewer records is kept apart from what it came with."""
 
 
 class Held(NamedTuple):
@@ -109,7 +111,8 @@ class Kept:
         start = self.next_offset
         for block in blocks:
             self._starts.append(self.next_offset)
-            self._blocks.append(block)
+            few = len(block.records) < FEW
+            self._blocks.append(block._replace(records=block.records.apart()) if few else block)
             self.next_offset += len(block.records)
             self.num_bytes += block.records.num_bytes
         self._num_records += self.next_offset - start

@@ -68,6 +68,10 @@ class Packed:
             return self
         return Packed(self.data, self._begin_of(start), self.ends[start:stop])
 
+    def apart(self) -> Packed:
+        """The same with bytes of its own: of a few records, that is less than to hold on to all in which they came."""
+        return Packed(bytes(self.view), 0, tuple([end - self.begin for end in self.ends]))
+
     def _begin_of(self, index: int) -> int:
         return self.ends[index - 1] + 1 if index else self.begin
 

@@ -1,7 +1,9 @@
 """The journal: a broker opened anew from the log behaves as the one that died."""
 
+import base64
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -326,3 +328,24 @@ def test_what_the_log_could_not_take_did_not_happen(reopen, monkeypatch):
     journal = reopen()
     assert journal.counts("a") == expected
     assert journal.poll("g", "m", 1, 9, 0.0) == []
+
+
+def test_a_log_that_names_each_record_is_read_as_it_was(tmp_path):
+    """Written by the last version that did, with a frame of every kind; what it held is beside it."""
+    told = json.loads((Path(__file__).parent / "log_of_single_records.json").read_text())
+    for name, data in told["segments"].items():
+        (tmp_path / name).write_bytes(base64.b64decode(data))
+    broker = Broker(lease_s=10.0, backlog=12, drop_oldest=("d",))
+    journal = Journal.open(tmp_path, broker, now=0.0)
+    kept = journal.read(Start(from_start=True), [], None, 999)
+    assert {str(offset): data.decode() for offset, data in kept.records} == told["records"]
+    assert kept.end == told["end"]
+    stats = journal.stats(0.0).model_dump(mode="json")
+    assert stats == told["stats"]
+    journal.leave("g", "m")
+    assert sorted(offsets(journal.poll("g", "new", 0, 999, 0.0))) == told["pending"]
+    append(journal, Batch("q", 0, 0, (Record("t", "a", b"x"),)))
+    journal.close()
+    journal = Journal.open(tmp_path, Broker(lease_s=10.0, backlog=12, drop_oldest=("d",)), now=0.0)
+    assert journal.read(Start(from_start=True), [], None, 999).records[-1] == (told["end"], b"x")
+    journal.close()
