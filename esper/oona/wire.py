@@ -112,11 +112,13 @@ def blocks_of(records: Sequence[Record]) -> list[Block]:
 
 
 def merged_blocks(blocks: Sequence[Block]) -> list[Block]:
-    """As few blocks as may be, of the same records in the same order."""
-    return [
-        Block(topic, key, joined([block.records for block in some]))
-        for (topic, key), some in itertools.groupby(blocks, lambda block: (block.topic, block.key))
-    ]
+    """One block for each topic and key. Within one their records keep their order, which is all that the bus promises:
+    so messages whose keys alternate do not become blocks of one.
+    """
+    lanes: dict[tuple[str, str], list[Packed]] = {}
+    for topic, key, records in blocks:
+        lanes.setdefault((topic, key), []).append(records)
+    return [Block(topic, key, joined(parts)) for (topic, key), parts in lanes.items()]
 
 
 def encode_batch(batch: Batch) -> bytes:

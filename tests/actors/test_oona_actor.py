@@ -247,6 +247,40 @@ def test_a_process_that_has_left_ray_starts_no_other(monkeypatch):
             call()
 
 
+def connection(bus):
+    """To the first shard, once a thread has made it."""
+    ends = time.monotonic() + WAIT_S
+    while (link := bus._transport._ways[0].link) is None or not link.is_up:
+        assert time.monotonic() < ends
+        bus._transport._link(bus._transport._ways[0])
+        time.sleep(0.01)
+    return link
+
+
+def test_on_its_node_a_shard_is_reached_by_a_connection_and_by_calls_when_that_is_lost(start):
+    bus = start().bus()
+    subscription = bus.subscribe([Topic.STEPS], group="g")
+    link = connection(bus)
+    bus.publish([step(number) for number in range(3)])
+    assert numbers(take(subscription, 3)) == [0, 1, 2]
+    assert next(link._numbers) >= 2  # a batch and a poll
+    link.close()
+    bus.publish([step(number) for number in range(3, 6)])
+    assert numbers(take(subscription, 3)) == [3, 4, 5]
+    assert connection(bus) is not link
+    bus.close()
+
+
+def test_where_there_is_no_connection_everything_goes_by_calls(start, monkeypatch):
+    monkeypatch.setattr(RayTransport, "_link", lambda _self, _way: None)
+    bus = start().bus()
+    subscription = bus.subscribe([Topic.STEPS], group="g")
+    bus.publish([step(number) for number in range(600)])
+    assert numbers(take(subscription, 600)) == list(range(600))
+    bus.close()
+    assert bus._transport._ways[0].link is None
+
+
 def test_the_command_line_finds_the_bus_of_a_storage_and_says_where_there_is_none(start, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # this process has joined already
     with pytest.raises(NoPlatformError, match="no platform is up for"), opened(str(tmp_path)):

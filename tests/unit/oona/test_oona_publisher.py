@@ -6,7 +6,7 @@ from concurrent.futures import Future
 import pytest
 from bus_conformance import WAIT_S, step
 
-from esper.leyline import TamperedError, UnavailableError
+from esper.leyline import OonaMessage, TamperedError, UnavailableError
 from esper.oona import decode_batch, shard_of
 from esper.oona import publisher as publisher_module
 from esper.oona.publisher import WINDOW, Publisher
@@ -159,3 +159,14 @@ def test_a_key_goes_to_one_shard(make):
     assert {shard for shard, _, _ in transport.sent} == {0, 1, 2}
     for shard, batch, _ in transport.sent:
         assert {shard_of(record.topic, record.key, 3) for record in batch.records} == {shard}
+
+
+def test_messages_whose_keys_alternate_travel_key_by_key_in_their_order(make):
+    transport = Scripted(answer=lambda _, future: future.set_result(True))
+    publisher = make(transport, batch=6, linger_s=60.0)
+    publisher.publish([step(number, f"key{number % 2}") for number in range(6)])
+    publisher.flush(timeout_s=WAIT_S)
+    ((_, batch, _),) = transport.sent
+    assert [(key, count) for _, key, count in batch.runs] == [("key0", 3), ("key1", 3)]
+    steps = [OonaMessage.model_validate_json(record.data).payload["first_step"] for record in batch.records]
+    assert steps == [0, 2, 4, 1, 3, 5]
