@@ -26,6 +26,7 @@ SUPPORT = frozenset(
     {
         "harness",
         "arms",
+        "exam_table",
         "picture",
         "first_step",
         "mlflow_registry",

@@ -1,31 +1,33 @@
 """The exam: which policy grows best, on tasks and hosts that nothing was trained on, at equal total FLOPs?
 
 A cell is (task, policy, seed): a real training that ends when all that it spent (host, shadows, telemetry, validation)
-has come to `--flops` times what the plain host costs for the configured epochs, or at its last epoch. `none` may train
-longer than the others, until it has spent as much. Seeds are paired: the same host weights, split and order of samples.
-Finished cells are kept below `--out` and not computed again, so the exam can be broken off at any time.
+has come to `--flops` times what the plain host costs for the configured epochs, to the nearest epoch. Policies decide
+as for a run of the configured epochs (no growth begins after 70% of those); who grew little trains on for longer, `none`
+longest, and it pays for no telemetry. Seeds are paired: the same host weights, split and order of samples. Finished
+cells are kept below `--out` and not computed again, so the exam can be broken off at any time.
 
-Test data are looked at once a run, after its end; no gate and no policy sees them.
+Each run begins with an empty storage, so the bandit knows what this run taught it, and no more. Test data are looked at
+once a run, after its end; no gate and no policy sees them.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import statistics
+import json
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from esper.api import local_hub, train_local
-from esper.config import RunConfig, dump_config, load_config
+from esper.config import RunConfig, load_config
 from esper.data import DataSets, load_data
 from esper.kasmina.sites import find_sites
-from esper.leyline import EpochRecord, Outcome, PolicyCard
+from esper.leyline import AdaptationSignal, Controller, EpochRecord, Outcome, PolicyCard, SystemStatePacket
 from esper.leyline.errors import ConfigError, DataError
 from esper.leyline.policies import find_policy
 from esper.simic.spending import epoch_flops
@@ -37,37 +39,14 @@ from esper.tolaria.workload import Workload, evaluation_batches, example_of, mod
 from esper.urza.policies import StoredPolicies
 from jobs.bench import Say
 from jobs.bench.arms import host_of
-from jobs.bench.harness import BenchResult, Goal, goal_above, machine, mean_interval
-from jobs.environment import REPOSITORY
+from jobs.bench.exam_table import ExamCell, compare, markdown, spent
+from jobs.bench.harness import BenchResult, machine
+from jobs.environment import REPOSITORY, data_root
 
 POLICIES = ("none", "random", "schedule", "heuristic", "bandit", "gnn")
-
-
-class ExamCell(BaseModel):
-    """What one run came to.
-
-    Attributes:
-        settings: digest of all that it hangs on; a cell of others is not taken over.
-        val, test: the task's headline metric at the end.
-        flops: of everything, as a factor of the plain host's epochs.
-        tried, kept: adaptations that began, and that became permanent.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    task: str
-    policy: str
-    seed: int
-    settings: str
-    val: float
-    test: float
-    val_loss: float
-    flops: float
-    params: int
-    epochs: int
-    tried: int
-    kept: int
-    seconds: float
+TASKS = "digits_cnn,fashion_mlp,fashion_cnn,text_gpt"
+EXAM = 2
+"""Grows when the same configuration would come to another cell."""
 
 
 def main(arguments: Sequence[str], say: Say) -> BenchResult:
@@ -90,57 +69,60 @@ def main(arguments: Sequence[str], say: Say) -> BenchResult:
     if "gnn" in policies:
         store = StoredPolicies(Storage.at(options.storage))
         learned = store.get(find_policy(store, options.version))
-    cells: list[ExamCell] = []
-    for name in options.tasks.split(","):
-        path = Path(name) if Path(name).is_file() else REPOSITORY / "configs" / name
-        config = load_config(path, ["deterministic=true", "simic.experience=false", *options.set])
-        exam = Exam(config, folder, flops=options.flops, learned=learned, say=say)
-        cells += [exam.cell(policy, options.first + i) for i in range(options.seeds) for policy in policies]
+    tasks = [_config(name, options.set) for name in options.tasks.split(",")]
+    exams = [Exam(config, folder, flops=options.flops, learned=learned, say=say) for config in tasks]
+    seeds = range(options.first, options.first + options.seeds)
+    # seeds outermost: an exam that is broken off knows about as much of each task
+    trained = {(seed, i): exams[i].cells(policies, seed) for seed in seeds for i in range(len(exams))}
+    cells = [cell for i in range(len(exams)) for seed in seeds for cell in trained[seed, i]]
     rows, goals = compare(cells)
-    return BenchResult(name="tamiyo", machine=machine(), rows=tuple(rows), goals=tuple(goals), verdict=_verdict(cells))
+    if options.markdown:
+        Path(options.markdown).write_text(markdown(rows, goals))
+    if options.card:
+        _tell(options, learned, rows)
+    return BenchResult(name="tamiyo", machine=machine(), rows=tuple(rows), goals=tuple(goals), verdict=spent(cells))
 
 
-def compare(cells: Sequence[ExamCell]) -> tuple[list[dict[str, Any]], list[Goal]]:
-    """The table, a row for each task and policy, and what was promised."""
-    from scipy import stats
+def _config(name: str, settings: Sequence[str]) -> RunConfig:
+    """A task's configuration: a file, or the name of one in configs or configs/exam."""
+    folder = REPOSITORY / "configs"
+    places = [Path(name), folder / name, folder / "exam" / f"{name}.yaml"]
+    path = next((place for place in places if place.is_file()), places[0])
+    config = load_config(path, ["deterministic=true", "simic.experience=false", *settings])
+    if config.tolaria.scheduler.type != "constant":
+        raise ConfigError(
+            "runs of the exam end by what they spent, before a learning rate that falls with the epochs has fallen",
+            field="tolaria.scheduler.type",
+            remedy="constant",
+        )
+    return config
 
-    found: dict[tuple[str, str], dict[int, ExamCell]] = {}
-    for cell in cells:
-        found.setdefault((cell.task, cell.policy), {})[cell.seed] = cell
-    rows: list[dict[str, Any]] = []
-    goals: list[Goal] = []
-    for (task, policy), own in found.items():
-        test = mean_interval([cell.test for cell in own.values()])
-        row: dict[str, Any] = {
-            "task": task,
-            "policy": policy,
-            "seeds": len(own),
-            "test": round(test.value, 4),
-            "test_95": f"{test.low:.4f} to {test.high:.4f}",
-            "val": round(statistics.fmean(cell.val for cell in own.values()), 4),
-            "flops": round(statistics.fmean(cell.flops for cell in own.values()), 2),
-            "params": round(statistics.fmean(cell.params for cell in own.values())),
-            "tried": round(statistics.fmean(cell.tried for cell in own.values()), 1),
-            "kept": round(statistics.fmean(cell.kept for cell in own.values()), 1),
-            "beyond_heuristic": None,
-            "p": None,
-        }
-        other = found.get((task, "heuristic"))
-        if other is not None and policy != "heuristic":
-            seeds = sorted(own.keys() & other.keys())
-            pairs = [own[seed].test - other[seed].test for seed in seeds]
-            row["beyond_heuristic"] = round(statistics.fmean(pairs), 4)
-            if any(pairs):
-                ours, theirs = ([one[seed].test for seed in seeds] for one in (own, other))
-                row["p"] = round(float(stats.ttest_rel(ours, theirs).pvalue), 4)
-        rows.append(row)
-    for task in dict.fromkeys(cell.task for cell in cells):
-        for better, worse in (("gnn", "heuristic"), ("heuristic", "random")):
-            if (task, better) in found and (task, worse) in found:
-                one, other = found[task, better], found[task, worse]
-                pairs = [one[seed].test - other[seed].test for seed in sorted(one.keys() & other.keys())]
-                goals.append(goal_above(f"{task}: {better} minus {worse}, test", mean_interval(pairs), 0.0))
-    return rows, goals
+
+def _tell(options: argparse.Namespace, learned: tuple[PolicyCard, bytes] | None, rows: list[dict[str, Any]]) -> None:
+    """Writes the table into the card of the learned policy, in place of one that stands there."""
+    if learned is None:
+        raise ConfigError("the table goes to the card of a learned policy", field="--card", remedy="--policies ...,gnn")
+    card, weights = learned
+    own = [row for row in card.results if "exam" not in row]
+    told = [{"exam": f"seeds {options.first} on, {options.flops:g} times the FLOPs", **row} for row in rows]
+    StoredPolicies(Storage.at(options.storage)).put(card.model_copy(update={"results": (*own, *told)}), weights)
+
+
+class Planned:
+    """A controller that decides as for a run of so many epochs, however long it goes on.
+
+    Args:
+        inner: who decides.
+        epochs: of the plan.
+    """
+
+    def __init__(self, inner: Controller, epochs: int) -> None:
+        self._inner, self._epochs = inner, epochs
+
+    def decide(self, state: dict[str, Any], packet: SystemStatePacket) -> tuple[dict[str, Any], AdaptationSignal]:
+        """See `Controller.decide`."""
+        planned = packet.epoch.model_copy(update={"num_epochs": self._epochs})
+        return self._inner.decide(state, packet.model_copy(update={"epoch": planned}))
 
 
 class Exam:
@@ -158,13 +140,17 @@ class Exam:
         self, config: RunConfig, folder: Path, *, flops: float, learned: tuple[PolicyCard, bytes] | None, say: Say
     ) -> None:
         self._config, self._folder, self._flops, self._learned, self._say = config, folder, flops, learned, say
-        self._data: DataSets = load_data(config.data, task=config.task, seed=config.seed)
+        self._data: DataSets = load_data(config.data, task=config.task, seed=config.seed, data_root=data_root())
         self._unit = config.tolaria.epochs * epoch_flops(config, self._data, host_of(config, self._data))
+
+    def cells(self, policies: Sequence[str], seed: int) -> list[ExamCell]:
+        """A cell for each policy, in their order."""
+        return [self.cell(policy, seed) for policy in policies]
 
     def cell(self, policy: str, seed: int) -> ExamCell:
         """The cell, trained if it is not there."""
         config = self._configured(policy, seed)
-        settings = hashlib.sha256(f"{dump_config(config)}{self._flops}".encode()).hexdigest()[:16]
+        settings = _digest(config, self._flops)
         path = self._folder / f"{config.name}-{policy}-{seed}.json"
         if path.is_file():
             known = ExamCell.model_validate_json(path.read_text())
@@ -185,17 +171,18 @@ class Exam:
     def _configured(self, policy: str, seed: int) -> RunConfig:
         config = self._config
         tamiyo = config.tamiyo.model_copy(update={"policy": policy})
-        epochs = config.tolaria.epochs
-        if policy == "none":
-            epochs = round(epochs * self._flops)
+        kasmina = config.kasmina
+        if policy == "none":  # nobody looks at its health
+            kasmina = kasmina.model_copy(update={"telemetry_every": 1 << 30})
         if policy == "schedule" and not tamiyo.schedule:
             raise ConfigError("the exam of `schedule` needs one", field="--set", remedy="--set tamiyo.schedule=[...]")
         if policy == "gnn":
             card, _ = self._policies("gnn")
             gnn = tamiyo.gnn.model_copy(update={"version": card.version})
             tamiyo = tamiyo.model_copy(update={"gnn": gnn})
-        tolaria = config.tolaria.model_copy(update={"epochs": epochs})
-        return config.model_copy(update={"seed": seed, "tamiyo": tamiyo, "tolaria": tolaria})
+        longest = math.ceil(config.tolaria.epochs * self._flops)  # nothing is cheaper than the plain host
+        tolaria = config.tolaria.model_copy(update={"epochs": longest})
+        return config.model_copy(update={"seed": seed, "tamiyo": tamiyo, "tolaria": tolaria, "kasmina": kasmina})
 
     def _train(self, config: RunConfig, policy: str, settings: str) -> ExamCell:
         data = self._data
@@ -215,8 +202,10 @@ class Exam:
         )
         hub, key = None, None
         if policy != "none":
-            hub, key = local_hub(find_sites(model, workload.example, sites=config.kasmina.sites).values(), config)
-        limit = self._flops * self._unit
+            causal = task.name == "language_model"
+            sites = find_sites(model, workload.example, sites=config.kasmina.sites, causal=causal)
+            hub, key = local_hub(sites.values(), config)
+        decider = LocalController(config.tamiyo, seed=config.seed, policies=self._policies)
         with tempfile.TemporaryDirectory(prefix="esper-exam-") as directory:
             summary = train_local(
                 workload,
@@ -225,10 +214,10 @@ class Exam:
                 run_id=f"{config.name}-{policy}-{config.seed}",
                 hub=hub,
                 bus=None,
-                controller=LocalController(config.tamiyo, seed=config.seed, policies=self._policies),
+                controller=Planned(decider, self._config.tolaria.epochs),
                 public_key=key,
                 on_epoch=records.append,
-                stop=lambda: "its FLOPs are spent" if records and records[-1].total_flops >= limit else None,
+                stop=lambda: "its FLOPs are spent" if self._has_spent(records) else None,
             )
         value, metric = summary.metrics, task.metrics[task.headline]
         assert value.val_loss is not None
@@ -248,6 +237,25 @@ class Exam:
             seconds=summary.ledger.seconds.total,
         )
 
+    def _has_spent(self, records: Sequence[EpochRecord]) -> bool:
+        """Whether the end of another epoch like the last would lie farther from the limit than this one does."""
+        if not records:
+            return False
+        spent_before = records[-2].total_flops if len(records) > 1 else 0
+        last = records[-1].total_flops - spent_before
+        return records[-1].total_flops + last / 2 >= self._flops * self._unit
+
+
+def _digest(config: RunConfig, flops: float) -> str:
+    """Of all that a cell hangs on; settings of other policies and of systems that take no part are left out."""
+    whole = config.model_dump(mode="json")
+    parts = ("task", "seed", "data", "host", "budget", "tolaria", "kasmina", "tamiyo")
+    told = {name: whole[name] for name in parts} | {name: whole["tezzeret"][name] for name in ("blueprints", "limits")}
+    for policy in {"schedule", "bandit", "gnn"} - {config.tamiyo.policy}:
+        del told["tamiyo"][policy]
+    text = json.dumps([EXAM, flops, told], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
 
 @torch.no_grad()
 def _judge(model: torch.nn.Module, data: Any, metric: Any, batch_size: int) -> float:
@@ -260,26 +268,23 @@ def _judge(model: torch.nn.Module, data: Any, metric: Any, batch_size: int) -> f
     return total / count
 
 
-def _verdict(cells: Sequence[ExamCell]) -> str:
-    """How many FLOPs the runs of each policy took: who spent less did not lose for want of them."""
-    spent: dict[str, list[float]] = {}
-    for cell in cells:
-        spent.setdefault(cell.policy, []).append(cell.flops)
-    words = ", ".join(f"{policy} {statistics.fmean(flops):.2f}" for policy, flops in spent.items())
-    return f"FLOPs that were spent, in those of the plain host's epochs: {words}."
-
-
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="esper bench tamiyo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", default="digits.yaml", help="configuration files (default digits.yaml)")
-    parser.add_argument("--policies", default="none,random,heuristic,bandit", help=f"some of {','.join(POLICIES)}")
+    parser.add_argument(
+        "--tasks", default=TASKS, help=f"configuration files, or names in configs/exam (default {TASKS})"
+    )
+    parser.add_argument(
+        "--policies", default="none,random,schedule,heuristic,bandit", help=f"some of {','.join(POLICIES)}"
+    )
     parser.add_argument("--seeds", type=int, default=10, help="paired seeds (default 10)")
     parser.add_argument("--first", type=int, default=200_000, help="the first of them; training uses lower ones")
     parser.add_argument("--flops", type=float, default=4.0, help="what a run may spend (default 4.0)")
     parser.add_argument("--version", default="promoted", help="of the gnn policy: a version, or its beginning")
     parser.add_argument("--storage", default="~/.esper", help="where that policy lies")
     parser.add_argument("--out", default="~/.esper/bench/tamiyo", help="folder of the finished cells")
+    parser.add_argument("--markdown", metavar="PATH", help="write the table there, too, for a page")
+    parser.add_argument("--card", action="store_true", help="write the table into the card of the gnn policy")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, may be repeated")
     return parser.parse_args(arguments)
