@@ -1,9 +1,9 @@
-"""`esper policy`: the learned policies of a storage: trains one, lists them, shows one, nominates or promotes one."""
+"""`esper policy`: the learned policies of a storage: gathers experience, trains, lists, shows, nominates, promotes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +58,86 @@ def train(
         typer.echo(f"use it: esper policy nominate {result['version'][:12]}, or promote, then tamiyo.policy=gnn")
 
 
+@policy_app.command("gather")
+def gather(
+    config: Annotated[Path, typer.Argument(help="A run's YAML file, such as configs/digits_mlp.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE...", help="Settings of the runs, such as tolaria.epochs=20."),
+    ] = None,
+    policies: Annotated[
+        str, typer.Option("--policies", help="Who decides; one named twice plays twice.")
+    ] = "none,random,random,heuristic,bandit",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each policy.")] = 4,
+    first: Annotated[int, typer.Option("--first", min=0, help="The first seed.")] = 0,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> None:
+    """Play runs here, without Ray, and log their decisions: experience to train a policy from.
+
+    Those that are logged already are not played again.
+    """
+    from esper.config import load_config
+    from jobs.gather import gather as play
+
+    settings = ["deterministic=true", "simic.experience=true", *(overrides or []), f"storage={storage}"]
+    loaded = load_config(config, settings)
+    num = play(loaded, policies.split(","), range(first, first + seeds), say=lambda line: typer.echo(line, err=as_json))
+    print_json({"played": num}) if as_json else typer.echo(f"{num} runs are logged in {storage}")
+
+
+@policy_app.command("offline")
+def offline(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE...", help="Settings, such as weighting=none updates=8; see OfflineConfig."),
+    ] = None,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> None:
+    """Train a policy from the logged runs of a storage alone: it plays none."""
+    from esper.simic.experience import Experience
+    from esper.simic.offline import OfflineConfig, train_offline
+    from esper.storage import Storage as Place
+    from jobs.train_tamiyo import parsed
+
+    config = parsed(OfflineConfig, {}, overrides or [])
+    history: list[dict[str, Any]] = []
+
+    def told(row: dict[str, Any]) -> None:
+        history.append(row)
+        typer.echo(_in_words(row), err=as_json)
+
+    episodes = [*Experience(Place.at(storage)).episodes(policies=config.policies or None)]
+    card, weights = train_offline(episodes, config, told=told)
+    version = _store(storage).put(card, weights)
+    if as_json:
+        print_json({"version": version, "history": history})
+    else:
+        typer.echo(f"policy {version}")
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    """A step of a training from logged runs."""
+    match row["stage"]:
+        case "judged":
+            totals = ", ".join(f"{policy} {own['mean']:+.3f} ({own['runs']})" for policy, own in row["totals"].items())
+            return f"{row['runs']} of {row['of']} logged runs can be compared; what they came to: {totals}"
+        case "cloned":
+            judged = row["held_out"] or row["learned"]
+            whose = "held out" if row["held_out"] else "that it learned from"
+            return f"cloned: the same choice in {judged['same']:.0%} of {judged['num']} {whose}"
+        case "weighted":
+            return f"imitated by advantage: the runs count as {row['effective']:.0%} of their number"
+        case _ if not row["runs"]:
+            return row["words"]
+        case _:
+            return (
+                f"update {row['update']}: {row['runs']} runs, worth {row['effective']:.0%} of fresh ones, "
+                f"KL {row['kl']:.4f}, entropy {row['entropy']:.2f}, value loss {row['value']:.4f}"
+            )
+
+
 @policy_app.command("ls")
 def ls(storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
     """List policies, oldest first."""
@@ -108,8 +188,8 @@ def show(policy: PolicyArg = "promoted", storage: Storage = DEFAULT_STORAGE, as_
         "notes": card.notes,
     }
     typer.echo(fields(values))
-    if card.results:
-        typer.echo(f"\n{table(list(card.results), '')}")
+    for rows in _alike(card.results):
+        typer.echo(f"\n{table(rows, '')}")
 
 
 @policy_app.command("nominate")
@@ -176,6 +256,14 @@ def _noted(read: Callable[[], str | None]) -> str | None:
     except TamperedError as error:
         typer.echo(f"esper: {error}", err=True)
         return None
+
+
+def _alike(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows by the exam that they are of: those of one table have the same keys."""
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row), []).append(row)
+    return list(found.values())
 
 
 def _store(storage: str) -> Any:

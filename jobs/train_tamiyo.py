@@ -8,14 +8,17 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from esper.leyline.errors import ConfigError, EsperError, UserError
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from esper.simic.settings import TrainTamiyoConfig
 
 Say = Callable[[str], None]
+Form = TypeVar("Form", bound="BaseModel")
 
 
 def load(path: Path, overrides: Sequence[str]) -> TrainTamiyoConfig:
@@ -25,7 +28,6 @@ def load(path: Path, overrides: Sequence[str]) -> TrainTamiyoConfig:
         ConfigError: names the file, or the key and what is wrong with it.
     """
     import yaml
-    from pydantic import ValidationError
 
     from esper.simic.settings import TrainTamiyoConfig
 
@@ -35,10 +37,21 @@ def load(path: Path, overrides: Sequence[str]) -> TrainTamiyoConfig:
             raise ConfigError(f"{path} holds no settings", field="--config")
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {path}: {error}", field="--config") from error
+    return parsed(TrainTamiyoConfig, values, overrides)
+
+
+def parsed(form: type[Form], values: dict[str, Any], overrides: Sequence[str]) -> Form:
+    """Returns a configuration of this form, from a file's values and settings that go before them.
+
+    Raises:
+        ConfigError: names the key and what is wrong with it.
+    """
+    from pydantic import ValidationError
+
     for text in overrides:
         _set(values, text)
     try:
-        return TrainTamiyoConfig.model_validate(values)
+        return form.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(first["msg"], field=".".join(map(str, first["loc"]))) from error

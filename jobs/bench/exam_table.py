@@ -62,22 +62,21 @@ def compare(cells: Sequence[ExamCell]) -> tuple[list[dict[str, Any]], list[Goal]
 def markdown(rows: Sequence[Mapping[str, Any]], goals: Sequence[Goal]) -> str:
     """The same for a page: a line for each row, then the goals in words."""
     lines = [
-        "| task | policy | test | 95% | val | 95% | FLOPs | parameters | tried | kept | beyond | p |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| task | policy | seeds | test (95%) | val (95%) | FLOPs | parameters | tried | kept | beyond (95%) | p |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     before = None
     for row in rows:
         beyond, p = "", ""
         if row["beyond"] is not None:
-            beyond = f"{_points(row['beyond'])} ({row['beyond_95']}) {row['against']}"
+            beyond = f"{row['against']} {_points(row['beyond'])} ({row['beyond_95']})"
             p = "" if row["p"] is None else f"{row['p']:.2g}"
         cells = (
             row["task"] if row["task"] != before else "",
             row["policy"],
-            f"{row['test']:.2%}",
-            _percents(row["test_95"]),
-            f"{row['val']:.2%}",
-            _percents(row["val_95"]),
+            str(row["seeds"]),
+            f"{row['test']:.1%} ({_percents(row['test_95'])})",
+            f"{row['val']:.1%} ({_percents(row['val_95'])})",
             f"{row['flops']:.2f}",
             str(row["params"]),
             f"{row['tried']:g}",
@@ -179,4 +178,4 @@ def _points(difference: float) -> str:
 
 def _percents(interval: str) -> str:
     low, high = interval.split(" to ")
-    return f"{float(low):.2%} to {float(high):.2%}"
+    return f"{100 * float(low):.1f} to {100 * float(high):.1f}"

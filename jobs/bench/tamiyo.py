@@ -2,9 +2,9 @@
 
 A cell is (task, policy, seed): a real training that ends when all that it spent (host, shadows, telemetry, validation)
 has come to `--flops` times what the plain host costs for the configured epochs, to the nearest epoch. Policies decide
-as for a run of the configured epochs (no growth begins after 70% of those); who grew little trains on for longer, `none`
-longest, and it pays for no telemetry. Seeds are paired: the same host weights, split and order of samples. Finished
-cells are kept below `--out` and not computed again, so the exam can be broken off at any time.
+as for a run of the configured epochs (no growth begins after 70% of those); who grew little trains on for longer,
+`none` longest, and it pays for no telemetry. Seeds are paired: the same host weights, split and order of samples.
+Finished cells are kept below `--out` and not computed again, so the exam can be broken off at any time.
 
 Each run begins with an empty storage, so the bandit knows what this run taught it, and no more. Test data are looked at
 once a run, after its end; no gate and no policy sees them.

@@ -10,9 +10,16 @@ from esper.storage import Storage
 from esper.tamiyo.net import NetShape, PolicyNet
 from esper.tamiyo.observation import OBSERVATION_VERSION
 from esper.urza.policies import StoredPolicies
-from jobs.bench.tamiyo import ExamCell, compare, main
+from jobs.bench.exam_table import ExamCell, compare, markdown, over_all
+from jobs.bench.harness import mean_interval
+from jobs.bench.tamiyo import TASKS, _config, main
 
-QUICK = ["tolaria.epochs=4", "tolaria.batch_size=128", "tezzeret.blueprints=[mlp_adapter,conv_light]"]
+QUICK = [
+    "tolaria.epochs=4",
+    "tolaria.batch_size=128",
+    "tamiyo.warmup_epochs=0",
+    "tezzeret.blueprints=[mlp_adapter,conv_light]",
+]
 SETTINGS = [word for text in QUICK for word in ("--set", text)]
 
 
@@ -35,11 +42,40 @@ def test_policies_are_compared_by_pairs_of_seeds():
     cells = [cell(policy, seed, test) for policy, found in tests.items() for seed, test in enumerate(found)]
     rows, goals = compare(cells)
     by_policy = {row["policy"]: row for row in rows}
-    assert by_policy["gnn"]["beyond_heuristic"] == pytest.approx(0.025)
+    assert by_policy["gnn"]["against"] == "heuristic"
+    assert by_policy["gnn"]["beyond"] == pytest.approx(0.025)
     assert by_policy["gnn"]["p"] < 0.01  # though the policies' own spread is ten times the difference
-    assert by_policy["random"]["p"] is None  # the same in every pair: nothing to test
-    assert [goal.met for goal in goals] == [True, False]
-    assert [goal.name for goal in goals] == ["t: gnn minus heuristic, test", "t: heuristic minus random, test"]
+    assert by_policy["heuristic"]["against"] == "random"
+    assert by_policy["heuristic"]["p"] is None  # the same in every pair: nothing to test
+    met = {goal.name: goal.met for goal in goals}
+    assert met == {
+        "t: gnn no worse than heuristic, test": True,
+        "all tasks: gnn better than heuristic, test": True,
+        "t: heuristic no worse than random, test": True,
+        "all tasks: heuristic better than random, test": False,  # no better either
+    }
+    page = markdown(rows, goals)
+    assert "| t | heuristic | 4 | 67.5% (" in page
+    assert "+2.50" in page
+    assert page.count("not met") == 1
+
+
+def test_without_the_heuristic_a_policy_is_laid_beside_random():
+    tests = {"random": [0.5, 0.6, 0.9], "gnn": [0.4, 0.7, 0.7]}
+    rows, goals = compare(
+        [cell(policy, seed, test) for policy, found in tests.items() for seed, test in enumerate(found)]
+    )
+    assert {row["policy"]: row["against"] for row in rows} == {"random": None, "gnn": "random"}
+    assert [goal.met for goal in goals] == [False, False]
+
+
+def test_over_all_tasks_each_counts_the_same():
+    first, second = [0.1, 0.2, 0.3], [0.0, 0.02]
+    both = over_all([first, second])
+    assert both.value == pytest.approx((0.2 + 0.01) / 2)
+    assert over_all([first]).low == pytest.approx(mean_interval(first).low)  # one task: Student's own interval
+    assert both.low < both.value < both.high
+    assert over_all([[0.1, 0.1], [0.3, 0.3]]).half_width == 0.0
 
 
 @pytest.fixture
@@ -67,8 +103,10 @@ def test_the_exam_goes_on_where_it_was_broken_off(policy, tmp_path):
     cells = [ExamCell.model_validate_json(path.read_text()) for path in out.glob("*.json")]
     assert len(cells) == 20
     none = [one for one in cells if one.policy == "none"]
-    assert all(one.tried == 0 and one.epochs > 4 for one in none)  # it trains on until it has spent as much
-    assert all(1.5 < one.flops < 2.6 for one in none)
+    assert all(one.tried == 0 and one.epochs == 8 for one in none)  # it trains on until it has spent as much
+    assert all(one.flops == pytest.approx(2.0, abs=0.05) for one in none)
+    assert all(1.5 < one.flops < 2.5 for one in cells)
+    assert any(one.tried for one in cells)
     assert all(0.0 <= one.test <= 1.0 for one in cells)
     other = [*common, "--set", "tolaria.optimizer.lr=0.01"]
     said.clear()
@@ -76,11 +114,32 @@ def test_the_exam_goes_on_where_it_was_broken_off(policy, tmp_path):
     assert len(said) == 2  # cells of other settings are not taken over
 
 
+def test_the_table_goes_to_the_card_of_the_learned_policy(policy, tmp_path):
+    page = tmp_path / "table.md"
+    common = ["--seeds", "2", "--flops", "1.0", "--out", str(tmp_path / "cells"), *SETTINGS, *policy]
+    tasks = ["--tasks", "digits_mlp.yaml", "--policies", "random,gnn"]
+    for _ in range(2):  # the second time in place of the first
+        main([*tasks, *common, "--card", "--markdown", str(page)], lambda line: None)
+        card, _ = StoredPolicies(Storage.at(tmp_path / "storage")).get(policy[-1])
+        assert [row["policy"] for row in card.results] == ["random", "gnn"]
+    assert "| digits-mlp | random | 2 |" in page.read_text()
+    with pytest.raises(ConfigError, match="card"):
+        main(["--tasks", "digits_mlp.yaml", "--policies", "none", *common, "--card"], lambda line: None)
+
+
+def test_each_task_of_the_exam_can_be_grown_by_its_schedule():
+    for name in TASKS.split(","):
+        config = _config(name, [])
+        assert config.tamiyo.schedule
+        assert config.budget.flops == 4.0  # what has grown can train for the epochs that are planned
+
+
 def test_what_is_wrong_is_said(tmp_path):
     for arguments, words in (
         (["--policies", "oracle"], "oracle"),
         (["--seeds", "1"], "two seeds"),
-        (["--policies", "schedule", "--seeds", "2", "--out", str(tmp_path)], "schedule"),
+        (["--policies", "schedule", "--tasks", "digits_mlp.yaml", "--out", str(tmp_path)], "schedule"),
+        (["--set", "tolaria.scheduler.type=cosine", "--out", str(tmp_path)], "rate"),
     ):
         with pytest.raises(ConfigError, match=words):
             main(arguments, lambda line: None)

@@ -100,6 +100,33 @@ def test_show_names_what_it_came_to(storage, versions):
     assert versions[1] in run("show")
 
 
+def test_show_keeps_the_tables_of_different_exams_apart(storage, versions):
+    store = StoredPolicies(storage)
+    card, weights = store.get(versions[0])
+    told = card.model_copy(update={"results": (*card.results, {"exam": "held out", "policy": "random", "test": 0.5})})
+    store.put(told, weights)
+    shown = run("show", versions[0])
+    assert "gnn" in shown
+    assert "held out" in shown
+
+
+def test_runs_are_gathered_once_and_a_policy_comes_of_them_alone(storage):
+    quick = ["tolaria.epochs=4", "tolaria.batch_size=128", "tezzeret.blueprints=[mlp_adapter]", "name=quick"]
+    common = ["gather", "configs/digits_mlp.yaml", *quick, "--policies", "none,random,random", "--json"]
+    for seeds in ("1", "2"):  # the second time those of the second seed alone
+        *_, told = run(*common, "--seeds", seeds).partition("{")
+        assert json.loads("{" + told) == {"played": 3}
+    small = ["net.hidden=8", "net.heads=2", "net.layers=1", "imitation.epochs=1", "name=small"]
+    version = run("offline", *small).splitlines()[-1].removeprefix("policy ")
+    shown = json.loads(run("show", version, "--json"))
+    assert shown["name"] == "small"
+    assert set(shown["trained_on"]["runs"]) == {
+        f"quick-{who}" for who in ("none-0", "random-0", "random-0-1", "none-1", "random-1", "random-1-1")
+    }
+    with pytest.raises(ConfigError, match="temperature"):
+        run("offline", "temperature=-1")
+
+
 def test_where_there_is_none_it_says_what_to_do(storage):
     assert "esper policy train" in run("ls")
     with pytest.raises(NotFoundError, match="no policy was promoted"):

@@ -1,0 +1,88 @@
+"""Gathers experience: plays runs in this process, one after the other, and logs their decisions to a storage."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from esper.config import RunConfig
+from jobs.environment import data_root
+
+
+def gather(config: RunConfig, policies: Sequence[str], seeds: Sequence[int], *, say: Callable[[str], None]) -> int:
+    """Plays a run for each policy and seed, and returns how many were played: those that are logged are not again.
+
+    Args:
+        config: of the runs; `storage` is where experience goes. The run is known by `name`, policy and seed.
+        policies: one that is named twice is played twice, with other draws.
+        seeds: of host weights and order of samples, the same for all policies.
+        say: takes a line for each run.
+
+    Raises:
+        EsperError: if a run fails.
+    """
+    from esper.data import load_data
+    from esper.simic.experience import Experience
+    from esper.storage import Storage
+
+    storage = Storage.at(config.storage, config.storage_options)
+    storage.check_writable()
+    data = load_data(config.data, task=config.task, seed=config.seed, data_root=data_root())
+    known = {episode.about.run_id for episode in Experience(storage).episodes()}
+    num = 0
+    for seed in seeds:
+        for i, policy in enumerate(policies):
+            draw = policies[:i].count(policy)
+            run_id = f"{config.name}-{policy}-{seed}" + (f"-{draw}" if draw else "")
+            if run_id in known:
+                continue
+            tamiyo = config.tamiyo.model_copy(update={"policy": policy})
+            own = config.model_copy(update={"seed": seed, "tamiyo": tamiyo})
+            loss = _play(own, data, storage, run_id, draw)
+            num += 1
+            say(f"{run_id}: validation loss {loss:.4f}")
+    return num
+
+
+def _play(config: RunConfig, data: Any, storage: Any, run_id: str, draw: int) -> float:
+    from esper.api import local_hub, train_local
+    from esper.hosts import build_host
+    from esper.kasmina.sites import find_sites
+    from esper.leyline import StorageError
+    from esper.simic.experience import ExperienceWriter, about_run
+    from esper.tamiyo import LocalController
+    from esper.tolaria.schedules import optimizer_factory, scheduler_factory
+    from esper.tolaria.task import resolve_task
+    from esper.tolaria.workload import Workload, example_of
+
+    workload = Workload(
+        model=build_host(config.host, input_shape=data.input_shape, num_outputs=data.num_outputs, seed=config.seed),
+        example=example_of(data.train),
+        train=data.train,
+        val=data.val,
+        test=None,  # nothing that learns sees it
+        task=resolve_task(config.task),
+        optimizer=optimizer_factory(config.tolaria.optimizer),
+        scheduler=scheduler_factory(config.tolaria.scheduler),
+    )
+    causal = config.task == "language_model"
+    sites = find_sites(workload.model, workload.example, sites=config.kasmina.sites, causal=causal)
+    hub, key = (None, None) if config.tamiyo.policy == "none" else local_hub(sites.values(), config)
+    with tempfile.TemporaryDirectory(prefix="esper-gather-") as directory:
+        summary = train_local(
+            workload,
+            config,
+            directory=directory,
+            run_id=run_id,
+            hub=hub,
+            bus=None,
+            controller=LocalController(config.tamiyo, seed=config.seed + 7919 * draw),
+            public_key=key,
+            experience=ExperienceWriter(storage, about_run(config, run_id), config.simic),
+        )
+    lost = [words for words in summary.went_without if "experience" in words]
+    if lost:
+        raise StorageError("; ".join(lost), field="storage")
+    assert summary.metrics.val_loss is not None
+    return summary.metrics.val_loss
