@@ -148,7 +148,7 @@ def _beside(task: str, policy: str, found: Found) -> dict[str, Any]:
     row |= {"against": against, "beyond": round(figure.value, 4)}
     row["beyond_95"] = f"{_points(figure.low)} to {_points(figure.high)}"
     if any(pair != pairs[0] for pair in pairs):
-        row["p"] = round(float(stats.ttest_1samp(pairs, 0.0).pvalue), 5)
+        row["p"] = round(float(stats.ttest_rel(pairs, [0.0] * len(pairs)).pvalue), 5)
     return row
 
 
