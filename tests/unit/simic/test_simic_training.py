@@ -158,7 +158,9 @@ class Twinless:
 
 
 def test_an_episode_whose_twin_was_not_played_is_left_out_and_counted(player, tmp_path, caplog):
-    training = train(CONFIG.model_copy(update={"judged": 0, "warm_up": 0}), Storage.at(tmp_path), Twinless(player))
+    two_seeds = CONFIG.rollout.model_copy(update={"draws": 1})
+    config = CONFIG.model_copy(update={"judged": 0, "warm_up": 0, "rollout": two_seeds})
+    training = train(config, Storage.at(tmp_path), Twinless(player))
     training.run()
     update = next(row for row in training.history if row["stage"] == "ppo")
     assert (update["episodes"], update["failed"]) == (1, 1)

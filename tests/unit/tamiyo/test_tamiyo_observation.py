@@ -224,4 +224,6 @@ def test_a_choice_that_the_masks_do_not_hold_is_none():
     assert choice_of(view_of(seen, narrow), signal) is None
     assert choice_of(view_of(seen, config), signal).operation is Operation.GERMINATE
     direct = signal.commands[0].model_copy(update={"strategy": BlendStrategy.DIRECT})
-    assert choice_of(view_of(seen, config), signal.model_copy(update={"commands": (direct,)})) is None
+    ramps = config.model_copy(update={"gnn": config.gnn.model_copy(update={"strategies": (BlendStrategy.RAMP,)})})
+    assert choice_of(view_of(seen, ramps), signal).operation is Operation.GERMINATE
+    assert choice_of(view_of(seen, ramps), signal.model_copy(update={"commands": (direct,)})) is None
