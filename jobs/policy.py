@@ -1,4 +1,4 @@
-"""`esper policy`: the learned policies of a storage: gathers experience, trains, lists, shows, nominates, promotes."""
+"""`esper policy`: the learned policies of a storage: gathers experience, trains, lists, shows, copies, chooses."""
 
 from __future__ import annotations
 
@@ -190,6 +190,27 @@ def show(policy: PolicyArg = "promoted", storage: Storage = DEFAULT_STORAGE, as_
     typer.echo(fields(values))
     for rows in _alike(card.results):
         typer.echo(f"\n{table(rows, '')}")
+
+
+@policy_app.command("copy")
+def copy(
+    policy: Annotated[
+        str, typer.Argument(metavar="POLICY", help="Its version there, a beginning of it, or `promoted`.")
+    ],
+    source: Annotated[str, typer.Option("--from", help="The storage that holds it, such as configs.")],
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> None:
+    """Copy a policy from another storage into this one; nothing uses it until it is nominated, promoted or named."""
+    from esper.leyline.policies import find_policy
+
+    there = _store(source)
+    card, weights = there.get(find_policy(there, policy))
+    version = _store(storage).put(card, weights)
+    if as_json:
+        print_json({"version": version, "from": source})
+    else:
+        typer.echo(f"policy {version}\nuse it: tamiyo.policy=gnn tamiyo.gnn.version={version[:12]}")
 
 
 @policy_app.command("nominate")

@@ -69,8 +69,9 @@ def markdown(rows: Sequence[Mapping[str, Any]], goals: Sequence[Goal]) -> str:
     for row in rows:
         beyond, p = "", ""
         if row["beyond"] is not None:
-            beyond = f"{row['against']} {_points(row['beyond'])} ({row['beyond_95']})"
-            p = "" if row["p"] is None else f"{row['p']:.2g}"
+            low, high = (_points(float(end)) for end in row["beyond_95"].split(" to "))
+            beyond = f"{row['against']} {_points(row['beyond'])} ({low} to {high})"
+            p = "" if row["p"] is None else f"{row['p']:g}"
         cells = (
             row["task"] if row["task"] != before else "",
             row["policy"],
@@ -146,9 +147,9 @@ def _beside(task: str, policy: str, found: Found) -> dict[str, Any]:
     pairs = _pairs(found[task, policy], found[task, against])
     figure = mean_interval(pairs)
     row |= {"against": against, "beyond": round(figure.value, 4)}
-    row["beyond_95"] = f"{_points(figure.low)} to {_points(figure.high)}"
+    row["beyond_95"] = f"{figure.low:+.4f} to {figure.high:+.4f}"
     if any(pair != pairs[0] for pair in pairs):
-        row["p"] = round(float(stats.ttest_rel(pairs, [0.0] * len(pairs)).pvalue), 5)
+        row["p"] = float(f"{stats.ttest_rel(pairs, [0.0] * len(pairs)).pvalue:.2g}")
     return row
 
 

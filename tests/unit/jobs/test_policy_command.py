@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -10,15 +11,18 @@ import torch
 from typer.testing import CliRunner
 
 from esper.config import CanaryConfig
-from esper.leyline.errors import ConfigError, NotFoundError
+from esper.leyline.errors import ConfigError, NotFoundError, TamperedError
 from esper.leyline.policies import PolicyCard
 from esper.storage import Storage
 from esper.tamiyo.deciders import Steps
+from esper.tamiyo.observation import OBSERVATION_VERSION
 from esper.tamiyo.shelf import Shelf
 from esper.urza.policies import StoredPolicies
 from jobs.cli import app
 from jobs.policy import _complete_policy
 from jobs.train_tamiyo import in_words, load, main
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -45,6 +49,30 @@ def versions(storage):
 def run(*arguments):
     done = CliRunner().invoke(app, ["policy", *arguments], catch_exceptions=False, standalone_mode=False)
     return done.output
+
+
+def test_a_policy_is_copied_from_another_storage_whole_or_not_at_all(tmp_path, storage, versions, monkeypatch):
+    own = tmp_path / "own"
+    monkeypatch.setenv("ESPER_STORAGE", str(own))
+    assert json.loads(run("copy", versions[1][:10], "--from", str(storage.local), "--json"))["version"] == versions[1]
+    assert [row["version"] for row in json.loads(run("ls", "--json"))] == [versions[1]]
+    assert StoredPolicies(Storage.at(own)).get(versions[1]) == StoredPolicies(storage).get(versions[1])
+    (storage.local / "policies" / versions[0] / "weights.safetensors").write_bytes(b"torn")
+    with pytest.raises(TamperedError, match="are not its own"):
+        run("copy", versions[0], "--from", str(storage.local))
+    assert [row["version"] for row in json.loads(run("ls", "--json"))] == [versions[1]]
+
+
+def test_the_policy_that_is_shipped_is_whole_and_says_what_it_came_to(tmp_path, monkeypatch):
+    from esper.tamiyo.net import NetShape, PolicyNet
+
+    monkeypatch.setenv("ESPER_STORAGE", str(tmp_path))
+    (shipped,) = StoredPolicies(Storage.at(ROOT / "configs")).ls()
+    run("copy", shipped.version, "--from", str(ROOT / "configs"))
+    card, weights = StoredPolicies(Storage.at(tmp_path)).get(shipped.version)
+    assert card.observation_version == OBSERVATION_VERSION
+    PolicyNet.from_bytes(weights, NetShape.model_validate(card.shape))
+    assert {row["policy"] for row in card.results if "policy" in row} >= {"none", "random", "heuristic", "gnn"}
 
 
 def test_ls_and_promote(storage, versions):
