@@ -399,9 +399,10 @@ class GnnConfig(Section):
     version: Annotated[str, Field(pattern=r"^(promoted|[0-9a-f]{6,64})$")] = "promoted"
     """Which one: a version, the beginning of one, or the one that is promoted when the run starts. The run's saved
     configuration names the version it came to."""
-    max_uncertainty: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    """Where the network's own forecast of what comes of its choice is less certain than this, it waits. 0 is certain,
-    0.5 as uncertain as knowing nothing but how such choices went on the average. null asks for no certainty."""
+    max_uncertainty: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = 0.75
+    """Where the network's own forecast of what comes of its choice is less certain than this, it waits, and where that
+    was never measured. 0 is certain, 0.5 as uncertain as knowing nothing but how such choices went on the average, 0.75
+    three times as far off. null asks for no certainty."""
     min_confidence: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.3
     """Where `choice` is `likeliest`, it also waits where what it would do has a probability below this."""
     top_k: Annotated[int, Field(ge=1, le=64)] = 16

@@ -116,7 +116,7 @@ _BATCH = TypeAdapter(list[OonaMessage])
 
 
 def encode(messages: Sequence[OonaMessage]) -> bytes:
-    """Encodes a whole batch at once (one object at a time costs ten times as much)."""
+    """Encodes a whole batch as one JSON list."""
     return _BATCH.dump_json(list(messages))
 
 

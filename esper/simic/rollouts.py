@@ -263,7 +263,8 @@ class Player:
             task = self._tasks[number]
             data = load_data(task.data, task=task.task, seed=task.seed)
             model = build_host(task.host, input_shape=data.input_shape, num_outputs=data.num_outputs, seed=task.seed)
-            sites = find_sites(model, example_of(data.train), sites=task.kasmina.sites)
+            causal = task.task == "language_model"
+            sites = find_sites(model, example_of(data.train), sites=task.kasmina.sites, causal=causal)
             self._made[number] = (data, *local_hub(sites.values(), task))
         return self._made[number]
 
