@@ -140,7 +140,9 @@ class Tamiyo:
         return shelf.view().model_dump_json()
 
     def about(self) -> dict[str, Any]:
-        """Returns its code's digest, process id, decisions so far, and whether torch came into the process."""
+        """Returns its code's digest, process id, decisions so far, whether torch came into the process, and the process
+        of Serve's controller as it was seen last; None before it was.
+        """
         return {
             "code": self._code,
             "pid": os.getpid(),
@@ -148,6 +150,7 @@ class Tamiyo:
             "batches": self._batching.num_batches,
             "largest_batch": self._batching.largest,
             "imports_torch": "torch" in sys.modules,
+            "serve_controller": self._controller,
         }
 
     # ---------------------------------------------------------------- in the deciding thread

@@ -154,7 +154,10 @@ def test_a_replica_and_a_controller_that_were_killed_are_an_event(desk, bus, pre
     """Callers notice neither: who else should say it?"""
     subscription = bus.listen([Topic.POLICIES])
     desk.policies()
-    time.sleep(2.0)  # it has looked at Serve's controller before
+    deadline = time.monotonic() + 60
+    while desk._asking.ask(lambda handle: handle.about.remote(), 30.0)["serve_controller"] is None:
+        assert time.monotonic() < deadline  # who never saw the one before cannot tell that there is another
+        time.sleep(0.1)
     victims = [row["name"] for row in ray.util.list_named_actors(all_namespaces=True) if row["name"].startswith(prefix)]
     for name in victims:
         ray.kill(ray.get_actor(name, namespace="serve"), no_restart=False)
