@@ -53,6 +53,7 @@ from torch import nn
 from esper import kasmina
 from esper.config import Budget, RunConfig, parse_config
 from esper.kasmina.breaker import Breaker, guarded
+from esper.kasmina.sites import find_sites
 from esper.leyline.chains import Tail
 from esper.leyline.errors import ConfigError, NotFoundError, SiteError
 from esper.leyline.experience import ExperienceLog, NoExperience
@@ -664,6 +665,23 @@ def local_hub(
         while not isinstance(turn, Idle):
             turn = work_once(hub, builder, worker="local", private_key=key)
     return hub, key.public_key().public_bytes_raw()
+
+
+def local_hub_of(model: nn.Module, example: tuple[Any, ...], config: RunConfig) -> tuple[AssetHub, bytes]:
+    """As `local_hub`, with kernels for the very sites that a run of this model looks for.
+
+    Args:
+        model: not yet wrapped.
+        example: its positional inputs.
+        config: of the run.
+
+    Raises:
+        SiteError: if it has no site.
+        ConfigError: see `local_hub`.
+    """
+    causal = config.task == "language_model"
+    sites = find_sites(model, example, sites=config.kasmina.sites, causal=causal)
+    return local_hub(sites.values(), config)
 
 
 def request_kernels(hub: AssetHub, signatures: Iterable[SiteSignature], config: RunConfig, submitted_by: str) -> None:

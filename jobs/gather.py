@@ -46,9 +46,8 @@ def gather(config: RunConfig, policies: Sequence[str], seeds: Sequence[int], *, 
 
 
 def _play(config: RunConfig, data: Any, storage: Any, run_id: str, draw: int) -> float:
-    from esper.api import local_hub, train_local
+    from esper.api import local_hub_of, train_local
     from esper.hosts import build_host
-    from esper.kasmina.sites import find_sites
     from esper.leyline import StorageError
     from esper.simic.experience import ExperienceWriter, about_run
     from esper.tamiyo import LocalController
@@ -66,9 +65,8 @@ def _play(config: RunConfig, data: Any, storage: Any, run_id: str, draw: int) ->
         optimizer=optimizer_factory(config.tolaria.optimizer),
         scheduler=scheduler_factory(config.tolaria.scheduler),
     )
-    causal = config.task == "language_model"
-    sites = find_sites(workload.model, workload.example, sites=config.kasmina.sites, causal=causal)
-    hub, key = (None, None) if config.tamiyo.policy == "none" else local_hub(sites.values(), config)
+    bare = config.tamiyo.policy == "none"
+    hub, key = (None, None) if bare else local_hub_of(workload.model, workload.example, config)
     with tempfile.TemporaryDirectory(prefix="esper-gather-") as directory:
         summary = train_local(
             workload,

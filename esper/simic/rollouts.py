@@ -253,19 +253,16 @@ class Player:
 
     def _prepared(self, number: int) -> tuple[Any, Any, bytes]:
         """Data, hub and public key of a task. The data's split is that of the task's own seed, for all its episodes."""
-        from esper.api import local_hub
+        from esper.api import local_hub_of
         from esper.data import load_data
         from esper.hosts import build_host
-        from esper.kasmina.sites import find_sites
         from esper.tolaria.workload import example_of
 
         if number not in self._made:
             task = self._tasks[number]
             data = load_data(task.data, task=task.task, seed=task.seed)
             model = build_host(task.host, input_shape=data.input_shape, num_outputs=data.num_outputs, seed=task.seed)
-            causal = task.task == "language_model"
-            sites = find_sites(model, example_of(data.train), sites=task.kasmina.sites, causal=causal)
-            self._made[number] = (data, *local_hub(sites.values(), task))
+            self._made[number] = (data, *local_hub_of(model, example_of(data.train), task))
         return self._made[number]
 
 

@@ -23,10 +23,9 @@ from typing import Any
 
 import torch
 
-from esper.api import local_hub, train_local
+from esper.api import local_hub_of, train_local
 from esper.config import RunConfig, load_config
 from esper.data import DataSets, load_data
-from esper.kasmina.sites import find_sites
 from esper.leyline import AdaptationSignal, Controller, EpochRecord, Outcome, PolicyCard, SystemStatePacket
 from esper.leyline.errors import ConfigError, DataError
 from esper.leyline.policies import find_policy
@@ -202,9 +201,7 @@ class Exam:
         )
         hub, key = None, None
         if policy != "none":
-            causal = task.name == "language_model"
-            sites = find_sites(model, workload.example, sites=config.kasmina.sites, causal=causal)
-            hub, key = local_hub(sites.values(), config)
+            hub, key = local_hub_of(model, workload.example, config)
         decider = LocalController(config.tamiyo, seed=config.seed, policies=self._policies)
         with tempfile.TemporaryDirectory(prefix="esper-exam-") as directory:
             summary = train_local(
