@@ -118,6 +118,7 @@ def connected(*, dashboard: bool = True, metadata: Mapping[str, str] | None = No
             f"Ray did not start or answer at {where}: {' '.join(str(error).split())[:300]}",
             remedy="try again on a less busy machine; on a cluster check RAY_ADDRESS and RAY_AUTH_MODE=token",
         ) from error
+    _forget_serve()  # of a Ray that somebody left by `ray.shutdown` alone
     try:
         _tell_submission(metadata)
         yield Cluster(owned=not joining, dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None)
@@ -139,9 +140,21 @@ def disconnect() -> None:
     try:
         gc.collect()
         ray.shutdown()
+        _forget_serve()
     finally:
         if was_on:
             gc.enable()
+
+
+def _forget_serve() -> None:
+    """Drops the handle of Serve's controller that Ray keeps for this process.
+
+    Ray tells a handle of an earlier session by its job's id, and the first job of every Ray has the same one: on the
+    next Ray that this process starts, Serve would count as running there while nobody has started it (Ray 2.60).
+    """
+    context = sys.modules.get("ray.serve.context")
+    if context is not None:
+        context._set_global_client(None)  # noqa: SLF001 - nothing public forgets it without ending Serve
 
 
 def _worker_environment() -> dict[str, str]:

@@ -93,7 +93,7 @@ def start_serve(http: HttpConfig, *, timeout_s: float = 60.0) -> None:
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         with tamiyo.DEPLOYING:
-            if _runs():
+            if serve_runs():
                 return
             _check_port(http)
             serve.start(
@@ -154,7 +154,7 @@ def undeploy(storage: Storage, *, timeout_s: float = 30.0) -> None:
     def take_down() -> None:
         from ray import serve
 
-        if _runs() and app_name(storage) in serve.status().applications:
+        if serve_runs() and app_name(storage) in serve.status().applications:
             serve.delete(app_name(storage))
 
     if ray.is_initialized():
@@ -243,7 +243,8 @@ def _check_port(http: HttpConfig) -> None:
             ) from error
 
 
-def _runs() -> bool:
+def serve_runs() -> bool:
+    """Whether Ray Serve runs on the cluster that this process is connected to."""
     from ray.serve.context import _get_global_client
 
     return _get_global_client(raise_if_no_controller_running=False) is not None

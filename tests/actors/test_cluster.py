@@ -68,3 +68,30 @@ def test_without_the_parts_of_a_dashboard_ray_starts_all_the_same():
     command = [sys.executable, "-c", WITHOUT_A_DASHBOARD]
     left = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (left.returncode, left.stdout) == (0, "owned True 7\n"), left.stderr
+
+
+SERVE_TWICE = """
+import ray
+from ray import serve
+
+from actors import gateway
+from actors.cluster import connected
+
+with connected(dashboard=False):
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+    print(gateway.serve_runs())
+with connected(dashboard=False):
+    print(gateway.serve_runs())
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+ray.init(include_dashboard=False, log_to_driver=False)  # of the user's own, and left by Ray's own word
+serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+ray.shutdown()
+with connected(dashboard=False):
+    print(gateway.serve_runs())
+"""
+
+
+def test_serve_of_an_earlier_ray_does_not_count_as_running():
+    command = [sys.executable, "-c", SERVE_TWICE]
+    left = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert (left.returncode, left.stdout) == (0, "True\nFalse\nFalse\n"), left.stderr
