@@ -80,12 +80,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError) -> ConfigError:
     """Turns pydantic's first complaint into one line that names the key and the remedy."""
     first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
     # a discriminated union puts the chosen type into the location; it is no key of the file
-    location = [str(part) for part in first["loc"] if part not in _UNION_TAGS]
+    tag = location.pop(1) if len(location) > 1 and location[0] in _UNIONS else None
     field = ".".join(location)
     rest = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        tag = next((str(part) for part in first["loc"] if part in _UNION_TAGS), None)
         known = _known_keys(RunConfig, location[:-1], tag)
         close = difflib.get_close_matches(location[-1], known, n=1)
         here = f"with type {tag}" if tag else "here"
@@ -99,7 +99,7 @@ def _explain(error: ValidationError) -> ConfigError:
     return ConfigError(f"{message}{got}{rest}", field=field or None, remedy="see the comments in configs/digits.yaml")
 
 
-_UNION_TAGS = frozenset({"digits", "synthetic", "parquet_images", "text", "mlp", "cnn", "gpt", "import", "given"})
+_UNIONS = frozenset(key for key, field in RunConfig.model_fields.items() if field.discriminator is not None)
 
 
 def _known_keys(model: type[BaseModel], location: list[str], tag: str | None) -> list[str]:
