@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from esper.config import DigitsData, SyntheticData
+from esper.data.sets import DataSets
+
 SPLIT_SEED = 20_260
 """Fixed: a split that moved with the run's seed would make runs incomparable."""
 
@@ -36,3 +39,30 @@ def standardise(reference: torch.Tensor, *others: torch.Tensor, dims: tuple[int,
     std = reference.std(dim=dims, keepdim=True)
     std = torch.where(std > 1e-4, std, 1.0)  # below the step of an 8-bit picture it is rounding, not contrast
     return [(values - mean) / std for values in (reference, *others)]
+
+
+def split_pictures(
+    images: torch.Tensor, labels: torch.Tensor, config: DigitsData | SyntheticData, *, num_outputs: int
+) -> DataSets:
+    """Splits pictures in three and standardises them by one mean and deviation, those of the training part.
+
+    Args:
+        images: (N, C, H, W) float32.
+        labels: (N,) class of each.
+        config: shares of validation and test, and whether pictures are laid flat, as (N, C * H * W).
+        num_outputs: classes.
+    """
+    rest, test = stratified(labels, config.test_fraction)
+    # the validation share is of all samples, as the test share is
+    train, val = stratified(labels[rest], config.val_fraction / (1 - config.test_fraction), salt=1)
+    train, val = rest[train], rest[val]
+    parts = standardise(images[train], images[val], images[test], dims=(0, 1, 2, 3))
+    if config.layout == "flat":
+        parts = [part.flatten(1) for part in parts]
+    return DataSets(
+        train=(parts[0], labels[train]),
+        val=(parts[1], labels[val]),
+        test=(parts[2], labels[test]) if len(test) else None,
+        input_shape=tuple(parts[0].shape[1:]),
+        num_outputs=num_outputs,
+    )

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from esper.config import SyntheticData
 from esper.data.sets import DataSets
-from esper.data.split import standardise, stratified
+from esper.data.split import split_pictures
 
 
 def make_synthetic(config: SyntheticData) -> DataSets:
@@ -22,20 +22,7 @@ def make_synthetic(config: SyntheticData) -> DataSets:
     templates = _templates(config, source)[labels, torch.randint(config.clusters, (config.samples,), generator=source)]
     images = _moved(templates, config.shift, source)
     images = images + config.noise * torch.randn(images.shape, generator=source)
-    rest, test = stratified(labels, config.test_fraction)
-    # the validation share is of all samples, as the test share is
-    train, val = stratified(labels[rest], config.val_fraction / (1 - config.test_fraction), salt=1)
-    train, val = rest[train], rest[val]
-    parts = standardise(images[train], images[val], images[test], dims=(0, 1, 2, 3))
-    if config.layout == "flat":
-        parts = [part.flatten(1) for part in parts]
-    return DataSets(
-        train=(parts[0], labels[train]),
-        val=(parts[1], labels[val]),
-        test=(parts[2], labels[test]) if len(test) else None,
-        input_shape=tuple(parts[0].shape[1:]),
-        num_outputs=config.classes,
-    )
+    return split_pictures(images, labels, config, num_outputs=config.classes)
 
 
 def _templates(config: SyntheticData, source: torch.Generator) -> Tensor:

@@ -25,23 +25,23 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from esper.config import PositiveFloat, RewardConfig, Section
 from esper.leyline import DataError
 from esper.leyline.policies import PolicyCard, PolicyOrigin
 from esper.simic.experience import code_digest
-from esper.simic.gae import effective_share, vtrace
+from esper.simic.gae import effective_share
 from esper.simic.imitation import imitate
 from esper.simic.lessons import Lessons, lessons_of, split
 from esper.simic.moments import Episode
 from esper.simic.ppo import Ppo, Samples
 from esper.simic.reward import Twin
 from esper.simic.rollouts import NET, twin_of
+from esper.simic.sampling import estimates_again, evaluated, forecasts, joined, samples_of
 from esper.simic.settings import ImitationConfig, PpoConfig
+from esper.simic.weighing import advantages_of
 from esper.tamiyo.batch import collate
-from esper.tamiyo.calibration import Lesson as Forecast
 from esper.tamiyo.calibration import teach
 from esper.tamiyo.net import PolicyNet
 from esper.tamiyo.observation import OBSERVATION_VERSION
@@ -101,30 +101,25 @@ def judge(episodes: Sequence[Episode], prices: RewardConfig) -> list[Judged]:
     groups: dict[tuple[Any, ...], list[Episode]] = {}
     for episode in episodes:
         groups.setdefault((task_of(episode), episode.about.seed), []).append(episode)
-    found: list[tuple[tuple[Any, ...], Episode, Lessons, float, str]] = []
+    found: list[tuple[tuple[Any, ...], Episode, Lessons, str]] = []
     for (task, _), group in groups.items():
         if len(group) < 2:
             continue
-        judged = [(episode, *_beside(episode, group)) for episode in group]
-        paid = [lessons_of(episode, prices, twin=twin) for episode, twin, _ in judged]
-        mean = math.fsum(one.total for one in paid) / len(paid)
-        for (episode, _, words), one in zip(judged, paid, strict=True):
-            found.append((task, episode, one, one.total - mean, words))
-    spreads: dict[tuple[Any, ...], list[float]] = {}
-    for task, _, _, beyond, _ in found:
-        spreads.setdefault(task, []).append(beyond)
-    sizes = {task: math.sqrt(math.fsum(x * x for x in values) / len(values)) for task, values in spreads.items()}
+        for episode in group:
+            twin, words = _beside(episode, group)
+            found.append((task, episode, lessons_of(episode, prices, twin=twin), words))
+    advantages = advantages_of([(task, episode.about.seed, one.total) for task, episode, one, _ in found])
     return [
         Judged(
             lessons=one,
             total=one.total,
-            advantage=beyond / sizes[task] if sizes[task] > 0.0 else 0.0,
+            advantage=advantage,
             beside=words,
             seed=episode.about.seed,
             task=f"{episode.about.task} on {episode.about.data}",
             host=episode.about.host,
         )
-        for task, episode, one, beyond, words in found
+        for (_, episode, one, words), advantage in zip(found, advantages.tolist(), strict=True)
         if one.items
     ]
 
@@ -185,7 +180,7 @@ def train_offline(
         told({"stage": "weighted", "effective": effective, **asdict(report)})
     _improve(net, behaviour, judged, config, told)
     try:
-        calibration = teach(net, _forecasts(judged), seed=config.seed)
+        calibration = teach(net, forecasts(one.lessons for one in judged), seed=config.seed)
     except DataError as error:
         calibration = {"refused": str(error)}
     return _card(net, judged, config, calibration)
@@ -204,13 +199,6 @@ def _beside(episode: Episode, group: Sequence[Episode]) -> tuple[Twin, str]:
     return Twin(losses, sum(twin.total_flops for twin in twins) // len(twins)), words
 
 
-@torch.no_grad()
-def _log_probs(net: PolicyNet, lessons: Lessons) -> tuple[np.ndarray, np.ndarray]:
-    batch = collate([item.observation for item in lessons.items])
-    log_probs, _, values = net.evaluate(batch, [item.choice for item in lessons.items])
-    return log_probs.double().numpy(), values.double().numpy()
-
-
 def _improve(
     net: PolicyNet,
     behaviour: PolicyNet,
@@ -219,44 +207,23 @@ def _improve(
     told: Callable[[dict[str, Any]], None],
 ) -> None:
     """Step 3."""
-    then = [_log_probs(behaviour, one.lessons)[0] for one in judged]
+    then = [evaluated(behaviour, one.lessons)[0] for one in judged]
     ppo = Ppo(net, collate, config.ppo, seed=config.seed)
     for i in range(config.updates):
-        parts: list[tuple[Lessons, np.ndarray, Any]] = []
+        parts: list[Samples] = []
         shares = []
         for one, old in zip(judged, then, strict=True):
-            log_probs, values = _log_probs(net, one.lessons)
+            log_probs, values = evaluated(net, one.lessons)
             share = effective_share(log_probs - old)
             shares.append(share)
             if share >= config.ppo.min_effective:
-                paid = np.array([item.reward for item in one.lessons.items])
-                ends = np.arange(len(paid)) == len(paid) - 1
-                ratios = log_probs - old
-                parts.append(
-                    (one.lessons, old, vtrace(paid, np.append(values, 0.0), ends, ratios, gamma=config.ppo.gamma))
-                )
+                worth = estimates_again(one.lessons, values, log_probs - old, config.ppo)
+                parts.append(samples_of(one.lessons, old, worth, np.zeros(len(old))))
         row = {"stage": "v-trace", "update": i + 1, "effective": math.fsum(shares) / len(shares)}
         if not parts:
             told({**row, "runs": 0, "words": "all runs are too far from the net: no more updates"})
             return
-        items = [item for lessons, _, _ in parts for item in lessons.items]
-        samples = Samples(
-            [item.observation for item in items],
-            [item.choice for item in items],
-            np.concatenate([old for _, old, _ in parts]),
-            np.concatenate([worth.advantages for _, _, worth in parts]),
-            np.concatenate([worth.returns for _, _, worth in parts]),
-            np.zeros(len(items)),
-        )
-        told({**row, "runs": len(parts), **asdict(ppo.update(samples))})
-
-
-def _forecasts(judged: Sequence[Judged]) -> list[Forecast]:
-    return [
-        Forecast(item.observation, item.choice, outcome, one.lessons.of)
-        for one in judged
-        for item, outcome in zip(one.lessons.items, one.lessons.returns().tolist(), strict=True)
-    ]
+        told({**row, "runs": len(parts), **asdict(ppo.update(joined(parts)))})
 
 
 def _totals(judged: Sequence[Judged]) -> dict[str, dict[str, float]]:

@@ -23,7 +23,7 @@ from esper.config import RunConfig
 from esper.leyline import DataError, NotFoundError
 from esper.leyline.policies import PolicyCard, PolicyOrigin, PolicyStore
 from esper.simic.experience import Experience, append_episode, code_digest
-from esper.simic.gae import effective_share, gae, vtrace
+from esper.simic.gae import effective_share
 from esper.simic.imitation import imitate
 from esper.simic.judging import judge_beside_heuristic
 from esper.simic.lessons import Lessons, lessons_of, split
@@ -32,11 +32,19 @@ from esper.simic.ppo import Ppo, Samples
 from esper.simic.replay import Replay
 from esper.simic.reward import Twin
 from esper.simic.rollouts import EXPLORER, NET, Ask, Played, Rollouts, twin_of
+from esper.simic.sampling import (
+    estimates_again,
+    evaluated,
+    forecasts,
+    fresh_estimates,
+    harm_ahead,
+    joined,
+    samples_of,
+)
 from esper.simic.settings import TrainTamiyoConfig
 from esper.simic.weighing import levelled, run_weights
 from esper.storage import Storage
 from esper.tamiyo.batch import collate
-from esper.tamiyo.calibration import Lesson as Forecast
 from esper.tamiyo.calibration import teach
 from esper.tamiyo.net import FEATURES, PolicyNet, forget
 from esper.tamiyo.observation import OBSERVATION_VERSION
@@ -182,7 +190,7 @@ class Training:
         groups = [_key(ask) for ask, _ in settled]
         samples, taught = self._fresh(lessons, groups)
         again, refused, share = self._again()
-        report = self.ppo.update(_joined([*samples, *again]), mean_harm=_mean([one.harm for one in lessons]))
+        report = self.ppo.update(joined([*samples, *again]), mean_harm=_mean([one.harm for one in lessons]))
         for one, part in zip(taught, samples, strict=True):
             self._replay.add(one, float(np.abs(part.advantages).mean()))
         totals = [one.total for one in lessons]
@@ -216,11 +224,9 @@ class Training:
         """Samples of fresh episodes, levelled among those of their task and seed (`groups`)."""
         found, taught, beyond = [], [], []
         for one in lessons:
-            log_probs, values = self._judge(one)
-            paid, dones = np.array([item.reward for item in one.items]), _dones(one)
-            ppo = self._config.ppo
-            worth = gae(paid, np.append(values, 0.0), dones, gamma=ppo.gamma, lam=ppo.lam)
-            found.append(_samples(one, log_probs, worth.advantages, worth.returns, self._harm(one)))
+            log_probs, values = evaluated(self.net, one)
+            worth = fresh_estimates(one, values, self._config.ppo)
+            found.append(samples_of(one, log_probs, worth, harm_ahead(one)))
             taught.append(Taught(one, log_probs))
             beyond.append(one.total - float(values[0]))
         return levelled(found, beyond, groups), taught
@@ -235,34 +241,18 @@ class Training:
         shares: list[float] = []
         refused = 0
         for place, one in dict(zip(places, drawn, strict=True)).items():
-            log_probs, values = self._judge(one.lessons)
+            log_probs, values = evaluated(self.net, one.lessons)
             ratios = log_probs - one.log_probs
             if (share := effective_share(ratios)) < ppo.min_effective:
                 refused += 1
                 self._replay.update([place], np.zeros(1))
                 continue
-            paid = np.array([item.reward for item in one.lessons.items])
-            worth = vtrace(paid, np.append(values, 0.0), _dones(one.lessons), ratios, gamma=ppo.gamma)
+            worth = estimates_again(one.lessons, values, ratios, ppo)
             cut = np.minimum(np.exp(ratios), 1.0)
-            found.append(
-                _samples(one.lessons, log_probs, worth.advantages, worth.returns, cut * self._harm(one.lessons))
-            )
+            found.append(samples_of(one.lessons, log_probs, worth, cut * harm_ahead(one.lessons)))
             self._replay.update([place], np.array([np.abs(worth.advantages).mean()]))
             shares.append(share)
         return found, refused, _mean(shares) if shares else 0.0
-
-    @torch.no_grad()
-    def _judge(self, lessons: Lessons) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities and values of an episode's choices by the net as it is."""
-        batch = collate([item.observation for item in lessons.items])
-        log_probs, _, values = self.net.evaluate(batch, [item.choice for item in lessons.items])
-        return log_probs.double().numpy(), values.double().numpy()
-
-    def _harm(self, lessons: Lessons) -> np.ndarray:
-        """What harm came after each choice, beyond the mean of the episode."""
-        harm = np.array([item.harm for item in lessons.items])
-        ahead = np.cumsum(harm[::-1])[::-1]
-        return ahead - ahead.mean()
 
     # ---------------------------------------------------------------- rollouts
 
@@ -365,15 +355,7 @@ class Training:
         played = [one for one in self._play(asks, "calibration") if one.episode is not None]
         lessons = [one for _, one in self._settled(played)]
         try:
-            return teach(
-                self.net,
-                [
-                    Forecast(item.observation, item.choice, outcome, one.of)
-                    for one in lessons
-                    for item, outcome in zip(one.items, one.returns().tolist(), strict=True)
-                ],
-                seed=self._config.seed,
-            )
+            return teach(self.net, forecasts(lessons), seed=self._config.seed)
         except DataError as error:
             _LOG.warning("policy.uncalibrated", extra={"reason": str(error)})
             return {"refused": str(error)}
@@ -449,26 +431,6 @@ def _key(ask: Ask) -> str:
 def _place(ask: Ask) -> tuple[int, int, str, bool, int]:
     """An ask without its weights."""
     return ask.task, ask.seed, ask.policy, ask.greedy, ask.draw
-
-
-def _dones(lessons: Lessons) -> np.ndarray:
-    return np.arange(len(lessons.items)) == len(lessons.items) - 1
-
-
-def _samples(
-    lessons: Lessons, log_probs: np.ndarray, advantages: np.ndarray, returns: np.ndarray, harms: np.ndarray
-) -> Samples:
-    observations = [item.observation for item in lessons.items]
-    return Samples(observations, [item.choice for item in lessons.items], log_probs, advantages, returns, harms)
-
-
-def _joined(parts: Sequence[Samples]) -> Samples:
-    arrays = ("log_probs", "advantages", "returns", "harms")
-    return Samples(
-        [seen for part in parts for seen in part.observations],
-        [choice for part in parts for choice in part.choices],
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in arrays),
-    )
 
 
 def _operations(lessons: Sequence[Lessons]) -> dict[str, int]:

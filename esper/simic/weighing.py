@@ -13,6 +13,19 @@ from esper.simic.ppo import Samples
 from esper.simic.settings import ImitationConfig
 
 
+def advantages_of(runs: Sequence[tuple[Hashable, int, float]]) -> np.ndarray:
+    """Returns what each run came to beyond the mean of its task and seed, in deviations of its task, (N,); 0 where all
+    runs of a task came to the mean of their seed.
+
+    Args:
+        runs: task, seed and return of each.
+    """
+    totals = np.array([total for _, _, total in runs], dtype=float)
+    beyond = totals - _means(totals, [(task, seed) for task, seed, _ in runs])
+    spread = np.sqrt(_means(beyond**2, [task for task, _, _ in runs]))
+    return np.divide(beyond, spread, out=np.zeros_like(beyond), where=spread > 1e-8)
+
+
 def run_weights(runs: Sequence[tuple[int, int, float]], config: ImitationConfig) -> list[float]:
     """Returns what each run counts where it is imitated: 1 on the average over those of a task.
 
@@ -22,12 +35,8 @@ def run_weights(runs: Sequence[tuple[int, int, float]], config: ImitationConfig)
     """
     if config.temperature is None:
         return [1.0] * len(runs)
-    totals = np.array([total for _, _, total in runs], dtype=float)
-    beyond = totals - _means(totals, [(task, seed) for task, seed, _ in runs])
     tasks = [task for task, _, _ in runs]
-    spread = np.sqrt(_means(beyond**2, tasks))
-    scaled = np.divide(beyond, spread, out=np.zeros_like(beyond), where=spread > 1e-8)
-    raw = np.exp(np.minimum(scaled / config.temperature, 50.0))
+    raw = np.exp(np.minimum(advantages_of(runs) / config.temperature, 50.0))
     raw = np.minimum(raw / _means(raw, tasks), config.max_weight)
     return (raw / _means(raw, tasks)).tolist()
 
