@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 import esper
 from esper import api
+from esper.api.wrapping import local_controller
 from esper.config import parse_config
 from esper.leyline import (
     BudgetState,
@@ -29,6 +30,7 @@ from esper.storage import Storage
 from esper.tamiyo.controller import LocalController
 from esper.tamiyo.net import NetShape, PolicyNet
 from esper.tamiyo.observation import OBSERVATION_VERSION
+from esper.tolaria.task import resolve_task
 from esper.urza.policies import StoredPolicies
 
 GROW = (
@@ -121,7 +123,7 @@ def _sites(workload, config):
     ids=["classification", "regression", "language_model", "own"],
 )
 def test_grow_as_on_the_first_page(task, model, data, site, tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "find_runtime", lambda: in_this_process)
+    monkeypatch.setattr("esper.api.growing.find_runtime", lambda: in_this_process)
     torch.manual_seed(0)
     mine = model()
     before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
@@ -137,7 +139,7 @@ def test_grow_as_on_the_first_page(task, model, data, site, tmp_path, monkeypatc
     )
     assert "mlp_2x" in run.table()
     with torch.no_grad():  # a model that was trained already shows what it was worth before the first step
-        before_loss = api.resolve_task(task).loss_fn(mine.eval()(val[0]), val[1])
+        before_loss = resolve_task(task).loss_fn(mine.eval()(val[0]), val[1])
     assert run.summary.start is not None
     assert run.summary.start.val_loss == pytest.approx(before_loss.item(), rel=1e-5)
     assert "started at" in run.table()
@@ -147,7 +149,7 @@ def test_grow_as_on_the_first_page(task, model, data, site, tmp_path, monkeypatc
     assert not any(name.startswith("_esper") for name, _ in plain.named_modules())
     x, y = val
     with torch.no_grad():
-        loss = api.resolve_task(task).loss_fn(plain(x), y)
+        loss = resolve_task(task).loss_fn(plain(x), y)
     assert loss.item() == pytest.approx(run.summary.metrics.test_loss, rel=1e-5)
     assert sum(p.numel() for p in plain.parameters()) == run.summary.params.final
     assert isinstance(run.export(best=True), nn.Module)
@@ -187,7 +189,7 @@ def test_wrap_with_ones_own_loop(known_length):
 def test_a_session_decides_by_the_learned_policy_that_its_storage_had_promoted_when_it_began(tmp_path):
     chosen = parse_config({"storage": str(tmp_path), "tamiyo": {"policy": "gnn"}})
     with pytest.raises(NotFoundError, match="promote"):
-        api._controller(chosen)
+        local_controller(chosen)
     store = StoredPolicies(Storage.at(str(tmp_path)))
     shape = NetShape(hidden=8, heads=2, members=2)
     versions = []
@@ -196,7 +198,7 @@ def test_a_session_decides_by_the_learned_policy_that_its_storage_had_promoted_w
         form = {"shape": shape.model_dump(), "observation_version": OBSERVATION_VERSION}
         versions.append(store.put(PolicyCard.of(weights, name="one", **form), weights))
     store.promote(versions[0])
-    controller = api._controller(chosen)
+    controller = local_controller(chosen)
     store.promote(versions[1])
     epoch = EpochRecord(run_id="run", epoch=0, num_epochs=2, step=1, train_loss=1.0)
     seen = SystemStatePacket(run_id="run", epoch=epoch, layers=(), budget=BudgetState(params_used=1, flops_used=1))
@@ -238,18 +240,18 @@ def test_wrong_settings_name_the_field(call, words):
 
 
 def test_a_blueprint_that_the_library_lacks_is_named():
-    config = esper.RunConfig().model_copy(update={"tezzeret": api.RunConfig().tezzeret.model_copy(
+    config = esper.RunConfig().model_copy(update={"tezzeret": esper.RunConfig().tezzeret.model_copy(
         update={"blueprints": ("no_such",)})})  # fmt: skip
     with pytest.raises(ConfigError, match="no_such"):
         api.local_hub([], config)
 
 
 def test_without_a_runtime_there_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr(api, "entry_points", lambda **_: EntryPoints())
+    monkeypatch.setattr("esper.api.runtime.entry_points", lambda **_: EntryPoints())
     with pytest.raises(ConfigError, match="no runtime is installed"):
         api.find_runtime()
     broken = EntryPoint("ray", "no_such_package.launch:run", api.RUNTIME_GROUP)
-    monkeypatch.setattr(api, "entry_points", lambda **_: EntryPoints([broken]))
+    monkeypatch.setattr("esper.api.runtime.entry_points", lambda **_: EntryPoints([broken]))
     with pytest.raises(ConfigError, match=r"no_such_package\.launch:run does not load"):
         api.find_runtime()
 

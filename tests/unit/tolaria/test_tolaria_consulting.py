@@ -62,7 +62,7 @@ def test_what_breaks_in_tamiyo_never_ends_a_run(tmp_path, error):
 
 
 def test_what_breaks_in_the_trainers_own_decision_does_not_either(tmp_path, monkeypatch):
-    monkeypatch.setattr("esper.api.fallback_controller", lambda *_, **__: Counting(ValueError("broken")))
+    monkeypatch.setattr("esper.api.training.fallback_controller", lambda *_, **__: Counting(ValueError("broken")))
     chosen = config(deterministic="false", tolaria__epochs=3)
     summary, _ = train(tmp_path, chosen, controller=Counting(RuntimeError("too")))
     assert (summary.status, summary.events) == (RunStatus.FINISHED, ())
