@@ -46,25 +46,13 @@ def gather(config: RunConfig, policies: Sequence[str], seeds: Sequence[int], *, 
 
 
 def _play(config: RunConfig, data: Any, storage: Any, run_id: str, draw: int) -> float:
-    from esper.api import local_hub_of, train_local
-    from esper.hosts import build_host
+    from esper.api import configured_workload, local_hub_of, train_local
     from esper.leyline import StorageError
     from esper.simic.experience import ExperienceWriter, about_run
     from esper.tamiyo import LocalController
-    from esper.tolaria.schedules import optimizer_factory, scheduler_factory
-    from esper.tolaria.task import resolve_task
-    from esper.tolaria.workload import Workload, example_of
 
-    workload = Workload(
-        model=build_host(config.host, input_shape=data.input_shape, num_outputs=data.num_outputs, seed=config.seed),
-        example=example_of(data.train),
-        train=data.train,
-        val=data.val,
-        test=None,  # nothing that learns sees it
-        task=resolve_task(config.task),
-        optimizer=optimizer_factory(config.tolaria.optimizer),
-        scheduler=scheduler_factory(config.tolaria.scheduler),
-    )
+    # nothing that learns sees the test part
+    workload = configured_workload(config, data, with_test=False)
     bare = config.tamiyo.policy == "none"
     hub, key = (None, None) if bare else local_hub_of(workload.model, workload.example, config)
     with tempfile.TemporaryDirectory(prefix="esper-gather-") as directory:

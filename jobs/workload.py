@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import yaml
@@ -35,11 +35,9 @@ class ConfiguredWorkload:
     data_root: str | None = None
 
     def __call__(self) -> Workload:
+        from esper.api import configured_workload
         from esper.data import load_data
-        from esper.tolaria.schedules import optimizer_factory, scheduler_factory
-        from esper.tolaria.task import resolve_task
         from esper.tolaria.weights import Trained
-        from esper.tolaria.workload import Workload, example_of
 
         config = self.config
         data = load_data(
@@ -48,17 +46,7 @@ class ConfiguredWorkload:
             seed=config.seed,
             data_root=self.data_root,
         )
-        return Workload(
-            model=_model(config, data),
-            example=example_of(data.train),
-            train=data.train,
-            val=data.val,
-            test=data.test,
-            task=resolve_task(config.task),
-            optimizer=optimizer_factory(config.tolaria.optimizer),
-            scheduler=scheduler_factory(config.tolaria.scheduler),
-            trained=Trained.of(config.host),
-        )
+        return replace(configured_workload(config, data, _model(config, data)), trained=Trained.of(config.host))
 
 
 def _model(config: RunConfig, data: DataSets) -> nn.Module:
@@ -67,20 +55,17 @@ def _model(config: RunConfig, data: DataSets) -> nn.Module:
     Raises:
         ConfigError: if it does not go with the data, or the run cannot be built upon.
     """
-    from esper.hosts import build_host
+    from esper.api import configured_host
 
     if isinstance(config.host, RunHost):
         return _as_left(config.host, config, data)
-    return build_host(config.host, input_shape=data.input_shape, num_outputs=data.num_outputs, seed=config.seed)
+    return configured_host(config, data)
 
 
 def _as_left(host: RunHost, config: RunConfig, data: DataSets) -> nn.Module:
     from esper import kasmina
-    from esper.api import checkpoint_host
+    from esper.api import checkpoint_host, configured_workload
     from esper.storage import Storage
-    from esper.tolaria.schedules import optimizer_factory
-    from esper.tolaria.task import resolve_task
-    from esper.tolaria.workload import Workload, example_of
 
     folder = Storage.at(host.run, config.storage_options if "://" in host.run else None)
     try:
@@ -94,14 +79,7 @@ def _as_left(host: RunHost, config: RunConfig, data: DataSets) -> nn.Module:
             remedy="esper.grow(run.export(), ...) in your script",
         )
     origin = origin.model_copy(update={"storage_options": config.storage_options if "://" in host.run else {}})
-    workload = Workload(
-        model=_model(origin, data),
-        example=example_of(data.train),
-        train=data.train,
-        val=data.val,
-        task=resolve_task(origin.task),
-        optimizer=optimizer_factory(origin.tolaria.optimizer),
-    )
+    workload = configured_workload(origin, data, _model(origin, data), with_test=False)
     try:
         left = checkpoint_host(workload, origin, directory=host.run, epoch=host.epoch)
     except (NotFoundError, TamperedError) as error:

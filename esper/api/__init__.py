@@ -10,6 +10,7 @@ from esper.api.hosting import checkpoint_host
 from esper.api.kernels import local_hub, local_hub_of, request_kernels
 from esper.api.runtime import RUNTIME, RUNTIME_GROUP, RunResult, Runtime, WorkloadFactory, find_runtime, new_run_id
 from esper.api.training import fork_local, train_local
+from esper.api.workloads import configured_host, configured_workload
 from esper.api.wrapping import Grown, export, wrap
 from esper.tolaria.task import Task
 
@@ -24,6 +25,8 @@ __all__ = [
     "WorkloadFactory",
     "check_workload",
     "checkpoint_host",
+    "configured_host",
+    "configured_workload",
     "export",
     "find_runtime",
     "fork_local",

@@ -200,25 +200,13 @@ class Player:
         Raises:
             EsperError: if the training fails.
         """
-        from esper.api import train_local
-        from esper.hosts import build_host
-        from esper.tolaria.schedules import optimizer_factory, scheduler_factory
-        from esper.tolaria.task import resolve_task
-        from esper.tolaria.workload import Workload, example_of
+        from esper.api import configured_workload, train_local
 
         task = self._tasks[ask.task]
         config = task.model_copy(update={"seed": ask.seed, "tamiyo": tamiyo_of(task, ask)})
         data, hub, key = self._prepared(ask.task)
-        workload = Workload(
-            model=build_host(config.host, input_shape=data.input_shape, num_outputs=data.num_outputs, seed=ask.seed),
-            example=example_of(data.train),
-            train=data.train,
-            val=data.val,
-            test=None,  # nothing that learns sees it
-            task=resolve_task(config.task),
-            optimizer=optimizer_factory(config.tolaria.optimizer),
-            scheduler=scheduler_factory(config.tolaria.scheduler),
-        )
+        # nothing that learns sees the test part
+        workload = configured_workload(config, data, with_test=False)
         run_id = f"rollout-{config.name}-{ask.policy}-{ask.seed}-{new_id()[:8]}"
         log = MemoryLog(about_run(config, run_id))
         records: list[EpochRecord] = []
@@ -242,27 +230,24 @@ class Player:
 
     def _unit(self, number: int) -> float:
         """FLOPs of all epochs of a task's plain host: training and validation, and nobody takes its health."""
-        from esper.hosts import build_host
+        from esper.api import configured_host
         from esper.simic.spending import epoch_flops
 
         if number not in self._units:
             task, data = self._tasks[number], self._prepared(number)[0]
-            model = build_host(task.host, input_shape=data.input_shape, num_outputs=data.num_outputs, seed=task.seed)
-            self._units[number] = task.tolaria.epochs * epoch_flops(task, data, model)
+            self._units[number] = task.tolaria.epochs * epoch_flops(task, data, configured_host(task, data))
         return self._units[number]
 
     def _prepared(self, number: int) -> tuple[Any, Any, bytes]:
         """Data, hub and public key of a task. The data's split is that of the task's own seed, for all its episodes."""
-        from esper.api import local_hub_of
+        from esper.api import configured_host, local_hub_of
         from esper.data import load_data
-        from esper.hosts import build_host
         from esper.tolaria.workload import example_of
 
         if number not in self._made:
             task = self._tasks[number]
             data = load_data(task.data, task=task.task, seed=task.seed)
-            model = build_host(task.host, input_shape=data.input_shape, num_outputs=data.num_outputs, seed=task.seed)
-            self._made[number] = (data, *local_hub_of(model, example_of(data.train), task))
+            self._made[number] = (data, *local_hub_of(configured_host(task, data), example_of(data.train), task))
         return self._made[number]
 
 

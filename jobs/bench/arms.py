@@ -20,10 +20,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from esper import kasmina
-from esper.api import local_hub, train_local
+from esper.api import configured_host, configured_workload, local_hub, train_local
 from esper.config import RunConfig
 from esper.data import DataSets
-from esper.hosts import build_host
 from esper.kasmina.layer import Layer, Layers, all_layers
 from esper.kasmina.seed import KernelFacts, Seed
 from esper.kasmina.sites import find_sites
@@ -34,8 +33,6 @@ from esper.leyline.lower import initialise
 from esper.storage import Storage
 from esper.tamiyo.controller import LocalController
 from esper.tolaria.checkpoint import Checkpoints
-from esper.tolaria.schedules import optimizer_factory, scheduler_factory
-from esper.tolaria.task import resolve_task
 from esper.tolaria.weights import Trained
 from esper.tolaria.workload import Workload, example_of
 
@@ -90,7 +87,7 @@ def small(
 ) -> Outcome:
     """Trains the host of the configuration under a policy, from new weights or from trained ones."""
     config = _with(config, policy=policy)
-    workload = replace(_workload(config, data, host_of(config, data)), trained=trained)
+    workload = replace(configured_workload(config, data), trained=trained)
     return _train(workload, config, say, grows=policy != "none")
 
 
@@ -106,10 +103,10 @@ def static(
         epochs: how long.
         say: takes progress.
     """
-    model = with_parts(host_of(config, data), growth, config, data)
+    model = with_parts(configured_host(config, data), growth, config, data)
     # what watches sites for growth is of no use here and must not be charged
     quiet = _with(config, policy="none", epochs=epochs, telemetry_every=1 << 30)
-    return _train(_workload(quiet, data, model), quiet, say, grows=False)
+    return _train(configured_workload(quiet, data, model), quiet, say, grows=False)
 
 
 def with_parts(host: nn.Module, growth: dict[str, Any], config: RunConfig, data: DataSets) -> nn.Module:
@@ -121,11 +118,6 @@ def with_parts(host: nn.Module, growth: dict[str, Any], config: RunConfig, data:
     for number, (layer, seed, facts) in enumerate(_blended(wrapped.module)):
         initialise(layer.kernel(seed), facts.ir, seed=config.seed * 1009 + number)
     return kasmina.export(wrapped)
-
-
-def host_of(config: RunConfig, data: DataSets) -> nn.Module:
-    """The host of the configuration, newly initialised."""
-    return build_host(config.host, input_shape=data.input_shape, num_outputs=data.num_outputs, seed=config.seed)
 
 
 def stopped_epochs(static_cell: Cell, flops: int) -> int:
@@ -151,19 +143,6 @@ def cell(outcome: Outcome, *, host: str, arm: str, seed: int, settings: str, par
         seconds=summary.ledger.seconds.total,
         parts=parts,
         fossils=sum(event.to_stage is SeedStage.FOSSILIZED and not event.refused for event in summary.events),
-    )
-
-
-def _workload(config: RunConfig, data: DataSets, model: nn.Module) -> Workload:
-    return Workload(
-        model=model,
-        example=example_of(data.train),
-        train=data.train,
-        val=data.val,
-        test=data.test,
-        task=resolve_task(config.task),
-        optimizer=optimizer_factory(config.tolaria.optimizer),
-        scheduler=scheduler_factory(config.tolaria.scheduler),
     )
 
 

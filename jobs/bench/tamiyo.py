@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from esper.api import local_hub_of, train_local
+from esper.api import configured_host, configured_workload, local_hub_of, train_local
 from esper.config import RunConfig, load_config
 from esper.data import DataSets, load_data
 from esper.leyline import AdaptationSignal, Controller, EpochRecord, Outcome, PolicyCard, SystemStatePacket
@@ -32,12 +32,10 @@ from esper.leyline.policies import find_policy
 from esper.simic.spending import epoch_flops
 from esper.storage import Storage
 from esper.tamiyo import LocalController
-from esper.tolaria.schedules import optimizer_factory, scheduler_factory
 from esper.tolaria.task import resolve_task
-from esper.tolaria.workload import Workload, evaluation_batches, example_of, model_args
+from esper.tolaria.workload import evaluation_batches, model_args
 from esper.urza.policies import StoredPolicies
 from jobs.bench import Say
-from jobs.bench.arms import host_of
 from jobs.bench.exam_table import ExamCell, compare, markdown, spent
 from jobs.bench.harness import BenchResult, machine
 from jobs.environment import REPOSITORY, data_root
@@ -140,7 +138,7 @@ class Exam:
     ) -> None:
         self._config, self._folder, self._flops, self._learned, self._say = config, folder, flops, learned, say
         self._data: DataSets = load_data(config.data, task=config.task, seed=config.seed, data_root=data_root())
-        self._unit = config.tolaria.epochs * epoch_flops(config, self._data, host_of(config, self._data))
+        self._unit = config.tolaria.epochs * epoch_flops(config, self._data, configured_host(config, self._data))
 
     def cells(self, policies: Sequence[str], seed: int) -> list[ExamCell]:
         """A cell for each policy, in their order."""
@@ -189,16 +187,9 @@ class Exam:
         task = resolve_task(config.task)
         if task.headline is None or data.test is None:
             raise DataError(f"{config.name} has no metric or no test part to judge by")
-        model = host_of(config, data)
-        workload = Workload(
-            model=model,
-            example=example_of(data.train),
-            train=data.train,
-            val=data.val,
-            task=task,
-            optimizer=optimizer_factory(config.tolaria.optimizer),
-            scheduler=scheduler_factory(config.tolaria.scheduler),
-        )
+        # the test part is looked at here, after the run
+        workload = configured_workload(config, data, with_test=False)
+        model = workload.model
         hub, key = None, None
         if policy != "none":
             hub, key = local_hub_of(model, workload.example, config)

@@ -30,10 +30,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from esper import kasmina
-from esper.api import fork_local, local_hub, train_local
+from esper.api import configured_workload, fork_local, local_hub, train_local
 from esper.config import RunConfig, load_config, parse_config
 from esper.data import DataSets, load_data
-from esper.hosts import build_host
 from esper.leyline import AssetHub, Fork, Outcome, Pipeline, RunSummary, SiteSignature, TrialCandidate
 from esper.leyline.errors import ConfigError
 from esper.tamiyo.controller import LocalController
@@ -44,10 +43,8 @@ from esper.tolaria.loop import Trainer
 from esper.tolaria.numerics import numerics
 from esper.tolaria.packing import pack
 from esper.tolaria.ranks import SoloRanks
-from esper.tolaria.schedules import optimizer_factory, scheduler_factory
-from esper.tolaria.task import resolve_task
 from esper.tolaria.trials_here import TrialsHere
-from esper.tolaria.workload import Workload, evaluation_batches, example_of
+from esper.tolaria.workload import Workload, evaluation_batches
 from jobs.bench import Say
 from jobs.bench.harness import BenchResult, Estimate, machine, mean_interval
 from jobs.environment import REPOSITORY
@@ -195,18 +192,7 @@ class _Problem:
     data: DataSets
 
     def __call__(self) -> Workload:
-        config, data = self.config, self.data
-        host = build_host(config.host, input_shape=data.input_shape, num_outputs=data.num_outputs, seed=config.seed)
-        return Workload(
-            model=host,
-            example=example_of(data.train),
-            train=data.train,
-            val=data.val,
-            test=data.test,
-            task=resolve_task(config.task),
-            optimizer=optimizer_factory(config.tolaria.optimizer),
-            scheduler=scheduler_factory(config.tolaria.scheduler),
-        )
+        return configured_workload(self.config, self.data)
 
 
 class _Study:

@@ -30,13 +30,14 @@ import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from esper.api import configured_host
 from esper.config import RunConfig, dump_config, load_config
 from esper.data import DataSets, load_data
 from esper.leyline.errors import ConfigError
 from esper.simic.spending import epoch_flops
 from esper.tolaria.weights import Trained
 from jobs.bench import Say
-from jobs.bench.arms import Outcome, host_of, small, static, with_parts
+from jobs.bench.arms import Outcome, small, static, with_parts
 from jobs.bench.harness import BenchResult, Goal, goal_above, machine, mean_interval
 from jobs.bench.picture import Curve, Mark, draw
 from jobs.environment import REPOSITORY, data_root
@@ -259,13 +260,13 @@ class Study:
 
     def _more(self, seed: int, length: int, say: Say, *, flops: int) -> Outcome:
         config = _lasting(self._on, seed, length)
-        epochs = whole_epochs(flops, epoch_flops(config, self._data, host_of(config, self._data)))
+        epochs = whole_epochs(flops, epoch_flops(config, self._data, configured_host(config, self._data)))
         return small(_lasting(config, seed, epochs), self._data, policy="none", say=say, trained=self._trained(seed))
 
     def _scratch(self, seed: int, length: int, say: Say, *, flops: int) -> Outcome:
         config = _lasting(self._new, seed, length)
         growth: dict[str, Any] = torch.load(self._growth(seed, length), weights_only=True)
-        model = with_parts(host_of(config, self._data), growth, config, self._data)
+        model = with_parts(configured_host(config, self._data), growth, config, self._data)
         epochs = whole_epochs(flops, epoch_flops(config, self._data, model))
         return static(config, self._data, growth, epochs=epochs, say=say)
 

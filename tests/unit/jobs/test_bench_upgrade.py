@@ -5,11 +5,12 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
+from esper.api import configured_host
 from esper.config import load_config
 from esper.data import DataSets
 from esper.leyline.errors import ConfigError
 from esper.simic.spending import epoch_flops
-from jobs.bench.arms import host_of, small
+from jobs.bench.arms import small
 from jobs.bench.upgrade import Cell, Study, main, picture_of, result_of, whole_epochs
 from jobs.environment import REPOSITORY
 
@@ -78,7 +79,7 @@ def test_an_epoch_costs_what_was_reckoned():
     )
     x, y = torch.randn(80, 64), torch.arange(80) % 10
     data = DataSets(train=(x[:40], y[:40]), val=(x[40:60], y[40:60]), test=(x, y), input_shape=(64,), num_outputs=10)
-    reckoned = epoch_flops(config, data, host_of(config, data))
+    reckoned = epoch_flops(config, data, configured_host(config, data))
     outcome = small(config, data, policy="none", say=lambda line: None)
     telemetry = outcome.summary.ledger.flops.telemetry
     assert 0 < telemetry < 0.2 * reckoned

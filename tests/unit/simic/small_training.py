@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from esper.api import local_hub, train_local
+from esper.api import configured_workload, local_hub, train_local
 from esper.config import RunConfig
 from esper.data import load_data
 from esper.kasmina.sites import find_sites
@@ -29,8 +29,6 @@ class KillAt:
 
 
 def main(storage, kill_at):
-    from jobs.bench.arms import _workload, host_of
-
     config = RunConfig.model_validate(
         {
             "data": {"type": "digits", "layout": "flat"},
@@ -44,7 +42,7 @@ def main(storage, kill_at):
         }
     )
     data = load_data(config.data, task=config.task, seed=config.seed)
-    workload = _workload(config, data, host_of(config, data))
+    workload = configured_workload(config, data)
     hub, key = local_hub(find_sites(workload.model, workload.example, sites="auto").values(), config)
     place = Storage.at(storage)
     return train_local(
