@@ -5,6 +5,7 @@ STAMP := .venv/.installed
 CONFIG ?= configs/digits.yaml
 
 export RAY_AUTH_MODE ?= token
+unexport PYTHONDONTWRITEBYTECODE  # without bytecode every process of a Ray compiles Esper anew
 
 .PHONY: help install train test test-unit test-integration test-ray check format soak clean
 

@@ -7,7 +7,6 @@ import random
 
 import nissa_story as story
 import pytest
-from scipy import stats
 from typer.testing import CliRunner
 
 from esper.leyline import Choice, Evidence, EvidenceKind, HealthSignal, Outcome
@@ -44,6 +43,8 @@ def test_designs_are_summed_up_the_best_first():
 
 @pytest.mark.parametrize("levels", [1000, 4])
 def test_the_correlation_is_scipys(levels):
+    from scipy import stats  # a second of imports, for whoever draws this test
+
     draws = random.Random(levels)
     pairs = [(float(draws.randrange(levels)), float(draws.randrange(levels))) for _ in range(40)]
     assert spearman(pairs) == pytest.approx(stats.spearmanr(*zip(*pairs, strict=True)).statistic)

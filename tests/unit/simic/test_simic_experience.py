@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from deltalake.exceptions import DeltaError
 from paper_run import STRONG, PaperRun, grow
-from small_training import EPOCHS
 
 import esper
 from esper.config import SimicConfig
-from esper.leyline import SeedStage
 from esper.simic import experience
 from esper.simic.experience import Experience, ExperienceWriter, log_to
 from esper.simic.moments import About
 from esper.simic.reward import rewards
 from esper.storage import Storage
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -181,32 +173,3 @@ def test_a_storage_that_refuses_is_said_and_harms_nothing(tmp_path):
     problem = write(Storage.at(tmp_path / "storage"), episode, rows_per_write=2)
     assert problem is not None
     assert problem.startswith("5 decisions of this run are not in the experience: ")
-
-
-def train(storage, kill_at):
-    command = [sys.executable, str(ROOT / "tests/unit/simic/small_training.py"), str(storage), str(kill_at)]
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/unit/simic'}", "PATH": "/usr/bin:/bin", "HOME": str(storage)}
-    return subprocess.run(
-        command, cwd=storage, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-def test_a_killed_training_loses_at_most_what_was_open_and_goes_on(tmp_path):
-    """A real process, killed by SIGKILL after the decision of its sixth epoch."""
-    done = train(tmp_path, 5)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    storage = Storage.at(tmp_path)
-    (cut,) = Experience(storage).episodes(only_whole=False)
-    assert not cut.is_over
-    assert 2 <= len(cut.moments) <= 5  # of six decisions; one was open, two may have been on their way
-    assert [moment.epoch for moment in cut.moments] == list(range(len(cut.moments)))
-    done = train(tmp_path, -1)
-    assert done.returncode == 0, done.stderr
-    (whole,) = Experience(storage).episodes()
-    assert whole.moments[: len(cut.moments)] == cut.moments
-    epochs = [moment.epoch for moment in whole.moments]
-    assert epochs == sorted(set(epochs))
-    assert 5 in epochs  # decided by the first process, carried out by the second from the log of commands
-    assert epochs[-1] == EPOCHS - 1
-    stages = {seed.stage for moment in whole.moments for layer in moment.packet.layers for seed in layer.seeds}
-    assert SeedStage.TRAINING in stages  # it did grow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -26,8 +28,9 @@ SHAPES = (
 KINDS = ("site", "seed", "run", "kernel")
 
 
+@functools.cache
 def net_of(shape, liked, seed):
-    """A network whose heads have opinions."""
+    """A network whose heads have opinions; nothing here changes it."""
     net = PolicyNet(shape, seed=seed)
     with torch.no_grad():
         chance = torch.Generator().manual_seed(seed)

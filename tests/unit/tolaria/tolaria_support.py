@@ -18,6 +18,8 @@ from esper.tolaria.task import TASKS
 from esper.tolaria.tree import clone
 from esper.tolaria.workload import Workload
 
+torch.set_num_threads(1)  # several threads on tiny tensors only wait for each other
+
 BLUEPRINT = "mlp_2x"
 SITE = "3"
 SIGNATURE = SiteSignature(kind=SiteKind.VECTOR, channels=12)

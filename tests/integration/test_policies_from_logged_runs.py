@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from esper.config import RewardConfig
 from esper.leyline import DataError
@@ -17,7 +18,9 @@ from esper.simic.settings import ImitationConfig, PpoConfig, TrainTamiyoConfig
 from esper.tamiyo.net import PolicyNet
 from esper.tamiyo.shape import NetShape
 
-ROOT = Path(__file__).parents[3]
+torch.set_num_threads(1)  # several threads on tiny tensors only wait for each other
+
+ROOT = Path(__file__).parents[2]
 QUICK = TrainTamiyoConfig(
     overrides=(
         "tolaria.epochs=8",
