@@ -527,7 +527,7 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
     ROLLED_BACK = "rolled_back"
     UNFINISHED = "unfinished"  # the run ended first
-    TRIED = "tried"  # in a fork alone: another won the trial, or none did
+    TRIED = "tried"  # in a fork alone: another won the trial, none did, or the run refused the one that did
 
 
 class StageSpan(Contract):

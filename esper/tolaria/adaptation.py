@@ -44,8 +44,8 @@ class Adaptation:
         self._own_norm = 0.0
         self.watch_until = 0
 
-    def apply(self, command: KasminaControlCommand) -> None:
-        """Carries out a command, or tells why not. Collective."""
+    def apply(self, command: KasminaControlCommand) -> str | None:
+        """Carries out a command, or tells why not, and returns that. Collective."""
         course = self._course
         # deterministic mode waits for what it must have; else nobody waits for a rank that hangs in loading
         deadline_s = None if course.config.deterministic else course.config.tolaria.agree_s
@@ -57,13 +57,14 @@ class Adaptation:
             )
             if change is not None:
                 self.absorb(change)
-                return
+                return None
             refusal = "Urza does not answer"
         log.info("command.refused", extra={"site": command.site, "seed": command.seed_id, "reason": refusal})
         seed = course.seed(command.seed_id)
         if seed is not None:
             event = self._chronicle.event(seed, seed.stage, refusal, refused=True, blueprint=command.blueprint)
             self._chronicle.tell(event)
+        return refusal
 
     def absorb(self, change: Change) -> None:
         """Takes in what a call did to the seeds."""

@@ -141,19 +141,21 @@ class Chronicle:
         self.outbox.publish(Topic.RUNGS, change, trace_id=change.trace_id)
         log.info("seed.rung", extra={**_fields(change), "rung": change.rung.value})
 
-    def tried(self, result: TrialResult, *, winner: str) -> None:
+    def tried(self, result: TrialResult, *, winner: str, refusal: str = "") -> None:
         """Keeps what a trial came to, and reports its candidates but for the one that now begins in the run.
 
         Args:
             result: of the trial.
-            winner: id of that one's kernel with its site, as in `leyline.trials.key_of`; empty if none begins.
+            winner: id of that one's kernel with its site, as in `leyline.trials.key_of`; empty if none has won.
+            refusal: why the run did not take it; empty if it did.
         """
         course = self._course
         self.recorder.trial(result)
         for number, outcome in enumerate(result.outcomes):
-            candidate = outcome.candidate
-            if outcome.evidence is None or key_of(candidate) == winner:
+            candidate, has_won = outcome.candidate, key_of(outcome.candidate) == winner
+            if outcome.evidence is None or (has_won and not refusal):
                 continue
+            lost = "another won the trial" if winner else "no candidate won the trial"
             report = FieldReport(
                 report_id=report_id(course.run_id, f"{result.trial_id}/{number}", Outcome.TRIED),
                 run_id=course.run_id,
@@ -170,7 +172,7 @@ class Chronicle:
                 num_parameters=candidate.num_parameters,
                 flops=outcome.flops,
                 seconds=outcome.seconds,
-                failure_reason="another won the trial" if winner else "no candidate won the trial",
+                failure_reason=f"it had won the trial, and the run refused it: {refusal}" if has_won else lost,
             )
             self.recorder.keep(report)
             self._send(report)

@@ -636,12 +636,14 @@ class Session:
             self._guard.roll_back(f"Tamiyo: {signal.reason}")
             self._prepared_for = -1
             return
+        refused: dict[str, str] = {}
         for command in signal.commands:
             self._chronicle.chose(command, signal.policy, self._boundary.reports if self._boundary else ())
             self._trying.offer(command)
-            self._adaptation.apply(command)
+            if (refusal := self._adaptation.apply(command)) is not None:
+                refused[command.command_id] = refusal
             self._trying.withdraw(command)
-        self._trying.heard(signal)
+        self._trying.heard(signal, refused)
 
     # ---------------------------------------------------------------- for checkpoints
 

@@ -81,15 +81,24 @@ class Trying:
         """Takes in how many samples a validation has."""
         self._val_samples = num_samples
 
-    def heard(self, signal: AdaptationSignal) -> None:
-        """Takes in what Tamiyo made of the last state: a trial that it wants, and whether it has used the result."""
+    def heard(self, signal: AdaptationSignal, refused: Mapping[str, str] | None = None) -> None:
+        """Takes in what Tamiyo made of the last state: a trial that it wants, and whether it has used the result.
+
+        Args:
+            signal: whose commands have been carried out.
+            refused: why the run did not do so, by the id of the command.
+        """
         if not self._course.is_first:
             return
         result, self._result = self._result, None
         self._wanted = signal.trial
         if result is not None:
-            winner = next((self._of(command) for command in signal.commands if command.trial_id == result.trial_id), "")
-            self._chronicle.tried(result, winner=winner)
+            command = next((one for one in signal.commands if one.trial_id == result.trial_id), None)
+            if command is None:
+                self._chronicle.tried(result, winner="")
+            else:
+                refusal = (refused or {}).get(command.command_id, "")
+                self._chronicle.tried(result, winner=self._of(command), refusal=refusal)
         self._weights = {}
 
     # ---- the trial

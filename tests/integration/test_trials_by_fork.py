@@ -474,6 +474,28 @@ def test_weights_that_do_not_fit_are_refused_by_the_seed(tmp_path, how):
     assert "that came from its trial are not" in cancelled.reason
 
 
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_winner_that_the_run_refuses_is_reported_with_the_reason(tmp_path, monkeypatch, refuses):
+    from esper.kasmina.host import Host
+
+    check, asked = Host.check, []
+
+    def refusing(self, command):
+        asked.append(command.trial_id)
+        return "its circuit breaker is open" if command.trial_id and refuses else check(self, command)
+
+    monkeypatch.setattr(Host, "check", refusing)
+    settings = chosen(tamiyo__trials__strategies=["ramp", "direct"], tamiyo__trials__candidates=2)
+    summary, _ = train(tmp_path, settings, trials=Keeping(settings))
+    assert any(asked), "a winner was to begin"
+    (trial, *_) = summary.trials
+    tried = [r for r in summary.field_reports if r.outcome is Outcome.TRIED and r.trace_id.startswith(trial.trial_id)]
+    reasons = [report.failure_reason for report in tried]
+    assert reasons.count("it had won the trial, and the run refused it: its circuit breaker is open") == refuses
+    assert reasons.count("another won the trial") == 1
+    assert all(report.evidence is not None for report in tried)
+
+
 def test_the_budget_of_trials_is_held(tmp_path):
     settings = chosen(tamiyo__trials__flops_share=4.0, tamiyo__max_adaptations=4, tolaria__epochs=30)
     trials = Keeping(settings, losing)
