@@ -31,6 +31,10 @@ class CanaryConfig(Section):
     """So many are compared."""
     min_agreement: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.8
     """Share of decisions in which both want the same."""
+    actions: Annotated[int, Field(ge=0)] = 10
+    """In so many of them at least one of the two acts; until then it goes on. Who waits together shows nothing."""
+    min_action_agreement: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.5
+    """Share of those in which both want the same."""
     require_value: bool = True
     """Whether one that predicts no value fails."""
     max_value_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0

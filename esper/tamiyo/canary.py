@@ -37,10 +37,19 @@ def judge(record: CanaryRecord, config: CanaryConfig) -> CanaryRecord:
     """Ends it once enough was compared, with the reason; returns it as it is before."""
     if record.num_decisions < config.decisions:
         return record
-    agreement = record.num_agreed / record.num_decisions
     words = f"agreed in {record.num_agreed} of {record.num_decisions} decisions"
-    if agreement < config.min_agreement:
+    if record.num_agreed / record.num_decisions < config.min_agreement:
         return fail(record, f"{words}, less than {config.min_agreement:.0%}")
+    if record.num_actions < config.actions:
+        return record  # both have waited nearly always: there is nothing to judge by
+    if record.num_actions:
+        words += f", in {record.num_actions_agreed} of {record.num_actions} in which one of them acted"
+        if record.num_actions_agreed / record.num_actions < config.min_action_agreement:
+            return fail(record, f"{words}, less than {config.min_action_agreement:.0%}")
+    return _judge_values(record, config, words)
+
+
+def _judge_values(record: CanaryRecord, config: CanaryConfig, words: str) -> CanaryRecord:
     if not record.num_values:
         if config.require_value:
             return fail(record, f"{words}, but it predicts no value")

@@ -31,6 +31,8 @@ from esper.tamiyo import canary
 from esper.tamiyo.deciders import Decider, Loader, Question, Steps, load_policy
 
 BUILT_IN = "built-in"
+CONTROLS = frozenset({"none", "random", "schedule"})
+"""Built-in policies that show nothing of another: they do not look, or do what a person said."""
 _NUM_KEPT, _WHOLE = 8, 64
 _LOG = logging.getLogger(__name__)
 
@@ -119,7 +121,11 @@ class Shelf:
             raise
 
     def compare(self, question: Question, held: Held, signal: AdaptationSignal) -> None:
-        """Asks the one in shadow the same question, if there is one and `held` is the one that it stands beside."""
+        """Asks the one in shadow the same question, if there is one and `held` is the one that it stands beside. A
+        control group is not asked about: what it does, nobody decided.
+        """
+        if held.version is None and question.config.policy in CONTROLS:
+            return
         with self._canary_lock:
             shadow, record = self._shadow, self._canary
             if shadow is None or record is None or record.verdict is not CanaryVerdict.RUNNING:

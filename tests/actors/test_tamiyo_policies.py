@@ -26,7 +26,7 @@ from esper.urza.policies import StoredPolicies, _sealed
 pytestmark = pytest.mark.ray
 
 WEIGHTS = safetensors.numpy.save({})
-CANARY = CanaryConfig(decisions=10, require_value=False)
+CANARY = CanaryConfig(decisions=10, actions=0, require_value=False)
 
 
 @pytest.fixture(scope="module")

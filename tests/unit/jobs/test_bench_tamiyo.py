@@ -7,7 +7,7 @@ import pytest
 from esper.leyline.errors import ConfigError
 from jobs.bench.exam_table import ExamCell, compare, markdown, over_all
 from jobs.bench.harness import mean_interval
-from jobs.bench.tamiyo import TASKS, _config, main
+from jobs.bench.tamiyo import TASKS, _config, _digest, main
 
 
 def cell(policy, seed, test, **rest):
@@ -45,6 +45,17 @@ def test_policies_are_compared_by_pairs_of_seeds():
     assert "| t | heuristic | 4 | 67.5% (" in page
     assert "+2.50" in page
     assert page.count("not met") == 1
+
+
+def test_cells_that_are_stored_stay_good():
+    """A setting that came later and that no cell hangs on must not have hours of training done again."""
+    config = _config("digits_cnn", ["seed=200000", "tamiyo.policy=heuristic", "tolaria.epochs=80"])
+    assert _digest(config, 4.0) == "0c80fbfdaab8cf3e"  # of the cells behind the README's table
+    canary = config.tamiyo.canary.model_copy(update={"actions": 77, "min_action_agreement": 0.9})
+    other = config.model_copy(update={"tamiyo": config.tamiyo.model_copy(update={"canary": canary})})
+    assert _digest(other, 4.0) == _digest(config, 4.0)
+    shorter = config.model_copy(update={"tamiyo": config.tamiyo.model_copy(update={"plateau_window": 4})})
+    assert _digest(shorter, 4.0) != _digest(config, 4.0)
 
 
 def test_without_the_heuristic_a_policy_is_laid_beside_random():

@@ -23,13 +23,13 @@ from esper.leyline import (
 )
 from esper.storage import Storage
 from esper.tamiyo import initial_state
-from esper.tamiyo.canary import compare
+from esper.tamiyo.canary import compare, judge
 from esper.tamiyo.deciders import Decided, Question, Steps, load_policy
 from esper.tamiyo.shelf import Shelf
 from esper.urza.policies import MemoryPolicies, StoredPolicies
 
-CONFIG = TamiyoConfig(policy="none")
-CANARY = CanaryConfig(decisions=4, min_agreement=0.75)
+CONFIG = TamiyoConfig(policy="heuristic")
+CANARY = CanaryConfig(decisions=4, min_agreement=0.75, actions=0)
 WEIGHTS = safetensors.numpy.save({})
 
 
@@ -43,6 +43,7 @@ class Scripted:
 
     def __init__(self, card, _weights=b""):
         self.acts, self.value = card.shape.get("acts", False), card.shape.get("value")
+        self.site = card.shape.get("site", "a")
         self.breaks = card.shape.get("breaks")
         if self.breaks == "when loaded":
             raise PermanentError("not for this net")
@@ -51,7 +52,9 @@ class Scripted:
         if self.breaks:
             raise ZeroDivisionError(self.breaks)
         answers = Steps({"policy": "none"}).decide(questions)
-        command = KasminaControlCommand(action=Action.GERMINATE, site="a", seed_id="s0", blueprint="conv", reason="so")
+        command = KasminaControlCommand(
+            action=Action.GERMINATE, site=self.site, seed_id="s0", blueprint="conv", reason="so"
+        )
         more = {"commands": (command,) if self.acts else (), "value": self.value}
         return [Decided(state, signal.model_copy(update=more)) for state, signal in answers]
 
@@ -63,8 +66,8 @@ class Server:
         self.told = []
         self.shelf = Shelf(store, config, tell=self.told.append, load=load)
 
-    def ask(self, version="promoted"):
-        question = Question(initial_state(CONFIG, 0), packet(0), CONFIG)
+    def ask(self, version="promoted", config=CONFIG):
+        question = Question(initial_state(config, 0), packet(0), config)
         held = self.shelf.held(version)
         [(_, signal)] = held.decider.decide([question])
         self.shelf.compare(question, held, signal)
@@ -159,6 +162,47 @@ def test_one_that_does_not_pass_is_not_promoted_and_the_one_before_stays(store, 
     assert reason in event.reason
     server.shelf.refresh()
     assert server.told[-1] is event  # it does not begin again
+
+
+def acting(value, *, site="a"):
+    return {"acts": True, "value": value, "site": site}
+
+
+@pytest.mark.parametrize(
+    ("shape", "verdict", "words"),
+    [
+        (acting(0.2), CanaryVerdict.PASSED, "in 3 of 3 in which one of them acted"),
+        (acting(0.2, site="b"), CanaryVerdict.FAILED, "in 0 of 3 in which one of them acted, less than 50%"),
+        ({"value": 0.2}, CanaryVerdict.FAILED, "in 0 of 3 in which one of them acted, less than 50%"),
+    ],
+    ids=["acts alike", "acts elsewhere", "waits always"],
+)
+def test_waiting_together_promotes_nobody(store, shape, verdict, words):
+    def decided(shape):
+        scripted = Scripted(PolicyCard.of(WEIGHTS, name="x", kind="none", shape=shape, observation_version=1))
+        [(_, signal)] = scripted.decide([Question(initial_state(CONFIG, 0), packet(0), CONFIG)])
+        return signal
+
+    config = CanaryConfig(decisions=4, min_agreement=0.5, actions=3)
+    waits, acts, new = decided({"value": 0.2}), decided(acting(0.1)), decided(shape)
+    record = CanaryRecord(version="0" * 64, beside="x")
+    for before, own in (*[(waits, waits)] * 8, *[(acts, new)] * 3):
+        assert record.verdict is CanaryVerdict.RUNNING
+        record = judge(compare(record, before, own), config)
+    assert record.verdict is verdict
+    assert words in record.reason
+    assert (record.num_decisions, record.num_actions) == (11, 3)
+
+
+@pytest.mark.parametrize("policy", ["none", "random", "schedule"])
+def test_a_control_group_is_not_compared_with(store, server, policy):
+    store.nominate(put(store, **acting(0.2)))
+    server.shelf.refresh()
+    for _ in range(2 * CANARY.decisions):
+        server.ask(None, TamiyoConfig(policy=policy))
+    assert server.shelf.view().canary.num_decisions == 0
+    server.ask(None)
+    assert server.shelf.view().canary.num_decisions == 1
 
 
 @pytest.mark.parametrize("passes", [True, False])
