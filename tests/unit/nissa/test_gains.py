@@ -77,6 +77,16 @@ def test_four_pairs_say_nothing():
     assert {one.rho for one in foresights([(seen(float(i)), float(i)) for i in range(4)])} == {None}
 
 
+def test_few_pairs_in_perfect_order_leave_doubt():
+    """Fisher's interval of a correlation of 1 has no width, however few pairs it is of."""
+    for num, least in ((5, 0.0), (30, 0.9)):
+        (up, *_) = foresights([(seen(float(i)), float(i)) for i in range(num)])
+        (down, *_) = foresights([(seen(float(i)), -float(i)) for i in range(num)])
+        assert (up.rho, up.high) == (pytest.approx(1.0), pytest.approx(1.0))
+        assert least < up.low < (0.4 if num == 5 else 0.9999)
+        assert (down.low, down.high) == (pytest.approx(-up.high), pytest.approx(-up.low))
+
+
 def test_a_choice_goes_with_the_report_of_its_trace():
     good, bad = (reported(gain, trace_id=trace) for gain, trace in ((0.2, "t0"), (-0.25, "t1")))
     summary = story.summary(field_reports=(good, bad))
