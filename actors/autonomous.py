@@ -30,6 +30,8 @@ from esper.urza.policies import StoredPolicies
 NUM_CPUS = 0.1
 GROUP = "tamiyo"
 _POLL_S = 0.2
+_LOOK_S = 2.0
+"""So often it looks which policy is promoted or nominated, while nobody asks."""
 _PAUSES_S = (0.1, 5.0)
 _LOG = logging.getLogger("actors.autonomous")
 
@@ -153,13 +155,13 @@ class AutonomousTamiyo:
     def _decide(self, bus: Bus) -> None:
         while not self._over.is_set():
             with self._changed:
-                self._changed.wait_for(lambda: self._questions or self._over.is_set(), timeout=2.0)
+                self._changed.wait_for(lambda: self._questions or self._over.is_set(), timeout=_LOOK_S)
                 one = self._questions.popleft() if self._questions else None
             if isinstance(one, Question):
                 self._tell(bus, one)
             elif one is not None:
                 bus.publish([OonaMessage.of(Topic.POLICIES, one, sender_id=WATCHER, key="policies")])
-            else:
+            elif self._num_told:  # else nobody listens: the replica alone follows what is promoted and nominated
                 self._shelf.refresh()
 
     def _tell(self, bus: Bus, question: Question) -> None:
