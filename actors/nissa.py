@@ -23,7 +23,7 @@ from actors.traces import TIMEOUT_S, SpanSender
 from esper.config import PageConfig
 from esper.leyline.alerts import Alert
 from esper.leyline.bus import BusStats
-from esper.leyline.contract import Contract, new_id
+from esper.leyline.contract import Contract
 from esper.leyline.errors import EsperError, UnavailableError
 from esper.leyline.kernels import Pipeline
 from esper.leyline.messages import OonaMessage
@@ -167,12 +167,12 @@ class NissaActor:
         self._state = "stopped"
 
     def _follow(self) -> None:
-        """One life on the bus. The group is new in each, so that it starts at the start of the log; the broker forgets
-        idle groups, and messages seen before change nothing.
+        """One life on the bus. It listens anew in each, so that it starts at the start of the log; messages seen before
+        change nothing.
         """
         bus = self._bus_factory()
         try:
-            subscription = bus.subscribe(TOPICS, group=f"nissa-{new_id()[:12]}", from_start=True)
+            subscription = bus.listen(TOPICS, from_start=True, name="nissa")
             try:
                 self._state, self._is_caught_up = "following", False
                 while not self._stopped.is_set():

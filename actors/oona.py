@@ -101,6 +101,7 @@ class OonaShard:
             shard=number,
             lasting=lasting,
             is_synced=config.fsync != "never",
+            at=time.time(),
         )
         gc.freeze()  # nor at what Ray and the log have made until now
         self._room = asyncio.Event()  # set when a batch that waits may be admitted

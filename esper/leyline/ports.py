@@ -104,9 +104,11 @@ class Bus(Protocol):
         """
         ...
 
-    def listen(self, topics: Sequence[Topic], *, key: str | None = None, from_start: bool = False) -> Subscription:
+    def listen(
+        self, topics: Sequence[Topic], *, key: str | None = None, from_start: bool = False, name: str = ""
+    ) -> Subscription:
         """Gets all of it, whoever else does: a broadcast. The group is this listener's alone and ends with its `close`;
-        one that dies without a word is forgotten after ten minutes.
+        one that dies without a word is forgotten after ten minutes. `name` says who listens, in the bus's figures.
         """
         ...
 

@@ -372,6 +372,25 @@ class Broker:
         idle = (group for group in self._groups.values() if now - group.seen_at > idle_s)
         return [group.name for group in idle if max(group.pending.values(), default=0) >= pending]
 
+    def seen(self, name: str, at: float) -> None:
+        """Says when a group was last used, on the clock of the other calls; one that is not there is passed over."""
+        group = self._groups.get(name)
+        if group is not None:
+            group.seen_at = at
+
+    def holders(self, at: float) -> list[str]:
+        """The groups that need the oldest record, where much more is kept for them than anybody else asks for.
+
+        Args:
+            at: seconds since the epoch; 0 if it is not known.
+        """
+        if not self.kept.is_held_back(at):
+            return []
+        end = self.next_offset
+        firsts = {group.name: group.oldest(end) for group in self._groups.values()}
+        first = min(firsts.values(), default=end)
+        return [name for name, oldest in firsts.items() if oldest == first < end]
+
     def forget(self, name: str) -> None:
         """Drops a group and its position."""
         group = self._groups.pop(name, None)

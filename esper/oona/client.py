@@ -66,9 +66,11 @@ class BusClient:
         self._consumers.append(consumer)
         return consumer
 
-    def listen(self, topics: Sequence[Topic], *, key: str | None = None, from_start: bool = False) -> Subscription:
+    def listen(
+        self, topics: Sequence[Topic], *, key: str | None = None, from_start: bool = False, name: str = ""
+    ) -> Subscription:
         """See `Bus.listen`."""
-        group = f"{LISTENER}{new_id()}"
+        group = f"{LISTENER}{name}-{new_id()}" if name else f"{LISTENER}{new_id()}"
         self._transport.subscribe(group, _names(topics), key=key, start=Start(from_start=from_start))
         consumer = Consumer(self._transport, group, is_alone=True)
         self._consumers.append(consumer)

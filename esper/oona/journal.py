@@ -33,7 +33,11 @@ from esper.oona.wire import Batch, Leased, Record
 FORGET_AFTER_S = 86_400.0
 """A group that nobody used for so long loses its position, or the log would grow for it for ever."""
 ABANDON_AFTER_S = 600.0
-"""So long may a group that nobody uses keep publishers waiting; if it fills half the backlog it is forgotten then."""
+"""So long may a group that nobody uses keep publishers waiting, if it fills half the backlog, or keep old records from
+going, if it makes them twice as much or as old as they may be; it is forgotten then."""
+
+GRACE_S = 30.0
+"""So long has a group to say that it is used, once the log is open: what is waited for is not in the log."""
 
 LOOK_S = 0.5
 """From one look for such groups to the next: there may be thousands."""
@@ -50,6 +54,7 @@ class Journal:
         now: the present, on the caller's monotonic clock.
         shard: its number, for what is told of records.
         lasting: groups that are never forgotten, such as the archive's: what they have not acknowledged is kept.
+        at: the present, seconds since the epoch; 0 if it is not known.
 
     Raises:
         StorageError: if the log is damaged.
@@ -57,14 +62,24 @@ class Journal:
     """
 
     def __init__(
-        self, log: SegmentLog, broker: Broker, *, now: float, shard: int = 0, lasting: Collection[str] = ()
+        self,
+        log: SegmentLog,
+        broker: Broker,
+        *,
+        now: float,
+        shard: int = 0,
+        lasting: Collection[str] = (),
+        at: float = 0.0,
     ) -> None:
         self._log = log
         self._shard = shard
         self._told = DropTold(shard)
+        self._told_bytes = 0  # that are kept for a group beyond what may be
         self._broker = broker
         self._lasting = frozenset(lasting)
-        self._look_at = now
+        self._look_at = now + GRACE_S
+        self._used_at: dict[str, float] = {}  # while the log is read: when it last tells of a group, by the log's times
+        self._known_since = 0.0  # the first of these times
         self._roll_at = math.inf
         self._is_gapped = False  # a part of the log was lost
         self._knows_offset = True  # of the next record; not behind such a part, until something tells it
@@ -72,6 +87,7 @@ class Journal:
         self._number = 0  # of the frame that is read
         self._lost: set[str] = set()  # groups of which it is not known any more what they read
         self._replay(now)
+        self._take_over_idleness(now, at)
         try:
             self._roll(0.0)
         except UnavailableError as error:  # what is there can be read; with the first change it is tried again
@@ -88,11 +104,12 @@ class Journal:
         shard: int = 0,
         lasting: Collection[str] = (),
         is_synced: bool = True,
+        at: float = 0.0,
     ) -> Journal:
         """Opens the log in `directory`; see `SegmentLog` for its arguments and what it raises."""
         log = SegmentLog(directory, wait_s=wait_s, is_synced=is_synced)
         try:
-            return cls(log, broker, now=now, shard=shard, lasting=lasting)
+            return cls(log, broker, now=now, shard=shard, lasting=lasting, at=at)
         except BaseException:
             log.close()
             raise
@@ -213,6 +230,7 @@ class Journal:
         if now >= self._look_at:
             self._look_at = now + LOOK_S
             self._forget_idle(now)
+            self._look_at_holders(now, at)
         return self._broker.expire(now)
 
     def tidy(self, now: float, at: float) -> int:
@@ -250,6 +268,21 @@ class Journal:
         self._forget(listeners, "its listener is gone", ABANDON_AFTER_S)
         self._forget(abandoned, "nobody reads it, and it holds half of the backlog", ABANDON_AFTER_S)
         self._forget(self._broker.idle_groups(now, FORGET_AFTER_S), "nobody reads it", FORGET_AFTER_S)
+
+    def _look_at_holders(self, now: float, at: float) -> None:
+        """What a group needs stays, however much or old it is. That is told; a group that nobody uses ends."""
+        holders = self._broker.holders(at)
+        if not holders:
+            self._told_bytes = 0
+            return
+        idle = set(self._broker.idle_groups(now, ABANDON_AFTER_S)) - self._lasting
+        if gone := [name for name in holders if name in idle]:
+            self._forget(gone, "nobody reads it, and old records stay for it alone", ABANDON_AFTER_S)
+            self._broker.trim(at)
+        elif (num_bytes := self._broker.kept.num_bytes) >= 2 * self._told_bytes:
+            self._told_bytes = num_bytes
+            told = {"groups": holders[:3], "num_bytes": num_bytes, "shard": self._shard}
+            logger.warning("oona.records.held", extra=told)
 
     def _forget(self, names: Sequence[str], reason: str, idle_s: float) -> None:
         for name in names:
@@ -289,6 +322,7 @@ class Journal:
             at, offset = PLACE.unpack_from(frame.body)
             self._place(offset)
             self._broker.append(batch_of(kind, frame.body), at)
+            self._known_since = self._known_since or at
         elif kind in {Kind.TIMED_BATCH, Kind.BATCH}:  # logs of the first two forms
             self._find_place()
             self._broker.append(
@@ -300,6 +334,17 @@ class Journal:
             self._take_over(json.loads(frame.body), now, is_first=is_first)
         else:
             self._repeat(kind, json.loads(frame.body), now)
+
+    def _take_over_idleness(self, now: float, at: float) -> None:
+        """Groups are as idle as the log says, or those of one short run after another would never be forgotten. A time
+        in which the bus was down is no idleness, but of a listener, whose process does not outlive it for long.
+        """
+        newest = self._broker.kept.newest_at
+        down_s = max(0.0, at - newest) if newest else 0.0
+        for name in self._broker.groups:
+            idle_s = max(0.0, newest - (self._used_at.get(name) or self._known_since or newest))
+            self._broker.seen(name, now - idle_s - (down_s if name.startswith(LISTENER) else 0.0))
+        self._used_at.clear()
 
     def _find_place(self) -> None:
         """Of the first record behind a part that was lost, in a log whose frames do not tell it."""
@@ -335,8 +380,10 @@ class Journal:
             name, topics, key, start = values
             broker.join(name, topics, key=key, start=start, now=now)
             self._lost.discard(name)
+            self._used_at[name] = broker.kept.newest_at
             return
         name, *rest = values
+        self._used_at[name] = broker.kept.newest_at
         if kind is Kind.LEAVE:
             broker.leave(name, *rest)
         elif kind is Kind.FORGET:

@@ -143,7 +143,7 @@ class Kept:
             self._look_at = at + self.retain_s / 100
         stop = min(needed, max(keep, first))
         if self.retain_bytes is not None:
-            stop = max(stop, min(needed, self._offset_of_last(self.retain_bytes, stop)))
+            stop = max(stop, self._offset_of_last(self.retain_bytes, stop, needed))
         self._drop_below(stop)
         self._count_limit = self._num_records + self.retain
         if self.retain_bytes is not None:
@@ -152,17 +152,28 @@ class Kept:
         passed = next((at for at, (_, start) in enumerate(self._stamps) if start > first), len(self._stamps))
         del self._stamps[: max(0, passed - 1)]  # the last of these may hold the first record
 
-    def _offset_of_last(self, num_bytes: int, start: int) -> int:
-        """The lowest offset, `start` or above, from which on the records have at most so many bytes."""
+    def is_held_back(self, at: float) -> bool:
+        """Whether there is twice as much, or something twice as old, as would be kept if nobody needed it.
+
+        Args:
+            at: the present, seconds since the epoch; 0 if it is not known.
+        """
+        if self.retain_bytes is not None and self.num_bytes > 2 * self.retain_bytes:
+            return True
+        oldest_at = self._stamps[0][0] if self._stamps else 0.0
+        return self.retain_s is not None and bool(oldest_at) and at - oldest_at > 2 * self.retain_s
+
+    def _offset_of_last(self, num_bytes: int, start: int, stop: int) -> int:
+        """The lowest offset from `start` to `stop` from which on the records have at most so many bytes, or `stop`."""
         excess = self.num_bytes - num_bytes
-        for held in self.within(self._first, self.next_offset):
+        for held in self.within(self._first, stop):
             size = held.records.num_bytes
             if held.stop > start and excess < size:
                 sizes = (len(data) for data in held.records)
                 dropped = next((n for n, total in enumerate(accumulate(sizes, initial=0)) if total >= excess), 0)
                 return max(start, held.start + dropped)
             excess -= size
-        return self.next_offset
+        return stop
 
     def _drop_below(self, offset: int) -> None:
         passed = 0

@@ -41,7 +41,8 @@ class LogBus:
     def __init__(self, log: Sequence[OonaMessage]) -> None:
         self.log = list(log)
 
-    def subscribe(self, topics, *, group, key=None, from_start=False):
+    def listen(self, topics, *, key=None, from_start=False, name=""):
+        """A group of its own, which ends with it: one that stayed would keep all that comes later in the log."""
         assert from_start
         assert Topic.EPOCH in topics
         return LogSubscription(self.log)

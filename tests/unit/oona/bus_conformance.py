@@ -369,7 +369,8 @@ class BusConformance:
         listeners = [bus.listen([Topic.STEPS]), other.listen([Topic.STEPS]), other.listen([Topic.STEPS], key="b")]
         bus.publish([step(0, "a"), step(1, "b")])
         bus.flush(timeout_s=WAIT_S)
-        late = [other.listen([Topic.STEPS], from_start=True), other.listen([Topic.STEPS])]
+        late = [other.listen([Topic.STEPS], from_start=True, name="late"), other.listen([Topic.STEPS])]
+        assert sum(group.group.startswith("listener-late-") for group in bus.stats().groups) == 1
         assert sorted(numbers(take(listeners[0], 2))) == sorted(numbers(take(listeners[1], 2))) == [0, 1]
         assert numbers(take(listeners[2], 1)) == [1]
         assert sorted(numbers(take(late[0], 2))) == [0, 1]

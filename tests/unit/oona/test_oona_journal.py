@@ -26,8 +26,10 @@ from esper.oona import (
     shard_of,
 )
 from esper.oona.groups import LISTENER
-from esper.oona.journal import ABANDON_AFTER_S, Kind
+from esper.oona.journal import ABANDON_AFTER_S, FORGET_AFTER_S, GRACE_S, Kind
 from esper.oona.kept import Kept
+from esper.oona.packed import Packed
+from esper.oona.wire import Block
 
 
 def batch(seq, *keys, size=4):
@@ -43,13 +45,13 @@ def reopen(tmp_path):
     """Opens the journal of one directory again; the last one dies without a word."""
     logs: list[SegmentLog] = []
 
-    def open_(now=0.0, segment_bytes=64 << 20, **kwargs):
+    def open_(now=0.0, segment_bytes=64 << 20, lasting=(), at=0.0, **kwargs):
         while logs:  # what a dead process leaves: nothing flushed, nothing closed but by the kernel
             log = logs.pop()
             os.close(log._fd)
             os.close(log._lock_fd)
         logs.append(SegmentLog(tmp_path, segment_bytes=segment_bytes))
-        return Journal(logs[0], Broker(lease_s=10.0, **kwargs), now=now)
+        return Journal(logs[0], Broker(lease_s=10.0, **kwargs), now=now, lasting=lasting, at=at)
 
     yield open_
     for log in logs:
@@ -303,6 +305,97 @@ def test_records_go_by_size_and_by_age_but_never_what_a_group_needs(reopen, tmp_
     assert journal.counts("a").published == 22
 
 
+@pytest.mark.parametrize("kept", [{"retain_bytes": 40}, {"retain_s": 100.0}])
+def test_a_dead_group_keeps_old_records_for_ten_minutes_at_most(reopen, caplog, kept):
+    """One message of a quiet topic that nobody takes would keep all that comes behind it, of whatever topic."""
+    journal = reopen(kept=Kept(**kept))
+    journal.join("dead", ["rare"], key=None, start=Start(), now=0.0)
+    journal.join("archive", ["t"], key=None, start=Start(), now=0.0)
+    rare = Batch("q", 0, 0, (Record("rare", "a", b"x"),))
+    journal.append(rare, encode_batch(rare), at=1.0)
+
+    def publish(start, stop):
+        for seq in range(start, stop):
+            one = batch(seq, "a")
+            assert journal.append(one, encode_batch(one), at=seq + 1.0) is Admission.ACCEPT
+            journal.ack("archive", offsets(journal.poll("archive", "m", seq, 9, float(seq))), float(seq))
+            journal.expire(float(seq), seq + 1.0)
+
+    publish(0, int(ABANDON_AFTER_S))
+    assert journal.read(Start(from_start=True), [], None, 1).records == [(0, b"x")]
+    told = [record for record in caplog.records if record.message == "oona.records.held"]
+    assert {name for record in told for name in record.groups} == {"dead"}
+    assert 1 <= len(told) < 10
+    publish(int(ABANDON_AFTER_S), int(ABANDON_AFTER_S) + 3)
+    with pytest.raises(NotFoundError):
+        journal.poll("dead", "m", 0, 9, ABANDON_AFTER_S)
+    assert journal.read(Start(from_start=True), [], None, 1).records[0][0] > ABANDON_AFTER_S / 2
+
+
+def test_short_runs_one_after_another_forget_what_none_of_them_uses(reopen):
+    """Each opens the log anew and ends within minutes; what one left there without a word must not stay for ever."""
+    day = FORGET_AFTER_S
+    for run, at in enumerate((1.0, day, 2 * day, 3 * day)):
+        journal = reopen(now=0.0, at=at)
+        if run == 0:
+            for name in ("once", f"{LISTENER}once"):
+                journal.join(name, ["t"], key=None, start=Start(), now=0.0)
+        journal.join("each", ["t"], key=None, start=Start(), now=0.0)
+        one = batch(run, "a")
+        journal.append(one, encode_batch(one), at=at)
+        journal.expire(GRACE_S - 1, at)
+        known = {group.group for group in journal.stats(0.0).groups}
+        journal.expire(GRACE_S + 1, at)
+        left = {group.group for group in journal.stats(0.0).groups}
+        assert known - left == {1: {f"{LISTENER}once"}, 2: {"once"}}.get(run, set())
+    assert offsets(journal.poll("each", "m", 0, 99, 0.0)) == [0, 1, 2, 3]
+
+
+def test_who_waits_at_a_quiet_bus_is_not_forgotten_when_its_broker_comes_again(reopen):
+    """A poll that finds nothing is not in the log."""
+    journal = reopen()
+    journal.join(f"{LISTENER}1", ["t"], key=None, start=Start(), now=0.0)
+    one = batch(0, "a")
+    journal.append(one, encode_batch(one), at=1.0)
+    journal = reopen(now=1e6, at=1e6)
+    journal.expire(1e6 + GRACE_S / 2, 1e6)
+    assert offsets(journal.poll(f"{LISTENER}1", "m", 0, 9, 1e6 + GRACE_S / 2)) == [0]
+    journal.expire(1e6 + 2 * GRACE_S, 1e6)
+    journal.ack(f"{LISTENER}1", [0], 1e6 + 2 * GRACE_S)
+
+
+def test_a_lasting_group_keeps_what_it_needs_and_that_is_told(reopen, caplog):
+    journal = reopen(kept=Kept(retain_bytes=40), lasting=("archive",))
+    journal.join("archive", ["t"], key=None, start=Start(), now=0.0)
+    for seq in range(21):
+        append(journal, batch(seq, "a"))
+    journal.expire(1e6, 1e6)
+    assert offsets(journal.poll("archive", "m", 0, 99, 1e6)) == list(range(21))
+    assert [record.groups for record in caplog.records if record.message == "oona.records.held"] == [["archive"]]
+
+
+def test_trimming_costs_what_goes_not_what_stays():
+    kept = Kept(retain_bytes=100)
+    for at in range(200):
+        kept.append([Block("t", "a", Packed.of([b"x" * 100] * 20))], float(at + 1))
+    seen = []
+    within = Kept.within
+
+    def counted(self, start, stop):
+        for held in within(self, start, stop):
+            seen.append(held)
+            yield held
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Kept, "within", counted)
+        kept.trim(0, 201.0)  # somebody needs the first
+        assert (kept.first_offset, len(seen)) == (0, 0)
+        kept.trim(30, 201.0)
+        assert (kept.first_offset, len(seen)) == (30, 4)
+    kept.trim(4000, 201.0)
+    assert (kept.first_offset, kept.num_bytes) == (3999, 100)
+
+
 def test_what_the_log_could_not_take_did_not_happen(reopen, monkeypatch):
     """A full disk: each call says so, and works once there is room."""
     journal = reopen()
@@ -341,6 +434,8 @@ def test_a_log_that_names_each_record_is_read_as_it_was(tmp_path):
     assert {str(offset): data.decode() for offset, data in kept.records} == told["records"]
     assert kept.end == told["end"]
     stats = journal.stats(0.0).model_dump(mode="json")
+    for group in stats["groups"]:
+        group["idle_s"] = 0.0  # the version before took all groups for used just now
     assert stats == told["stats"]
     journal.leave("g", "m")
     assert sorted(offsets(journal.poll("g", "new", 0, 999, 0.0))) == told["pending"]
