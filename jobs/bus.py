@@ -1,5 +1,5 @@
-"""`esper bus`: looks at the bus of a running platform, and at its archive. Looking joins no group, so it changes and
-holds up nothing. `repair` is for a bus that does not run, as its log is damaged.
+"""`esper bus`: looks at the bus of a running platform, at the log of one that does not run, and at the archive. Looking
+joins no group, so it changes and holds up nothing. `repair` is for a bus that does not run, as its log is damaged.
 """
 
 from __future__ import annotations
@@ -8,26 +8,36 @@ import contextlib
 import datetime as dt
 import json
 import os
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from esper.leyline.errors import ConfigError, NotFoundError, UnavailableError
+from esper.leyline.errors import ConfigError, FencedError, NotFoundError, UnavailableError
 from jobs.assets import NoPlatformError
 from jobs.tables import table
 
 if TYPE_CHECKING:
     from esper.leyline.messages import Topic
     from esper.leyline.ports import Bus, Delivery
+    from esper.oona import StandingBus
     from esper.oona.story import Story
+    from esper.storage import Storage as Place
 
 REMEDY = "ray start --head, then RAY_ADDRESS=auto esper platform up"
+RUNS = "put RAY_ADDRESS=auto before the command; where several Rays run, the address of that one"
+STANDS = "the bus does not run; this is what its log holds"
+NUM_NAMED = 2
+"""Topics that a table names; of a group with more it tells how many."""
 POLL_S = 0.5
 """Between two looks of `tail --follow`."""
 
-bus_app = typer.Typer(help="Look at the message bus of a running platform, or repair its log.", no_args_is_help=True)
+bus_app = typer.Typer(
+    help="Look at the message bus of a run or platform, also when it is over, or repair its log.", no_args_is_help=True
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON; `tail` prints one object a line.")]
 Storage = Annotated[
@@ -52,6 +62,8 @@ def stats(storage: Storage = "~/.esper", as_json: Json = False) -> None:
     """List the consumer groups: how far behind they are, and what was repeated, dropped or given up."""
     with opened(storage) as bus:
         rows = group_rows(bus)
+    if not as_json:
+        rows = [{**row, "topics": _few(row["topics"])} for row in rows]
     typer.echo(json.dumps(rows, indent=2) if as_json else table(rows, "no group reads the bus"))
 
 
@@ -68,18 +80,23 @@ def tail(
     as_json: Json = False,
 ) -> None:
     """Print messages: those that come from now on, or those kept since a place, and with --follow both."""
+    from esper.oona import StandingBus
+
     wanted = parse_topics(topic or ())
     if from_start + (since is not None) + bool(offset) > 1:
         raise ConfigError("more than one place to begin", remedy="one of --from-start, --since and --offset")
     starts_now = not (from_start or offset or since is not None)
     positions = {} if starts_now else parse_offsets(offset or ()) or None
     from_time = None if since is None else time.time() - since
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     with opened(storage) as bus:
+        if (starts_now or follow) and isinstance(bus, StandingBus):
+            raise NoPlatformError("the bus does not run, so nothing comes", remedy="--from-start, --since or --offset")
         lines = messages(
             bus, wanted, key=key, positions=positions, from_time=from_time, follow=follow or starts_now, limit=limit
         )
         for row in lines:
-            typer.echo(json.dumps(row) if as_json else line(row))
+            typer.echo(json.dumps(row) if as_json else line(row)[:width])
 
 
 @bus_app.command("story")
@@ -95,6 +112,8 @@ def story(
 
     told = story_of(run, (row.message for row in read_archive(Place.at(storage), key=run)))
     rows = event_rows(told)
+    if not as_json:  # people count epochs from 1
+        rows = [{**row, "epoch": row["epoch"] + 1} for row in rows]
     typer.echo(json.dumps(rows, indent=2) if as_json else table(rows, "nothing grew"))
 
 
@@ -121,18 +140,22 @@ def repair(storage: Storage = "~/.esper", as_json: Json = False) -> None:
 
 
 @contextlib.contextmanager
-def opened(storage: str) -> Iterator[Bus]:
-    """The bus of the platform that serves this storage.
+def opened(storage: str) -> Iterator[Bus | StandingBus]:
+    """The bus of the platform that serves this storage, or where no cluster is named the log of one that is over.
 
     Raises:
-        NoPlatformError: if there is none.
+        NoPlatformError: if there is none, or it runs and no cluster is named.
     """
-    if not os.environ.get("RAY_ADDRESS"):
-        raise NoPlatformError("RAY_ADDRESS is not set: a platform lives on a running cluster", remedy=REMEDY)
-    from actors.cluster import connected
     from esper.storage import Storage as Place
 
     place = Place.at(storage)
+    if not os.environ.get("RAY_ADDRESS"):
+        with contextlib.closing(_standing(place)) as standing:
+            typer.echo(STANDS, err=True)
+            yield standing
+        return
+    from actors.cluster import connected
+
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(connected())
@@ -148,12 +171,25 @@ def opened(storage: str) -> Iterator[Bus]:
         yield bus
 
 
-def topic_rows(bus: Bus) -> list[dict[str, Any]]:
+def _standing(place: Place) -> StandingBus:
+    from esper.oona import StandingBus
+    from esper.oona.log import directory_of
+
+    try:
+        return StandingBus(directory_of(place))
+    except FencedError as error:
+        raise NoPlatformError("the bus runs, and RAY_ADDRESS does not say where", remedy=RUNS) from error
+    except NotFoundError as error:
+        what = f"RAY_ADDRESS is not set, and no bus ever ran for {place.shown} on this node"
+        raise NoPlatformError(what, field="storage", remedy=REMEDY) from error
+
+
+def topic_rows(bus: Bus | StandingBus) -> list[dict[str, Any]]:
     """One row a topic."""
     return [topic.model_dump(mode="json") for topic in bus.stats().topics]
 
 
-def group_rows(bus: Bus) -> list[dict[str, Any]]:
+def group_rows(bus: Bus | StandingBus) -> list[dict[str, Any]]:
     """One row a group, those that are furthest behind first."""
     groups = sorted(bus.stats().groups, key=lambda group: -group.pending)
     return [group.model_dump(mode="json") for group in groups]
@@ -180,7 +216,7 @@ def event_rows(story: Story) -> list[dict[str, Any]]:
 
 
 def messages(
-    bus: Bus,
+    bus: Bus | StandingBus,
     topics: Sequence[Topic],
     *,
     key: str | None,
@@ -218,6 +254,10 @@ def messages(
 
 def _row(delivery: Delivery) -> dict[str, Any]:
     return {"shard": delivery.shard, "offset": delivery.offset, **delivery.message.model_dump(mode="json")}
+
+
+def _few(topics: Sequence[str]) -> str:
+    return ",".join(topics) if len(topics) <= NUM_NAMED else f"{len(topics)} topics"
 
 
 def parse_topics(names: Sequence[str]) -> tuple[Topic, ...]:

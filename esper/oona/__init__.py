@@ -11,6 +11,7 @@ from esper.oona.journal import Journal
 from esper.oona.log import SegmentLog
 from esper.oona.memory import MemoryBus
 from esper.oona.requests import Requester, Responder
+from esper.oona.standing import StandingBus
 from esper.oona.start import Start
 from esper.oona.stats import merged
 from esper.oona.transport import Received, Shelf, Transport
@@ -40,6 +41,7 @@ __all__ = [
     "Responder",
     "SegmentLog",
     "Shelf",
+    "StandingBus",
     "Start",
     "Transport",
     "decode_batch",

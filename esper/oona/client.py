@@ -17,7 +17,7 @@ from esper.oona.groups import LISTENER
 from esper.oona.packed import Packed
 from esper.oona.publisher import Publisher
 from esper.oona.start import Start
-from esper.oona.transport import Received, Transport
+from esper.oona.transport import Received, Shelf, Transport
 
 
 class BusClient:
@@ -61,7 +61,7 @@ class BusClient:
             ValueError: if more than one place to begin is given.
         """
         start = Start(from_start, from_offsets, from_time)
-        self._transport.subscribe(group, _names(topics), key=key, start=start)
+        self._transport.subscribe(group, names_of(topics), key=key, start=start)
         consumer = Consumer(self._transport, group)
         self._consumers.append(consumer)
         return consumer
@@ -71,7 +71,7 @@ class BusClient:
     ) -> Subscription:
         """See `Bus.listen`."""
         group = f"{LISTENER}{name}-{new_id()}" if name else f"{LISTENER}{new_id()}"
-        self._transport.subscribe(group, _names(topics), key=key, start=Start(from_start=from_start))
+        self._transport.subscribe(group, names_of(topics), key=key, start=Start(from_start=from_start))
         consumer = Consumer(self._transport, group, is_alone=True)
         self._consumers.append(consumer)
         return consumer
@@ -90,20 +90,8 @@ class BusClient:
         Raises:
             ValueError: if both `positions` and `from_time` are given.
         """
-        start = Start(from_start=positions is None and from_time is None, offsets=positions, time=from_time)
-        shelves = self._transport.read(start, _names(topics), key=key, max_records=max_messages)
-        received = [
-            Received(shard, at, 1, Packed.of([data]))
-            for shard, shelf in enumerate(shelves)
-            for at, data in shelf.records
-        ]
-        deliveries, refused = decode_apart(received)
-        return ReadPage(
-            deliveries=tuple(deliveries),
-            undecodable=tuple(refused),
-            positions={shard: shelf.position for shard, shelf in enumerate(shelves)},
-            is_end=all(shelf.position >= shelf.end for shelf in shelves),
-        )
+        start = Start.of_read(positions, from_time)
+        return page_of(self._transport.read(start, names_of(topics), key=key, max_records=max_messages))
 
     def stats(self) -> BusStats:
         """See `Bus.stats`."""
@@ -126,5 +114,20 @@ class BusClient:
             last_first.callback(self._publisher.close)
 
 
-def _names(topics: Sequence[Topic]) -> list[str]:
+def names_of(topics: Sequence[Topic]) -> list[str]:
+    """Topics by name."""
     return [Topic(topic).value for topic in topics]
+
+
+def page_of(shelves: Sequence[Shelf]) -> ReadPage:
+    """What was read of each shard, decoded."""
+    received = [
+        Received(shard, at, 1, Packed.of([data])) for shard, shelf in enumerate(shelves) for at, data in shelf.records
+    ]
+    deliveries, refused = decode_apart(received)
+    return ReadPage(
+        deliveries=tuple(deliveries),
+        undecodable=tuple(refused),
+        positions={shard: shelf.position for shard, shelf in enumerate(shelves)},
+        is_end=all(shelf.position >= shelf.end for shelf in shelves),
+    )

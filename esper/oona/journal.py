@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import struct
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ class Journal:
         self._lost: set[str] = set()  # groups of which it is not known any more what they read
         self._replay(now)
         self._take_over_idleness(now, at)
+        if log.is_read_only:
+            return
         try:
             self._roll(0.0)
         except UnavailableError as error:  # what is there can be read; with the first change it is tried again
@@ -113,6 +116,16 @@ class Journal:
         except BaseException:
             log.close()
             raise
+
+    @classmethod
+    @contextmanager
+    def standing(cls, directory: Path, broker: Broker, *, now: float, at: float, shard: int) -> Iterator[Journal]:
+        """The journal of a shard that does not run, to be looked at alone; see `open` for what it raises."""
+        log = SegmentLog(directory, is_read_only=True)
+        try:
+            yield cls(log, broker, now=now, shard=shard, at=at)
+        finally:
+            log.close()
 
     @property
     def next_expiry(self) -> float:

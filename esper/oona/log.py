@@ -42,6 +42,7 @@ class SegmentLog:
         segment_bytes: a segment that has grown beyond it asks to be rolled.
         is_synced: whether `sync` is called often; what it has not taken yet is then held, to be written again.
         wait_s: how long to wait for the lock of a writer that is about to end.
+        is_read_only: a log that is there is only read, and stays as it is; writers are kept out meanwhile.
 
     Raises:
         FencedError: if another process writes here.
@@ -49,9 +50,16 @@ class SegmentLog:
     """
 
     def __init__(
-        self, directory: Path, *, segment_bytes: int = 64 << 20, wait_s: float = 0.0, is_synced: bool = True
+        self,
+        directory: Path,
+        *,
+        segment_bytes: int = 64 << 20,
+        wait_s: float = 0.0,
+        is_synced: bool = True,
+        is_read_only: bool = False,
     ) -> None:
         self.directory = directory
+        self.is_read_only = is_read_only
         self.segment_bytes = segment_bytes
         self._is_synced = is_synced
         self._guard = threading.Lock()  # `sync` may run beside `write`, but not beside `roll` and `close`
@@ -63,8 +71,9 @@ class SegmentLog:
         self._is_torn = False  # a part of a frame may lie behind the last whole one
         self._is_doubtful = False  # a sync has failed
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._lock_fd = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            if not is_read_only:
+                directory.mkdir(parents=True, exist_ok=True)
+            self._lock_fd = os.open(directory / _LOCK, os.O_RDWR | (0 if is_read_only else os.O_CREAT), 0o600)
         except OSError as error:
             raise StorageError(f"cannot use {directory}: {error.strerror}", field="storage") from error
         try:
@@ -87,13 +96,14 @@ class SegmentLog:
         Raises:
             StorageError: if a segment cannot be read, or one before the last is damaged: its loss is no torn tail.
         """
-        for path in self.segments:
+        for path in (paths := self.segments):
             data = _read(path)
             end = 0
             for frame in frames_in(data):
                 end += frame.size
                 yield frame
-            if end != len(data):
+            is_torn_tail = self.is_read_only and path == paths[-1] and len(data) - end == self.cut_bytes
+            if end != len(data) and not is_torn_tail:
                 raise _damaged(path, end)
 
     # ---- writing
@@ -231,7 +241,8 @@ class SegmentLog:
         )
 
     def _cut_torn_tail(self) -> int:
-        """Cuts the last segment after its last whole frame; returns the number of bytes cut.
+        """Cuts the last segment after its last whole frame, but of a log that is only read; returns how many bytes lie
+        behind it.
 
         Raises:
             StorageError: if a whole frame follows: then it is damaged, not torn, and what follows was acknowledged.
@@ -244,6 +255,8 @@ class SegmentLog:
         if end < len(data):
             if next_frame(data, end + 1, end + MAX_TORN_BYTES) is not None:
                 raise _damaged(paths[-1], end)
+            if self.is_read_only:
+                return len(data) - end
             os.truncate(paths[-1], end)
             logger.warning("oona.log.cut", extra={"path": str(paths[-1]), "at": end, "num_bytes": len(data) - end})
         return len(data) - end

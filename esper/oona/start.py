@@ -32,6 +32,15 @@ class Start:
         if self.from_start + (self.offsets is not None) + (self.time is not None) > 1:
             raise ValueError("begin from the start, from offsets or from a time: one of them")
 
+    @classmethod
+    def of_read(cls, positions: Mapping[int, int] | None, at: float | None) -> Start:
+        """Of a reader, who begins at the start where nothing is said.
+
+        Raises:
+            ValueError: if both are given.
+        """
+        return cls(from_start=positions is None and at is None, offsets=positions, time=at)
+
     def offset(self, broker: Broker, shard: int) -> int:
         """The offset to begin at; what is no longer kept is told."""
         if self.from_start:

@@ -11,7 +11,7 @@ from bus_conformance import started, step, take
 from esper.config import OonaConfig
 from esper.leyline import Delivery, OonaMessage, SeedStage, Topic
 from esper.leyline.signals import LifecycleEvent, RunStarted
-from esper.oona import MemoryBus, SegmentLog
+from esper.oona import Batch, Broker, Journal, MemoryBus, Record, SegmentLog, Start, encode_batch
 from esper.oona.archive import Archive
 from esper.storage import Storage
 from jobs import bus as bus_job
@@ -102,6 +102,30 @@ def test_without_a_cluster_one_line_and_exit_code_2(esper, monkeypatch, tmp_path
     assert (code, json.loads(out)["error"]["type"]) == (2, "NoPlatformError")
 
 
+def test_a_bus_that_is_over_is_looked_at_in_its_log(esper, monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    journal = Journal.open(tmp_path / "oona" / "shard-0-of-1", Broker(), now=0.0)
+    journal.join("all", [topic.value for topic in Topic], key=None, start=Start(), now=0.0)
+    message = step(3, "a")
+    batch = Batch("p", 0, 0, (Record(message.topic.value, message.key, message.model_dump_json().encode()),))
+    journal.append(batch, encode_batch(batch), at=1.0)
+    code, out, err = esper("bus", "topics", "--storage", str(tmp_path))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "the bus runs" in err
+    assert "RAY_ADDRESS=auto" in err
+    journal.close()
+    code, out, err = esper("bus", "topics", "--storage", str(tmp_path), "--json")
+    assert (code, [row["topic"] for row in json.loads(out)], "does not run" in err) == (0, [Topic.STEPS], True)
+    code, out, _ = esper("bus", "stats", "--storage", str(tmp_path))
+    assert (code, out.splitlines()[1].split()[:3]) == (0, ["all", str(len(Topic)), "topics"])
+    assert json.loads(esper("bus", "stats", "--storage", str(tmp_path), "--json")[1])[0]["topics"] == sorted(Topic)
+    code, out, _ = esper("bus", "tail", "--storage", str(tmp_path), "--from-start")
+    assert (code, '"first_step": 3' in out) == (0, True)
+    for arguments in ([], ["--from-start", "--follow"]):
+        code, out, err = esper("bus", "tail", "--storage", str(tmp_path), *arguments)
+        assert (code, out, "nothing comes" in err, "--from-start" in err) == (2, "", True, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -137,6 +161,7 @@ def test_a_story_is_told_from_the_archive_without_a_platform(esper, tmp_path):
     assert [(row["step"], row["state"]) for row in json.loads(out)] == [(1, "done"), (2, "undone"), (12, "done")]
     code, out, _ = esper("bus", "story", "run", "--storage", str(tmp_path))
     assert "DORMANT > GERMINATED" in out
+    assert [line.split()[2] for line in out.splitlines()[1:]] == ["2", "3", "13"]  # counted from 1, as views do
     code, _, err = esper("bus", "story", "absent", "--storage", str(tmp_path))
     assert (code, err.strip().count("\n")) == (1, 0)
     assert "of run absent" in err
