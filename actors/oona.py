@@ -50,7 +50,7 @@ TIDY_S = 30.0
 """From one look for what is too old to the next."""
 RECOVER_S = 1.0
 """From a sync that failed to the next attempt."""
-PROTOCOL = 2
+PROTOCOL = 3
 """Of the calls between programs and shards: it rises whenever one of them changes, as a platform may be older or newer
 than who joins it."""
 
@@ -200,6 +200,16 @@ class OonaShard:
             self._note_write()
             self._tell_all()
         await self._durable()
+
+    async def requeue(self, group: str, spans: Sequence[range]) -> int:
+        """See `Journal.requeue`."""
+        self._check()
+        count = self._journal.requeue(group, spans)
+        if count:
+            self._note_write()
+            self._tell((group,))
+        await self._durable()
+        return count
 
     async def read(self, start: Start, topics: Sequence[str], key: str | None, max_records: int) -> Shelf:
         """See `Journal.read`."""

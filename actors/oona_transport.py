@@ -180,6 +180,12 @@ class RayTransport:
         shards = self._connected()
         get([shards[shard].reject.remote(group, list(some), reason) for shard, some in spans.items()], self._name)
 
+    def requeue(self, group: str, spans: Mapping[int, Sequence[range]]) -> int:
+        """See `Transport.requeue`."""
+        shards = self._connected()
+        refs = [shards[shard].requeue.remote(group, list(some)) for shard, some in spans.items()]
+        return sum(get(refs, self._name))
+
     def leave(self, group: str, member: str) -> None:
         """See `Transport.leave`."""
         self._attend_at.pop(member, None)

@@ -11,11 +11,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from esper.leyline.bus import DeadLetter
 from esper.leyline.errors import ConfigError, FencedError, NotFoundError, UnavailableError
 from jobs.assets import NoPlatformError
 from jobs.tables import table
@@ -97,6 +99,29 @@ def tail(
         )
         for row in lines:
             typer.echo(json.dumps(row) if as_json else line(row)[:width])
+
+
+@bus_app.command("requeue")
+def requeue(
+    group: Annotated[str | None, typer.Option(help="Only what this group gave up.")] = None,
+    letter: Annotated[
+        list[str] | None, typer.Option(metavar="SHARD:OFFSET", help="Only this letter, as `tail` shows it.")
+    ] = None,
+    storage: Storage = "~/.esper",
+    as_json: Json = False,
+) -> None:
+    """Give messages that a group gave up to that group again; no other group gets them.
+
+    What was given up: esper bus tail --topic system.dead_letters --from-start
+    """
+    from esper.oona import StandingBus
+
+    places = {place for text in letter or () for place in parse_offsets((text,)).items()}
+    with opened(storage) as bus:
+        if isinstance(bus, StandingBus):
+            raise NoPlatformError("the bus does not run, so nobody would get them", remedy=REMEDY)
+        rows = requeue_rows(bus, group=group, places=places)
+    typer.echo(json.dumps(rows, indent=2) if as_json else table(rows, "nothing was given up"))
 
 
 @bus_app.command("story")
@@ -193,6 +218,53 @@ def group_rows(bus: Bus | StandingBus) -> list[dict[str, Any]]:
     """One row a group, those that are furthest behind first."""
     groups = sorted(bus.stats().groups, key=lambda group: -group.pending)
     return [group.model_dump(mode="json") for group in groups]
+
+
+def requeue_rows(bus: Bus, *, group: str | None, places: Collection[tuple[int, int]] = ()) -> list[dict[str, Any]]:
+    """Gives groups again what they gave up; one row a group.
+
+    Args:
+        bus: where.
+        group: None means all.
+        places: (shard, offset) of letters; none means all.
+
+    Raises:
+        NotFoundError: if a letter of `places` is not there.
+    """
+    found: dict[str, list[DeadLetter]] = defaultdict(list)
+    missing = set(places)
+    for delivery in _letters(bus):
+        place, body = (delivery.shard, delivery.offset), delivery.message.body()
+        missing.discard(place)
+        if isinstance(body, DeadLetter) and group in (None, body.group) and (not places or place in places):
+            found[body.group].append(body)
+    if missing:
+        shard, offset = min(missing)
+        remedy = "esper bus tail --topic system.dead_letters --from-start"
+        raise NotFoundError(f"there is no letter at {shard}:{offset}", field="letter", remedy=remedy)
+    return [_requeued(bus, name, letters) for name, letters in sorted(found.items())]
+
+
+def _letters(bus: Bus) -> Iterator[Delivery]:
+    from esper.leyline.messages import Topic
+
+    positions: Mapping[int, int] | None = None
+    while True:
+        page = bus.read([Topic.DEAD_LETTERS], positions=positions)
+        yield from page.deliveries
+        if page.is_end:
+            return
+        positions = page.positions
+
+
+def _requeued(bus: Bus, group: str, letters: Sequence[DeadLetter]) -> dict[str, Any]:
+    try:
+        count, said = bus.requeue(letters), ""
+    except NotFoundError as error:
+        count, said = 0, error.message
+    if not said and count < len(letters):
+        said = "the others came back before, or are no longer kept"
+    return {"group": group, "letters": len(letters), "requeued": count, "note": said}
 
 
 def event_rows(story: Story) -> list[dict[str, Any]]:

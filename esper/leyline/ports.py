@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
 from esper.leyline.blueprints import Blueprint, BlueprintIR
-from esper.leyline.bus import BusStats
+from esper.leyline.bus import BusStats, DeadLetter
 from esper.leyline.catalogue import Backlog, BenchmarkResult, KernelBrief
 from esper.leyline.contract import Contract, Finite
 from esper.leyline.kernels import (
@@ -129,6 +129,15 @@ class Bus(Protocol):
             positions: where to begin in each shard; what a page returned goes on where it ended. None: at the start.
             from_time: instead of `positions`, see `subscribe`.
             max_messages: at most so many from each shard.
+        """
+        ...
+
+    def requeue(self, letters: Sequence[DeadLetter]) -> int:
+        """Gives messages that were given up to their groups again, to no other group, in their place in the order;
+        returns how many. Those that came back already, or are no longer kept, are passed over.
+
+        Raises:
+            NotFoundError: if a group is gone.
         """
         ...
 

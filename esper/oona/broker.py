@@ -30,7 +30,7 @@ from esper.oona.groups import Group, Lane
 from esper.oona.kept import Kept
 from esper.oona.packed import joined
 from esper.oona.producers import Producers
-from esper.oona.spans import add, num_in, overlap, spans_of
+from esper.oona.spans import Run, add, num_in, overlap, spans_of, without
 from esper.oona.tallies import Tallies
 from esper.oona.wire import Batch, Block, Leased, Record, blocks_of
 
@@ -317,9 +317,34 @@ class Broker:
         for lane, spans in self._by_lane(group, self.outstanding(name, offsets)):
             count = group.remove(lane, spans)
             group.num_dead += count
+            group.dead = spans_of([*group.dead, *spans])
             if lane.topic != _LETTERS:
                 self._tallies.dead(lane.key, count)
         self.append_letters(letters, at)
+
+    def dead(self, name: str, offsets: Iterable[int | range]) -> list[range]:
+        """Those that the group gave up and that are kept: `requeue` can bring them back.
+
+        Raises:
+            NotFoundError: if there is no such group.
+        """
+        asked = [range(max(span.start, self.first_offset), span.stop) for span in spans_of(offsets)]
+        dead = [Run(span.start, span.stop) for span in self._group(name).dead]
+        return [range(run.start, run.stop) for run in overlap(dead, [span for span in asked if span])]
+
+    def requeue(self, name: str, spans: Sequence[range]) -> None:
+        """Gives the group records again that `dead` named, in their order, with all their deliveries before them.
+
+        Raises:
+            NotFoundError: if there is no such group.
+        """
+        group = self._group(name)
+        for topic, key, start, stop in self.kept.places(spans):
+            group.offer_again(topic, key, [range(start, stop)])
+            group.num_dead -= stop - start
+            if topic != _LETTERS:
+                self._tallies.dead(key, start - stop)
+        group.dead = without(group.dead, spans)
 
     def append_letters(self, letters: Sequence[Record], at: float) -> None:
         """Takes dead letters, which no producer sends."""
@@ -451,7 +476,8 @@ class Broker:
             "producers": self._producers.numbers(),
             "counts": self._tallies.counters(),
             "groups": [
-                (group.name, sorted(group.topics), group.key, group.counters()) for group in self._groups.values()
+                (group.name, sorted(group.topics), group.key, group.counters(), self._kept_dead(group))
+                for group in self._groups.values()
             ],
             "published": self._published,
         }
@@ -479,6 +505,7 @@ class Broker:
             group = self._groups.get(name)
             if counters and group is not None:
                 group.restore(counters[0])
+                group.dead = [range(start, stop) for pairs in counters[1:] for start, stop in pairs]
 
     def reconcile(self, snapshot: dict[str, Any], *, now: float) -> None:
         """Makes the groups known that a snapshot knows, where what made them known was lost: they get all that is kept.
@@ -513,6 +540,10 @@ class Broker:
         if group is None:
             raise NotFoundError(f"no group {name}; it never joined, or was idle for too long and forgotten")
         return group
+
+    def _kept_dead(self, group: Group) -> list[tuple[int, int]]:
+        first = self.first_offset
+        return [(max(span.start, first), span.stop) for span in group.dead if span.stop > first]
 
     def _enter(self, name: str, topics: Sequence[str], key: str | None, now: float) -> Group:
         group = self._groups[name] = Group(name, frozenset(topics), key, now, self.max_deliveries)

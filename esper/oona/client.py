@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from esper.config import OonaConfig
-from esper.leyline.bus import BusStats
+from esper.leyline.bus import BusStats, DeadLetter
 from esper.leyline.contract import new_id
 from esper.leyline.messages import OonaMessage, Topic
 from esper.leyline.ports import ReadPage, Subscription
@@ -16,6 +17,7 @@ from esper.oona.consumer import Consumer
 from esper.oona.groups import LISTENER
 from esper.oona.packed import Packed
 from esper.oona.publisher import Publisher
+from esper.oona.spans import spans_of
 from esper.oona.start import Start
 from esper.oona.transport import Received, Shelf, Transport
 
@@ -92,6 +94,16 @@ class BusClient:
         """
         start = Start.of_read(positions, from_time)
         return page_of(self._transport.read(start, names_of(topics), key=key, max_records=max_messages))
+
+    def requeue(self, letters: Sequence[DeadLetter]) -> int:
+        """See `Bus.requeue`."""
+        places: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for letter in letters:
+            places[letter.group][letter.shard].append(letter.offset)
+        return sum(
+            self._transport.requeue(group, {shard: spans_of(offsets) for shard, offsets in shards.items()})
+            for group, shards in places.items()
+        )
 
     def stats(self) -> BusStats:
         """See `Bus.stats`."""

@@ -44,6 +44,7 @@ class Group:
     polls: dict[str, tuple[int, list[range]]] = field(default_factory=dict)  # member -> its last poll and what it got
     pending: Counter[str] = field(default_factory=Counter)  # topic -> not acknowledged
     spent: list[range] = field(default_factory=list)  # came back after their last delivery
+    dead: list[range] = field(default_factory=list)  # given up, and not asked for again
     num_delivered: int = 0
     num_redelivered: int = 0
     num_acknowledged: int = 0
@@ -66,6 +67,13 @@ class Group:
             ready.append(Run(start, stop))
         self.pending[topic] += stop - start
         self.runnable.setdefault(at)
+
+    def offer_again(self, topic: str, key: str, spans: Sequence[range]) -> None:
+        """Records of a lane that were given up, in their place among the others, as if they never had been out."""
+        for span in spans:
+            self.offer(topic, key, span.start, span.stop)
+        lane = self.lanes[topic, key]
+        lane.ready = deque(sorted(lane.ready))
 
     def stats(self, now: float) -> GroupStats:
         """Its figures."""

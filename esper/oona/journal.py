@@ -206,6 +206,14 @@ class Journal:
             self._broker.bury(name, dead, letters, at)
         return len(held)
 
+    def requeue(self, name: str, offsets: Iterable[int | range]) -> int:
+        """Gives a group again what it gave up; returns how many are kept and were dead. See `Broker.requeue`."""
+        dead = self._broker.dead(name, offsets)
+        if dead:
+            self._write_json(Kind.REQUEUE_SPANS, (name, pairs_of(dead)))
+            self._broker.requeue(name, dead)
+        return num_in(dead)
+
     def read(self, start: Start, topics: Sequence[str], key: str | None, max_records: int) -> Shelf:
         """See `Kept.read`."""
         first = start.offset(self._broker, self._shard)
@@ -404,6 +412,9 @@ class Journal:
             self._lost.discard(name)
         elif kind is Kind.BURY:
             self._repeat_bury(name, *rest)
+        elif kind is Kind.REQUEUE_SPANS:
+            if name in broker.groups:
+                broker.requeue(name, broker.dead(name, spans_in(kind, rest)))
         else:
             self._repeat_for(OF_OFFSETS.get(kind, kind), name, *rest[:-1], spans=spans_in(kind, rest), now=now)
 

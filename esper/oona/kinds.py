@@ -30,6 +30,7 @@ class Kind(IntEnum):
     LEASE_SPANS = 13  # as LEASE, ACK and DROP, but of spans: the first offset and the one behind the last
     ACK_SPANS = 14
     DROP_SPANS = 15
+    REQUEUE_SPANS = 16
 
 
 OF_OFFSETS = {Kind.LEASE_SPANS: Kind.LEASE, Kind.ACK_SPANS: Kind.ACK, Kind.DROP_SPANS: Kind.DROP}
@@ -54,7 +55,8 @@ def batch_of(kind: Kind, frame: bytes) -> Batch:
 def spans_in(kind: Kind, values: Sequence[Any]) -> list[range]:
     """The spans that end a frame which names spans or offsets."""
     named = values[-1]
-    return [range(start, stop) for start, stop in named] if kind in OF_OFFSETS else spans_of(named)
+    are_spans = kind in OF_OFFSETS or kind is Kind.REQUEUE_SPANS
+    return [range(start, stop) for start, stop in named] if are_spans else spans_of(named)
 
 
 def pairs_of(spans: Sequence[range]) -> list[tuple[int, int]]:

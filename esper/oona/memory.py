@@ -97,6 +97,14 @@ class MemoryTransport:
             self._changed.notify_all()
         _resolve(accepted)
 
+    def requeue(self, group: str, spans: Mapping[int, Sequence[range]]) -> int:
+        """See `Broker.requeue`."""
+        with self._changed:
+            dead = self._broker.dead(group, spans[0])
+            self._broker.requeue(group, dead)
+            self._changed.notify_all()
+        return num_in(dead)
+
     def leave(self, group: str, member: str) -> None:
         """Takes back what the member holds and ends its polls."""
         with self._changed:

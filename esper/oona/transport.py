@@ -64,6 +64,10 @@ class Transport(Protocol):
         """Gives records up for the group, by shard; returns once their letters are safe."""
         ...
 
+    def requeue(self, group: str, spans: Mapping[int, Sequence[range]]) -> int:
+        """Gives a group again what it gave up, by shard; returns how many of it were there, once that is safe."""
+        ...
+
     def leave(self, group: str, member: str) -> None:
         """Gives back what the member holds."""
         ...

@@ -183,7 +183,10 @@ def _complaints(picture: Picture, platform: PlatformState | None, now: float) ->
         if group.dropped:
             yield "Dropped:", f"{group.group} never got {group.dropped:,} messages; newer ones took their place."
         if group.dead:
-            yield "Given up:", f"{group.dead:,} messages by {group.group}; esper bus tail --topic system.dead_letters"
+            yield (
+                "Given up:",
+                f"{group.dead:,} messages by {group.group}; esper bus tail --topic system.dead_letters --from-start; esper bus requeue",
+            )
 
 
 def _alert(alert: Alert) -> tuple[str, str]:

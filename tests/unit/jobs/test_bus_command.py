@@ -76,6 +76,27 @@ def test_tail_prints_what_is_kept_and_leaves_no_trace(esper, bus):
     assert bus.stats().groups[0].model_copy(update={"idle_s": 0.0}) == before
 
 
+def test_what_was_given_up_is_given_again(esper, bus):
+    subscription = bus.subscribe([Topic.STEPS], group="failing", from_start=True)
+    subscription.reject(take(subscription, 2, ack=False), reason="no such run")
+    first, _ = bus.read([Topic.DEAD_LETTERS]).deliveries
+    code, out, _ = esper("bus", "requeue", "--letter", f"0:{first.offset}", "--json")
+    assert (code, json.loads(out)) == (
+        0,
+        [{"group": "failing", "letters": 1, "requeued": 1, "note": ""}],
+    )
+    assert len(take(subscription, 1)) == 1
+    assert esper("bus", "requeue", "--group", "reader")[:2] == (0, "nothing was given up\n")
+    code, out, _ = esper("bus", "requeue")
+    assert (code, out.splitlines()[1].split()[:3]) == (0, ["failing", "2", "1"])
+    assert "came back before" in out
+    code, _, err = esper("bus", "requeue", "--letter", "0:9999")
+    assert (code, "no letter at 0:9999" in err, "--from-start" in err) == (1, True, True)
+    subscription.close()
+    bus._transport.forget("failing")
+    assert "no group failing" in esper("bus", "requeue")[1]
+
+
 def test_tail_follows_from_now_on(bus, monkeypatch):
     monkeypatch.setattr(bus_job, "POLL_S", 0.001)
     rows = bus_job.messages(bus, (), key=None, positions=bus.read(positions={}).positions, follow=True, limit=2)

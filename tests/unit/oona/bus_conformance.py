@@ -10,7 +10,7 @@ import time
 import pytest
 
 from esper.config import OonaConfig
-from esper.leyline import BusCounts, ConflictError, OonaMessage, StepBatch, Topic, UnavailableError
+from esper.leyline import BusCounts, ConflictError, NotFoundError, OonaMessage, StepBatch, Topic, UnavailableError
 from esper.leyline.signals import EpochRecord, RunStarted
 from esper.oona import Batch, Duplicates, Record, Requester, Responder, encode_batch, shard_of
 
@@ -302,6 +302,28 @@ class BusConformance:
         assert [letter.message.body().reason for letter in take(letters, 1)] == ["no such run"]
         assert numbers(take(second, 2)) == [0, 1]
         assert letters.poll(timeout_s=0.0) == []
+
+    def test_what_was_given_up_comes_again_to_that_group_alone_and_in_its_place(self, make_bus):
+        bus, other = make_bus(OonaConfig())
+        first, second = (other.subscribe([Topic.STEPS], group=name) for name in ("first", "second"))
+        bus.publish([step(0), step(1), step(2)])
+        bus.flush(timeout_s=WAIT_S)
+        take(second, 3)
+        (held,) = take(first, 1, ack=False, max_messages=1)
+        first.reject([held], reason="no such run")
+        letters = [delivery.message.body() for delivery in bus.read([Topic.DEAD_LETTERS]).deliveries]
+        assert bus.requeue(letters) == 1
+        assert bus.requeue(letters) == 0
+        again = take(first, 3)
+        assert sorted(numbers(again)) == [0, 1, 2]
+        assert second.poll(timeout_s=0.0) == []
+        first.close()
+        stats = {group.group: group for group in bus.stats().groups}
+        assert (stats["first"].dead, stats["first"].acknowledged, stats["first"].pending) == (0, 3, 0)
+        assert bus.counts("run").dead == 0
+        bus._transport.forget("first")
+        with pytest.raises(NotFoundError):
+            bus.requeue(letters)
 
     def test_a_letter_that_fails_gets_no_letter(self, make_bus):
         bus, other = make_bus(OonaConfig(lease_s=3600.0))

@@ -185,6 +185,50 @@ def test_the_dead_and_the_dropped_stay_so_after_a_restart(reopen):
     assert [counts.dead for counts in [reopen(**settings_).counts(key) for key in "ab"]].count(1) == 1
 
 
+def test_what_was_given_up_and_asked_for_again_survives(reopen):
+    journal = reopen(segment_bytes=400)
+    journal.join("g", ["t"], key=None, start=Start(), now=0.0)
+    for seq in range(3):
+        append(journal, batch(seq, "a", "a"))
+    journal.poll("g", "m", 0, 5, 0.0)
+    journal.bury("g", [0, 1, 3], "why")
+    journal.ack("g", [2, 4], 0.0)
+    for _ in range(2):
+        journal = reopen(segment_bytes=400)
+        assert journal.requeue("g", [2, 4, 5, 99]) == 0  # none of them is dead
+        assert journal.stats(0.0).groups[0].dead == 3
+    assert journal.requeue("g", [0, 3]) == 2
+    for _ in range(2):
+        journal = reopen(segment_bytes=400)
+        (group,) = journal.stats(0.0).groups
+        assert (group.dead, group.pending, group.acknowledged) == (1, 3, 2)
+        assert journal.counts("a").dead == 1
+    got = journal.poll("g", "m", 1, 9, 0.0)
+    assert [(offset, attempt) for offset, attempt, _ in each(got)] == [(0, 1), (3, 1), (5, 1)]
+    journal.ack("g", offsets(got), 0.0)
+    assert journal.requeue("g", [0, 1, 3]) == 1
+    assert offsets(journal.poll("g", "m", 2, 9, 0.0)) == [1]
+
+
+def test_what_is_no_longer_kept_does_not_come_again(reopen):
+    journal = reopen(segment_bytes=400, kept=Kept(retain=1))
+    journal.join("g", ["t"], key=None, start=Start(), now=0.0)
+    for seq in range(9):
+        append(journal, batch(seq, "a"))
+    journal.poll("g", "m", 0, 9, 0.0)
+    journal.bury("g", range(9), "why")
+    journal.tidy(0.0, 1.0)
+    for seq in range(9, 20):
+        append(journal, batch(seq, "b"))
+        journal.poll("g", "m", seq, 9, 0.0)
+        journal.ack("g", [range(99)], 0.0)
+    assert journal.read(Start(from_start=True), [], None, 1).records[0][0] > 9
+    assert journal.requeue("g", [range(9)]) == 0
+    journal = reopen(segment_bytes=400, kept=Kept(retain=1))
+    assert journal.requeue("g", [range(9)]) == 0
+    assert journal.stats(0.0).groups[0].dead == 9
+
+
 def test_times_survive_and_a_log_of_the_first_form_has_none(reopen, tmp_path):
     log = SegmentLog(tmp_path)
     log.roll(0, Kind.SNAPSHOT, json.dumps(Broker().snapshot()).encode())
