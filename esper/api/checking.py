@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ def check_workload(workload: Workload, config: RunConfig) -> None:
     """
     from esper.urza import named
 
-    names, schedule = config.tezzeret.blueprints, config.tamiyo.schedule
+    names = config.tezzeret.blueprints
     submitted = named.in_storage(Storage.at(config.storage, config.storage_options))
     if config.tolaria.num_workers == 0:
         device_of(config)
@@ -47,7 +47,22 @@ def check_workload(workload: Workload, config: RunConfig) -> None:
         raise SiteError(error.message, field=field, remedy=error.remedy) from error
     for name in () if names == "library" else names:
         _fitting(name, submitted, sites.values(), field="tezzeret.blueprints")
-    for index, graft in enumerate(schedule if config.tamiyo.policy == "schedule" else ()):
+    require_schedule(config, sites, submitted)
+
+
+def require_schedule(config: RunConfig, sites: Mapping[str, SiteSignature], submitted: Lookup) -> None:
+    """Refuses scheduled grafts that cannot be made.
+
+    Args:
+        config: of the run; without the policy `schedule` nothing is looked at.
+        sites: of the host, by name.
+        submitted: the designs beside the library's, see `esper.urza.named`.
+
+    Raises:
+        ConfigError: for the first of them.
+    """
+    names = config.tezzeret.blueprints
+    for index, graft in enumerate(config.tamiyo.schedule if config.tamiyo.policy == "schedule" else ()):
         field = f"tamiyo.schedule.{index}"
         if graft.site not in sites:
             raise ConfigError(

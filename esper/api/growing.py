@@ -13,7 +13,7 @@ from torch import nn
 from esper.api.checking import check_workload
 from esper.api.hosting import checkpoint_host, exported
 from esper.api.runtime import RunResult, WorkloadFactory, find_runtime
-from esper.api.settings import resolve
+from esper.api.settings import refuse, resolve
 from esper.config import Budget, RunConfig
 from esper.leyline.chains import Tail
 from esper.leyline.summary import HISTORY_FILE, REPORT_FILE, RunHistory, RunSummary
@@ -65,7 +65,8 @@ def grow(
         scheduler: from (optimizer, total steps), stepped each step; None is what the configuration has.
         example: positional inputs of the model for a few samples; None takes them from `train_data`.
         config: everything else; None is the defaults.
-        overrides: dotted settings that win over all, such as `tolaria.patience=5`.
+        overrides: dotted settings that win over all, such as `tolaria.patience=5`. What is handed over in Python is no
+            setting.
         tails: by site, what the model computes from there on, `tail(model, h, *inputs)`: kernels train behind the host
             without a replay of what comes before (see `esper.kasmina.tails`).
 
@@ -74,6 +75,10 @@ def grow(
         DataError: if the data are of no known kind.
         SiteError: if a site does not exist or cannot carry a seed.
     """
+    overrides = tuple(overrides)
+    given = {"tolaria.optimizer": optimizer, "tolaria.scheduler": scheduler}
+    handed = {name: _HANDED for name, value in given.items() if value is not None}
+    refuse(overrides, _OF_THE_CALL | handed, words="it is handed over")
     chosen, start = resolve_task(task), config or RunConfig()
     resolved = resolve(
         start,
@@ -163,3 +168,8 @@ class Run:
         """
         host = checkpoint_host(self.workload_factory(), self.config, directory=self.directory, best=best)
         return exported(host, fold=fold)
+
+
+_HANDED = "set it in what you hand over, or hand nothing over"
+_OF_THE_CALL = {"task": "the argument task", "data": "the arguments train_data, val_data", "host.type": "the model"}
+"""What `grow` is handed in Python, and where."""

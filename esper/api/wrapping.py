@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from esper import kasmina
+from esper.api.checking import require_schedule
 from esper.api.hosting import exported
 from esper.api.kernels import local_hub
 from esper.api.runtime import new_run_id
-from esper.api.settings import resolve
+from esper.api.settings import refuse, resolve
 from esper.config import Budget, RunConfig
 from esper.leyline.chains import Tail
 from esper.leyline.errors import ConfigError
@@ -30,6 +31,7 @@ from esper.tolaria.optim import Optimization
 from esper.tolaria.session import Session
 from esper.tolaria.task import Task, resolve_task
 from esper.tolaria.workload import Data, evaluation_batches, to_device
+from esper.urza import named
 from esper.urza.policies import StoredPolicies
 
 if TYPE_CHECKING:
@@ -38,13 +40,14 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from esper.api.growing import Run
+    from esper.urza.named import Lookup
 
 
 def wrap(
     model: nn.Module,
     *,
     example: tuple[Any, ...],
-    sites: str | Sequence[str] = "auto",
+    sites: str | Sequence[str] | None = None,
     causal: bool = False,
     config: RunConfig | None = None,
     overrides: Iterable[str] = (),
@@ -55,7 +58,7 @@ def wrap(
     Args:
         model: any `nn.Module`; it gets one child, `_esper`.
         example: positional inputs of the model for a few samples.
-        sites: `auto`, a module path or glob, or several.
+        sites: `auto`, a module path or glob, or several; None is `kasmina.sites`, which is `auto` by default.
         causal: whether sequence sites may only look back, as in language models.
         config: limits and rates; None is the defaults.
         overrides: dotted settings, such as `kasmina.shadow_lr=1e-3`.
@@ -69,7 +72,8 @@ def wrap(
     settings = {"data": {"type": "given"}, "host": {"type": "given"}}
     resolved = resolve(config or RunConfig(), settings, _checked(overrides))
     require_portable(model)
-    host = kasmina.wrap(model, example=example, sites=sites, causal=causal, config=resolved.kasmina, tails=tails)
+    wanted = resolved.kasmina.sites if sites is None else sites
+    host = kasmina.wrap(model, example=example, sites=wanted, causal=causal, config=resolved.kasmina, tails=tails)
     return Grown(host, example, resolved)
 
 
@@ -148,7 +152,8 @@ class Grown:
             steps_per_epoch: if known; else it is taken from the first epoch.
             batch_size: of validation.
             budget: of growth.
-            overrides: dotted settings, such as `tamiyo.policy=none`; what your loop decides is refused.
+            overrides: dotted settings for this session, such as `tamiyo.policy=none`, over those of `wrap`; what your
+                loop decides is refused, and so is what `wrap` has settled.
             hub: where kernels come from, with `public_key`, the signer's raw 32 bytes.
             public_key: see `hub`.
             bus: where telemetry goes; None is nowhere.
@@ -157,7 +162,8 @@ class Grown:
                 `esper.simic.experience.log_to(storage)`; None keeps none.
 
         Raises:
-            ConfigError: if a setting is wrong, the scheduler cannot grow, or a hub comes without its key.
+            ConfigError: if a setting is wrong, a scheduled graft cannot be made, the scheduler cannot grow, or a hub
+                comes without its key.
         """
         chosen = resolve_task(task)
         settings = {
@@ -171,10 +177,19 @@ class Grown:
             raise ConfigError(
                 "a fork cannot run a loop of your own", field="tamiyo.trials.enabled", remedy="train by esper.grow"
             )
+        if config.tamiyo.ask_before_graft and controller is None:
+            raise ConfigError(
+                "nobody finds a loop of your own to answer it",
+                field="tamiyo.ask_before_graft",
+                remedy="hand a controller to session(), or train by esper.grow",
+            )
+        self._require_unwrapped(config)
+        require_schedule(config, self.sites, _lookup(hub))
         if hub is None:
             hub, public_key = local_hub(self.host.sites.values(), config)
         elif public_key is None:
             raise ConfigError("a hub comes with its signer's key", field="public_key")
+        self.host.configure(config.kasmina)
         self.host.attach(hub, public_key, wait=config.deterministic, native=not config.deterministic)
         run_id = new_run_id(config)
         log = NoExperience() if experience is None else experience(config, run_id)
@@ -197,6 +212,14 @@ class Grown:
                 yield session
         finally:
             self.host.close()
+
+    def _require_unwrapped(self, config: RunConfig) -> None:
+        """Refuses settings of a session that were settled when the model was wrapped."""
+        for name in _OF_THE_WRAPPING:
+            if getattr(config.kasmina, name) != getattr(self._config.kasmina, name):
+                raise ConfigError(
+                    "it was settled when the model was wrapped", field=f"kasmina.{name}", remedy="hand it to wrap()"
+                )
 
 
 def export(grown: Grown | Run, *, fold: bool = False) -> nn.Module:
@@ -225,17 +248,29 @@ _OF_THE_LOOP = {
     "tolaria.num_workers": "start your loop on as many ranks",
     "tolaria.cpus_per_worker": "start your loop with as many",
     "tolaria.use_gpu": "move the model",
+    "tolaria.num_threads": "call torch.set_num_threads",
     "tolaria.max_failures": "start your loop again",
+    "tamiyo.control": "hand your controller to session()",
+    "kasmina.public_key": "hand it to session() with its hub",
+    "data": "hand your data to session()",
+    "host": "hand your model to wrap()",
+    "oona": "hand your bus to session()",
+    "urza": "hand your hub to session()",
+    "nissa": "hand your bus to session()",
 }
-"""What only the trainer reads, and what to do about it in a loop of one's own."""
+"""What only the trainer and the platform read, and what to do about it in a loop of one's own."""
+
+_OF_THE_WRAPPING = ("sites", "chunks", "race")
+"""Settings of `kasmina` that say what stands in the model."""
 
 
 def _checked(overrides: Iterable[str]) -> tuple[str, ...]:
     """The overrides; raises `ConfigError` for one that would change nothing in a loop of one's own."""
     kept = tuple(overrides)
-    for override in kept:
-        name = override.partition("=")[0].strip()
-        for setting, remedy in _OF_THE_LOOP.items():
-            if name == setting or name.startswith(f"{setting}."):
-                raise ConfigError("it is the trainer's, and this loop is your own", field=name, remedy=remedy)
+    refuse(kept, _OF_THE_LOOP, words="it is not read in a loop of your own")
     return kept
+
+
+def _lookup(hub: AssetHub | None) -> Lookup:
+    """The designs that a hub knows beside the library's; none without one."""
+    return (lambda _: None) if hub is None else named.in_hub(hub)

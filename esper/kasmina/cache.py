@@ -55,11 +55,20 @@ class KernelCache:
             self._put(kernel_id, kernel, size)
         return kernel
 
+    def resize(self, max_bytes: int) -> None:
+        """Holds so many bytes at most from now on."""
+        with self._lock:
+            self._max_bytes = max_bytes
+            self._shrink()
+
     def _put(self, kernel_id: str, kernel: Kernel, size: int) -> None:
         if size > self._max_bytes or kernel_id in self._kernels:
             return
         self._kernels[kernel_id] = (kernel, size)
         self.num_bytes += size
+        self._shrink()
+
+    def _shrink(self) -> None:
         while self.num_bytes > self._max_bytes:
             _, (_, dropped) = self._kernels.popitem(last=False)
             self.num_bytes -= dropped

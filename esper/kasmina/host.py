@@ -299,6 +299,11 @@ class Host:
     def load_growth_state(self, state: Mapping[str, Any]) -> None:
         snapshot.restore(self._life, state)
 
+    def configure(self, config: KasminaConfig) -> None:
+        """Goes by these limits and rates from now on. `sites`, `chunks` and `race` stay as the model was wrapped."""
+        self._life.configure(config)
+        self.cache.resize(config.cache_mb << 20)
+
     # ---- kernels
 
     def cache_counts(self) -> tuple[int, int]:

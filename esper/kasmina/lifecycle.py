@@ -90,6 +90,11 @@ class Lifecycle:
         self.shadows: list[tuple[Layer, Seed]] = []
         self._busy = False
 
+    def configure(self, config: KasminaConfig) -> None:
+        """Goes by these limits and rates from now on."""
+        self.config = config
+        self._ramps.configure(config)
+
     # ---- views
 
     def plant(self, layer: Layer) -> Seed:

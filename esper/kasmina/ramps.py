@@ -25,6 +25,10 @@ class Ramps:
 
     def __init__(self, config: KasminaConfig) -> None:
         self.mean: AllReduce | None = None
+        self.configure(config)
+
+    def configure(self, config: KasminaConfig) -> None:
+        """Goes by these lengths and forms from now on."""
         self._config = config
         self._limits = Limits(config.ramp, config.gate_factor, config.drift_limit)
 

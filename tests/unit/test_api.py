@@ -266,3 +266,85 @@ def test_importing_esper_imports_neither_torch_nor_ray():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout == "ok\n", done.stderr
+
+
+def own_loop(grown, optimizer, overrides, *, epochs, sick=()):
+    """A loop of one's own over whole epochs; at the steps `sick` its loss is told to be NaN."""
+    (x, y), val = split(vectors("classes"))
+    with grown.session(optimizer=optimizer, val_data=val, epochs=epochs, overrides=overrides) as s:
+        for step in range(4 * epochs):
+            part = slice(20 * (step % 4), 20 * (step % 4) + 20)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(grown(x[part]), y[part])
+            loss.backward()
+            optimizer.step()
+            s.step((x[part], y[part]), float("nan") if step in sick else loss)
+            if step % 4 == 3:
+                s.end_epoch({})
+        return s
+
+
+def wrapped(**kwargs):
+    torch.manual_seed(0)
+    return esper.wrap(Mlp(), example=(torch.zeros(2, 6),), sites="body", **kwargs)
+
+
+def test_the_overrides_of_a_session_are_those_of_its_kernels():
+    grown = wrapped()
+    s = own_loop(grown, torch.optim.SGD(grown.parameters(), lr=0.1), schedule("body"), epochs=8)
+    assert s.summary().events[-1].to_stage is SeedStage.FOSSILIZED  # by the gates of GROW, which wrap() did not hear
+
+
+@pytest.mark.parametrize("setting", ["kasmina.race=2", "kasmina.chunks=3", "kasmina.sites=[head]"])
+def test_what_wrap_has_settled_is_refused_later(setting):
+    grown = wrapped()
+    with (
+        pytest.raises(ConfigError, match="settled when the model was wrapped"),
+        grown.session(
+            optimizer=torch.optim.SGD(grown.parameters(), lr=0.1), val_data=vectors("classes"), overrides=[setting]
+        ),
+    ):
+        pass
+
+
+def test_wrap_hears_which_sites_are_set():
+    model, example = Mlp(), (torch.zeros(2, 6),)
+    assert list(esper.wrap(model, example=example, overrides=["kasmina.sites=[body.0]"]).sites) == ["body.0"]
+    with pytest.raises(SiteError, match="nowhere"):
+        esper.wrap(Mlp(), example=example, overrides=["kasmina.sites=[nowhere]"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (schedule("elsewhere"), "no site 'elsewhere'"),
+        (("tamiyo.ask_before_graft=true",), "nobody finds a loop of your own"),
+        (("tolaria.num_threads=2",), "torch.set_num_threads"),
+        (("nissa.view=plain",), "hand your bus"),
+        (("tamiyo.control=listen",), "hand your controller"),
+    ],
+)
+def test_a_session_refuses_what_would_change_nothing(overrides, words):
+    grown = wrapped()
+    with (
+        pytest.raises(ConfigError, match=words),
+        grown.session(
+            optimizer=torch.optim.SGD(grown.parameters(), lr=0.1), val_data=vectors("classes"), overrides=overrides
+        ),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("setting", "arguments"),
+    [
+        ("tolaria.optimizer.lr=0.5", {"optimizer": torch.optim.SGD}),
+        ("tolaria.scheduler.type=cosine", {"scheduler": lambda optimizer, _: optimizer}),
+        ("task=regression", {}),
+        ("data.type=digits", {}),
+    ],
+)
+def test_grow_refuses_settings_of_what_it_is_handed(setting, arguments):
+    with pytest.raises(ConfigError, match="handed over") as refused:
+        esper.grow(Mlp(), *split(vectors("classes")), overrides=[setting], **arguments)
+    assert refused.value.field == setting.partition("=")[0]
