@@ -121,17 +121,41 @@ class Optimization:
         """
         if seed_id in self._names:
             raise ConflictError(f"seed {seed_id} is in the optimizer already")
-        names = {id(parameter): name for name, parameter in live}
-        try:
-            self._names[seed_id] = [names[id(parameter)] for parameter in parameters]
-        except KeyError as error:
-            raise ConflictError(f"a parameter of seed {seed_id} is not on the live path") from error
+        names = self._names[seed_id] = _names_of(parameters, live, seed_id)
         first = self.optimizer.param_groups[0]
         hyper = {key: _own(value) for key, value in first.items() if key not in ("params", "param_names", SEED_KEY)}
         hyper |= {key: lr_factor * hyper[key] for key in RATES if hyper.get(key) is not None}
-        self.optimizer.add_param_group({**hyper, "params": list(parameters), SEED_KEY: seed_id})
+        # torch takes names in all groups or in none
+        joining = list(zip(names, parameters, strict=True)) if "param_names" in first else list(parameters)
+        self.optimizer.add_param_group({**hyper, "params": joining, SEED_KEY: seed_id})
         if self.scheduler is not None:
             _extend(self.scheduler, lr_factor)
+
+    def adopt(self, on_trial: Mapping[str, tuple[Sequence[nn.Parameter], float]], *, live: Named) -> None:
+        """Takes over an optimizer that holds kernels already, as a second session of the same model begins with.
+
+        Groups that an earlier `Optimization` made are known again. A kernel on trial that lies in a group of the
+        owner's, as in an optimizer that was made anew, gets its own, with its state.
+
+        Args:
+            on_trial: seed id to its parameters and `lr_factor`, of the seeds that are blended in and may still leave.
+            live: names and parameters of the live path.
+
+        Raises:
+            ConflictError: if the optimizer holds a kernel that is not on the live path.
+        """
+        named = list(live)
+        for group in self.optimizer.param_groups:
+            if SEED_KEY in group and group[SEED_KEY] not in self._names:
+                self._names[group[SEED_KEY]] = _names_of(group["params"], named, group[SEED_KEY])
+        for seed_id, (parameters, lr_factor) in on_trial.items():
+            own = {id(parameter) for parameter in parameters}
+            held = [p for group in self.optimizer.param_groups for p in group["params"] if id(p) in own]
+            if seed_id in self._names or not held:
+                continue
+            for group in self.optimizer.param_groups:
+                _take_out(group, own)
+            self.join(seed_id, held, live=named, lr_factor=lr_factor)
 
     def hold_all_but(self, seeds: Collection[str]) -> None:
         """Drops the gradients of all but these seeds: the next step leaves the rest, and its state, as they are."""
@@ -148,7 +172,7 @@ class Optimization:
             for parameter in group["params"]:
                 if id(parameter) in gone:
                     self.optimizer.state.pop(parameter, None)
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+            _take_out(group, gone)
             if not group["params"] and SEED_KEY in group:
                 self._remove_group(index)
 
@@ -219,6 +243,20 @@ def clip_norms(groups: Iterable[Sequence[nn.Parameter]], max_norm: float) -> Non
     for group in groups:
         if group:
             torch.nn.utils.clip_grad_norm_(group, max_norm)
+
+
+def _names_of(parameters: Iterable[nn.Parameter], live: Named, seed_id: str) -> list[str]:
+    names = {id(parameter): name for name, parameter in live}
+    try:
+        return [names[id(parameter)] for parameter in parameters]
+    except KeyError as error:
+        raise ConflictError(f"a parameter of seed {seed_id} is not on the live path") from error
+
+
+def _take_out(group: dict[str, Any], gone: Collection[int]) -> None:
+    stay = [place for place, parameter in enumerate(group["params"]) if id(parameter) not in gone]
+    for key in {"params", "param_names"} & group.keys():
+        group[key] = [group[key][place] for place in stay]
 
 
 def _inner(scheduler: LRScheduler) -> list[LRScheduler]:

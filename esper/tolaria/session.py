@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import nn
 
 from esper.config import RunConfig
 from esper.leyline.errors import KernelFaultError, NonFiniteError
@@ -120,6 +121,7 @@ class Session:
             num_epochs=config.tolaria.epochs,
         )
         self.reach = Reach(patient=config.deterministic, stop=ports.stop)
+        optimization.adopt(_on_trial(growable), live=growable.live_parameters())
         self.outbox = Outbox(ports.bus if self.course.is_first else None, run_id=run_id, reach=self.reach)
         self._chronicle = Chronicle(self.course, recorder=self.recorder, outbox=self.outbox, reach=self.reach)
         self._adaptation = Adaptation(self.course, chronicle=self._chronicle, reach=self.reach, limits=limits)
@@ -698,6 +700,21 @@ class Session:
         set_rng_state(own)
         self._prepared_for = -1
         self._mark = time.perf_counter()
+
+
+def _on_trial(growable: Growable) -> dict[str, tuple[tuple[nn.Parameter, ...], float]]:
+    """Id to parameters and learning-rate factor, of seeds that are blended in and have not proven themselves."""
+    live = list(growable.live_parameters())
+    return {
+        seed.seed_id: (tuple(p for name, p in live if _seed_of(name) == seed.seed_id), seed.lr_factor)
+        for seed in growable.seeds()
+        if seed.stage.is_blended and seed.stage is not SeedStage.FOSSILIZED
+    }
+
+
+def _seed_of(name: str) -> str | None:
+    """Whose parameter it is, by its name on the live path: `_esper.<site>.<seed>.<name>`."""
+    return name.split(".")[2] if name.startswith(f"{PREFIX}.") else None
 
 
 def _mean(values: list[float]) -> float:

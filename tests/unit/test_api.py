@@ -348,3 +348,26 @@ def test_grow_refuses_settings_of_what_it_is_handed(setting, arguments):
     with pytest.raises(ConfigError, match="handed over") as refused:
         esper.grow(Mlp(), *split(vectors("classes")), overrides=[setting], **arguments)
     assert refused.value.field == setting.partition("=")[0]
+
+
+def test_kernels_join_an_optimizer_that_knows_names():
+    grown = wrapped(overrides=GROW)
+    optimizer = torch.optim.AdamW(list(grown.module.named_parameters()), 1e-2)
+    own_loop(grown, optimizer, schedule("body"), epochs=4)
+    assert optimizer.param_groups[1]["param_names"][0].startswith("_esper.body.s0.")
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_second_session_of_a_model_that_is_growing_can_go_back(anew):
+    grown = wrapped()
+    optimizer = torch.optim.AdamW(grown.parameters(), 1e-2)
+    own_loop(grown, optimizer, (*schedule("body"), "kasmina.stabilize_epochs=9"), epochs=4)
+    assert grown.seeds()[0].stage is SeedStage.STABILIZING
+    if anew:
+        optimizer = torch.optim.AdamW(grown.parameters(), 1e-2)
+    # it is blamed at first and retires; when the loss is bad again it is gone, and was there in the last good state
+    s = own_loop(grown, optimizer, (*GROW, "tamiyo.policy=none"), epochs=4, sick=(5, 11))
+    assert [rollback.step for rollback in s.summary().rollbacks] == [6, 12]
+    assert grown.seeds()[0].stage is SeedStage.CULLED
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in grown.parameters()}
