@@ -142,13 +142,15 @@ def _consider(inference: Inference, view: Observation, draw: Draw) -> Considered
     # where all can only wait there is nothing to explain
     effects = inference.effects(view, judged, chosen) if view.operations.sum() > 1 else {}
     forecasts = inference.forecasts(view, judged, chosen.decided.choice)
-    if not (torch.isfinite(forecasts).all() and all(np.isfinite(table).all() for table in effects.values())):
+    members = forecasts[0].numpy()
+    spread = members.std(ddof=1)  # which is told, and runs over before they do
+    if not (np.isfinite(spread) and all(np.isfinite(table).all() for table in effects.values())):
         raise FloatingPointError("a forecast of the network is not finite")
     return Considered(
         decided=chosen.decided,
         attention=judged.encoded.attention,
         effects=effects,
-        forecasts=forecasts[0].numpy(),
+        forecasts=members,
         uncertainty=float(inference.outcomes.uncertainty(forecasts)[0]),
         is_calibrated=int(inference.outcomes.num_calibrated) > 0,
     )

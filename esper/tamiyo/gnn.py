@@ -197,7 +197,11 @@ def propose_all(loaded: Loaded, cases: Sequence[Case]) -> list[Proposal]:
     except FloatingPointError as error:
         if len(cases) > 1:  # one of them: the others must not wait for it
             return [propose_all(loaded, [case])[0] for case in cases]
-        return [Proposal(f"policy {loaded.version[:8]} waits: {error}", tends=True)]
+        (case,) = cases
+        # it has chosen nothing: what the rule of every policy asks for is done in its place
+        by_rule = case.care.orders[len(case.care.removals) :]
+        words, num_draws = f"policy {loaded.version[:8]} waits: {error}", int(_is_drawn(case.config))
+        return [Proposal(words, by_rule, tends=True, num_draws=num_draws)]
     return [_proposal(loaded, *entry) for entry in zip(cases, views, found, strict=True)]
 
 

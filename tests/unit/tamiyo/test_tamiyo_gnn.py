@@ -159,6 +159,22 @@ def test_a_doubt_begins_nothing_and_leaves_seeds_under_way_to_the_rule():
     ]
 
 
+@pytest.mark.parametrize("part", ["operation", "outcomes"])
+def test_figures_that_run_over_begin_nothing_and_leave_seeds_under_way_to_the_rule(part):
+    """Weights that are finite pass the store, whatever they come to."""
+    huge = net_that(Operation.GERMINATE)
+    with torch.no_grad():
+        weight = huge.operation[-1].weight if part == "operation" else huge.outcomes.second
+        weight.copy_(3e38 if part == "operation" else torch.sign(weight) * 3e38)
+    asked = decide(huge)
+    assert asked.commands == ()
+    assert "not finite" in asked.reason
+    ready = layer("a", 5, stage=SeedStage.TRAINING, is_ready_for_transition=True, evidence=SHADOW, gate="gain")
+    other = decide(huge, packet(5, ready, layer("b", 5, potential=0.4), options=OPTIONS))
+    assert "not finite" in other.reason
+    assert [command.action for command in other.commands] == [Action.ADVANCE]
+
+
 def test_what_is_done_is_drawn_and_how_is_the_likeliest():
     torn = net_that(sharp=0.0)
     config, policies = served(torn, max_uncertainty=None)
