@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from esper.config import RunConfig
+from esper.config import RunConfig, TamiyoConfig
+from esper.leyline.errors import ConfigError
 from jobs.environment import data_root
+
+if TYPE_CHECKING:
+    from esper.storage import Storage
 
 
 def gather(config: RunConfig, policies: Sequence[str], seeds: Sequence[int], *, say: Callable[[str], None]) -> int:
     """Plays a run for each policy and seed, and returns how many were played: those that are logged are not again.
 
     Args:
-        config: of the runs; `storage` is where experience goes. The run is known by `name`, policy and seed.
+        config: of the runs; `storage` is where experience goes. The run is known by `name`, policy (with its version
+            where it is a learned one) and seed.
         policies: one that is named twice is played twice, with other draws.
         seeds: of host weights and order of samples, the same for all policies.
         say: takes a line for each run.
 
     Raises:
+        ConfigError: for a policy that there is not; nothing was played then.
+        NotFoundError: if the learned policy is not in the storage; likewise.
         EsperError: if a run fails.
     """
     from esper.data import load_data
@@ -28,21 +35,33 @@ def gather(config: RunConfig, policies: Sequence[str], seeds: Sequence[int], *, 
 
     storage = Storage.at(config.storage, config.storage_options)
     storage.check_writable()
+    deciders = {policy: _deciding(config, policy, storage) for policy in policies}
     data = load_data(config.data, task=config.task, seed=config.seed, data_root=data_root())
     known = {episode.about.run_id for episode in Experience(storage).episodes()}
     num = 0
     for seed in seeds:
         for i, policy in enumerate(policies):
             draw = policies[:i].count(policy)
-            run_id = f"{config.name}-{policy}-{seed}" + (f"-{draw}" if draw else "")
+            whose = f"-{deciders[policy].gnn.version[:8]}" if policy == "gnn" else ""
+            run_id = f"{config.name}-{policy}{whose}-{seed}" + (f"-{draw}" if draw else "")
             if run_id in known:
                 continue
-            tamiyo = config.tamiyo.model_copy(update={"policy": policy})
-            own = config.model_copy(update={"seed": seed, "tamiyo": tamiyo})
+            own = config.model_copy(update={"seed": seed, "tamiyo": deciders[policy]})
             loss = _play(own, data, storage, run_id, draw)
             num += 1
             say(f"{run_id}: validation loss {loss:.4f}")
     return num
+
+
+def _deciding(config: RunConfig, policy: str, storage: Storage) -> TamiyoConfig:
+    """Returns the settings of the run's controller, with the version that a learned policy means."""
+    from esper.tamiyo.gnn import pin
+    from esper.urza.policies import StoredPolicies
+
+    known = get_args(TamiyoConfig.model_fields["policy"].annotation)
+    if policy not in known:
+        raise ConfigError(f"there is no policy {policy!r}", field="--policies", remedy=f"some of {', '.join(known)}")
+    return pin(config.tamiyo.model_copy(update={"policy": policy}), StoredPolicies(storage))
 
 
 def _play(config: RunConfig, data: Any, storage: Any, run_id: str, draw: int) -> float:
@@ -50,6 +69,7 @@ def _play(config: RunConfig, data: Any, storage: Any, run_id: str, draw: int) ->
     from esper.leyline import StorageError
     from esper.simic.experience import ExperienceWriter, about_run
     from esper.tamiyo import LocalController
+    from esper.urza.policies import StoredPolicies
 
     # nothing that learns sees the test part
     workload = configured_workload(config, data, with_test=False)
@@ -63,7 +83,9 @@ def _play(config: RunConfig, data: Any, storage: Any, run_id: str, draw: int) ->
             run_id=run_id,
             hub=hub,
             bus=None,
-            controller=LocalController(config.tamiyo, seed=config.seed + 7919 * draw),
+            controller=LocalController(
+                config.tamiyo, seed=config.seed + 7919 * draw, policies=StoredPolicies(storage).get
+            ),
             public_key=key,
             experience=ExperienceWriter(storage, about_run(config, run_id), config.simic),
         )

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from esper.config import CanaryConfig
 from esper.leyline.errors import ConfigError, NotFoundError, TamperedError
 from esper.leyline.policies import PolicyCard
+from esper.simic.experience import Experience
 from esper.storage import Storage
 from esper.tamiyo.deciders import Steps
 from esper.tamiyo.observation import OBSERVATION_VERSION
@@ -73,6 +74,7 @@ def test_the_policy_that_is_shipped_is_whole_and_says_what_it_came_to(tmp_path, 
     assert card.observation_version == OBSERVATION_VERSION
     PolicyNet.from_bytes(weights, NetShape.model_validate(card.shape))
     assert {row["policy"] for row in card.results if "policy" in row} >= {"none", "random", "heuristic", "gnn"}
+    assert "cannot be trained again from a configuration alone" in card.notes
 
 
 def test_ls_and_promote(storage, versions):
@@ -153,6 +155,18 @@ def test_runs_are_gathered_once_and_a_policy_comes_of_them_alone(storage):
     }
     with pytest.raises(ConfigError, match="temperature"):
         run("offline", "temperature=-1")
+    learned = ["gather", "configs/digits_mlp.yaml", *quick, "--policies", "gnn", "--seeds", "1"]
+    said = run(*learned, f"tamiyo.gnn.version={version[:12]}")
+    assert f"quick-gnn-{version[:8]}-0: validation loss" in said
+
+
+@pytest.mark.parametrize(
+    ("policy", "error"), [("nonsense", "there is no policy 'nonsense'"), ("gnn", "no policy was promoted")]
+)
+def test_nothing_is_gathered_for_a_policy_that_there_is_not(storage, policy, error):
+    with pytest.raises((ConfigError, NotFoundError), match=error):
+        run("gather", "configs/digits_mlp.yaml", "tolaria.epochs=2", "--policies", f"none,{policy}", "--seeds", "1")
+    assert [*Experience(storage).episodes()] == []
 
 
 def test_where_there_is_none_it_says_what_to_do(storage):
