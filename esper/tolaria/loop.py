@@ -171,8 +171,8 @@ class Trainer:
                 self._fail(error)
                 raise
             return self._interrupt(reason)  # told to stop while it waited for another system
-        except Exception as error:
-            self._fail(error)
+        except (Exception, KeyboardInterrupt) as error:
+            self._fail(error)  # ends the thread, too, that still writes a checkpoint: the folder may go with its owner
             raise
         return self._end(RunStatus.FINISHED, reason="the run ended first")
 
@@ -305,7 +305,7 @@ class Trainer:
         self._writer.close()
         return self._write(status, test=test)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         log.error("run.failed", extra={"error": str(error)})
         self.session.reach.give_up()
         self.session.fail()

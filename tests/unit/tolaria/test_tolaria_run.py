@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from concurrent.futures import wait
 
 import pytest
 import torch
 from tolaria_support import BLUEPRINT, SIGNATURE, SITE, Crash, CrashAt, config, equal, kernel_hub, train, workload
 
+from esper.config import parse_config
 from esper.kasmina.loader import KernelLoader
 from esper.leyline import (
     ConfigError,
@@ -22,6 +25,7 @@ from esper.leyline import (
 )
 from esper.oona import MemoryBus
 from esper.tamiyo.controller import LocalController
+from esper.tolaria.checkpoint import Checkpoints
 from esper.tolaria.schedules import optimizer_factory
 
 WAY = [
@@ -348,3 +352,31 @@ def test_kernels_that_were_not_built_in_time_are_named(tmp_path):
     assert summary.went_without == ("Tezzeret: 2 of the kernels for these sites were not built yet",)
     whole, _ = train(tmp_path / "whole", chosen, hub=hub, public_key=key)
     assert whole.went_without == ()
+
+
+def test_after_an_interrupt_nobody_writes_any_more(tmp_path, monkeypatch):
+    """Ctrl-C in a program that has no handler of ours: its folder may be gone a moment later."""
+    save, saved = Checkpoints.save, []
+
+    def slow(self, epoch, state, *, best=False):
+        time.sleep(0.3)
+        saved.append(save(self, epoch, state, best=best))
+        return saved[-1]
+
+    class Interrupt(CrashAt):
+        def at(self, place, step):
+            if (place, step) == (self.place, self.step):
+                self.fired = True
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", slow)
+    tree = config().model_dump(mode="json")
+    interrupt = Interrupt("step", 4)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, parse_config(tree | {"deterministic": False}), faults=interrupt)
+    assert interrupt.fired
+    assert saved, "what was begun is whole"
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+    summary = RunSummary.model_validate_json((tmp_path / "summary.json").read_text())
+    assert summary.status is RunStatus.FAILED
+    assert "KeyboardInterrupt" in summary.error
