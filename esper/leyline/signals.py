@@ -366,7 +366,8 @@ class Explanation(Contract):
         entropy: of the choice, natural logarithm.
         value: expected of the run from here on, in units of the policy's reward.
         forecast, forecast_error: what an ensemble expects to come of the choice, in units of its training's outcome,
-            and the standard deviation among its members; None where it was never calibrated.
+            and the standard error that its members' disagreement stood for on runs held out; None where that was never
+            measured.
         uncertainty: from 0 to 1, see `tamiyo.gnn.max_uncertainty`; likewise.
         attention: the sites with the largest shares of the network's attention.
         attributions: the features that contributed most, for and against.

@@ -47,6 +47,7 @@ class Considered:
         attention: (S,) share of each site in the pooling.
         effects: by kind of node, (nodes, features): gradient times input; empty where there was nothing to choose.
         forecasts: (members,) what each expects to come of the choice.
+        scale: standard errors for one standard deviation of theirs, as calibrated.
         uncertainty: of the choice, in [0, 1).
         is_calibrated: whether that was ever measured.
     """
@@ -55,6 +56,7 @@ class Considered:
     attention: np.ndarray
     effects: dict[str, np.ndarray]
     forecasts: np.ndarray
+    scale: float
     uncertainty: float
     is_calibrated: bool
 
@@ -77,7 +79,7 @@ class Considered:
             entropy=self.decided.entropy,
             value=self.decided.value,
             forecast=float(self.forecasts.mean()) if self.is_calibrated else None,
-            forecast_error=float(self.forecasts.std(ddof=1)) if self.is_calibrated else None,
+            forecast_error=self.scale * float(self.forecasts.std(ddof=1)) if self.is_calibrated else None,
             uncertainty=_fraction(self.uncertainty) if self.is_calibrated else None,
             attention={view.site_names[place]: _fraction(float(self.attention[place])) for place in sites},
             attributions=self._attributions(view),
@@ -143,7 +145,8 @@ def _consider(inference: Inference, view: Observation, draw: Draw) -> Considered
     effects = inference.effects(view, judged, chosen) if view.operations.sum() > 1 else {}
     forecasts = inference.forecasts(view, judged, chosen.decided.choice)
     members = forecasts[0].numpy()
-    spread = members.std(ddof=1)  # which is told, and runs over before they do
+    scale = float(inference.outcomes.scale)
+    spread = scale * members.std(ddof=1)  # which is told, and runs over before they do
     if not (np.isfinite(spread) and all(np.isfinite(table).all() for table in effects.values())):
         raise FloatingPointError("a forecast of the network is not finite")
     return Considered(
@@ -151,6 +154,7 @@ def _consider(inference: Inference, view: Observation, draw: Draw) -> Considered
         attention=judged.encoded.attention,
         effects=effects,
         forecasts=members,
+        scale=scale,
         uncertainty=float(inference.outcomes.uncertainty(forecasts)[0]),
         is_calibrated=int(inference.outcomes.num_calibrated) > 0,
     )

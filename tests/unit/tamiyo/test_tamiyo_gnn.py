@@ -175,6 +175,17 @@ def test_figures_that_run_over_begin_nothing_and_leave_seeds_under_way_to_the_ru
     assert [command.action for command in other.commands] == [Action.ADVANCE]
 
 
+def test_the_error_that_a_person_reads_is_the_calibrated_one():
+    narrow, wide = net_that(Operation.GERMINATE), net_that(Operation.GERMINATE)
+    with torch.no_grad():
+        wide.outcomes.get_buffer("scale").fill_(0.3)  # three times narrow's
+    one, other = (decide(net, choice="likeliest", max_uncertainty=None).explanation for net in (narrow, wide))
+    assert other.forecast == one.forecast
+    assert other.forecast_error == pytest.approx(3.0 * one.forecast_error)
+    assert other.uncertainty > one.uncertainty
+    assert f"± {other.forecast_error:.2g}" in other.in_words
+
+
 def test_what_is_done_is_drawn_and_how_is_the_likeliest():
     torn = net_that(sharp=0.0)
     config, policies = served(torn, max_uncertainty=None)
