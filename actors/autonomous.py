@@ -52,6 +52,7 @@ class AutonomousTamiyo:
         self._questions: deque[Question | PolicyEvent] = deque()
         self._changed = threading.Condition()
         self._over = threading.Event()
+        self._listens = threading.Event()
         self._num_messages = self._num_refused = self._num_told = self._num_failed = self._num_overtaken = 0
         self._threads = [
             threading.Thread(target=self._again, args=(loop,), name=name, daemon=True)
@@ -78,6 +79,10 @@ class AutonomousTamiyo:
             "waiting": len(self._questions),
             **asdict(self._gathering.counts),
         }
+
+    def wait(self, timeout_s: float) -> bool:
+        """Returns whether it hears what runs tell, within `timeout_s` at the latest."""
+        return self._listens.wait(timeout_s)
 
     def stop(self) -> None:
         """Watches no more."""
@@ -116,6 +121,7 @@ class AutonomousTamiyo:
 
     def _take(self, subscription: Subscription) -> None:
         deliveries = subscription.poll(max_messages=1024, timeout_s=_POLL_S)
+        self._listens.set()
         good, bad = [], {}
         for delivery in deliveries:
             try:
@@ -203,6 +209,22 @@ def spawn(
         enable_task_events=False,
     )
     return options.remote(make_bus, Storage(storage.uri, storage.options), canary)
+
+
+def wait_for(watcher: Any, timeout_s: float) -> None:
+    """Returns once it hears what runs tell: nothing is told again, so that a run which began before would lose its
+    first epochs. A run decides itself where nobody watches, so one that does not come up in time is logged, no error.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        is_there = ray.get(watcher.wait.remote(timeout_s), timeout=timeout_s)
+    except RayError as error:
+        _LOG.warning("watch.silent", extra={"reason": " ".join(str(error).split())[:300], "timeout_s": timeout_s})
+        return
+    if not is_there:
+        _LOG.warning("watch.silent", extra={"reason": "it does not reach the bus", "timeout_s": timeout_s})
 
 
 def name_of(storage: Storage) -> str:

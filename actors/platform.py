@@ -130,6 +130,7 @@ def up(config: RunConfig, *, detached: bool, wait_for_serve: bool = False) -> Pl
     watcher = None
     if config.tamiyo.control == "listen":
         watcher = autonomous.spawn(make_bus, storage, detached=detached, canary=config.tamiyo.canary)
+        autonomous.wait_for(watcher, config.tamiyo.startup_s)
     return Platform(storage, bus, hub, compilers, view, public_hex(key), watcher, kept)
 
 

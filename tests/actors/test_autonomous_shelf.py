@@ -62,6 +62,7 @@ def test_it_tries_no_policy_in_shadow_before_somebody_listens(tmp_path, monkeypa
 
     watcher._changed.wait_for = counted
     try:
+        assert watcher.wait(30.0)  # what is told before, it is not told again
         wait_for(lambda: len(looks) > 5)
         assert watcher._shelf.view().canary is None
         tell(bus, 0)

@@ -50,6 +50,8 @@ def runs(store, storage, tmp_path_factory):
     """
     address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     platform.up(support.config(store, **LISTENS), detached=True, wait_for_serve=False)
+    # at once: what a run tells before, the watcher never hears
+    assert ray.get(watcher(storage).wait.remote(0.0), timeout=60)
 
     def one(run_id):
         folder = tmp_path_factory.mktemp(run_id)
