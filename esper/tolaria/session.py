@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,49 +25,39 @@ from torch import nn
 
 from esper.config import RunConfig
 from esper.leyline.errors import KernelFaultError, NonFiniteError
-from esper.leyline.growth import ELSEWHERE, PREFIX, Change, Growable
+from esper.leyline.growth import PREFIX, Change, Growable
 from esper.leyline.messages import Topic
 from esper.leyline.seeds import SeedStage
-from esper.leyline.signals import AdaptationSignal, EpochRecord, KasminaControlCommand, LayerHealthReport, Severity
+from esper.leyline.signals import AdaptationSignal, EpochRecord, KasminaControlCommand, Severity
 from esper.leyline.summary import Params, RunStatus, RunSummary
 from esper.tolaria import snapshot
 from esper.tolaria.adaptation import Adaptation
 from esper.tolaria.alarms import Alarms
+from esper.tolaria.boundary import Boundary
 from esper.tolaria.chronicle import Chronicle
 from esper.tolaria.commands import CommandLog
 from esper.tolaria.contents import contents
 from esper.tolaria.costs import HostCosts, health_flops
 from esper.tolaria.course import Course, Ports
 from esper.tolaria.deciding import Deciding
-from esper.tolaria.evidence import Evaluation, compare, evaluate
+from esper.tolaria.evidence import Evaluation
 from esper.tolaria.guard import Guard
 from esper.tolaria.native import Optimizing
 from esper.tolaria.numerics import rng_state, set_rng_state
 from esper.tolaria.optim import Optimization
 from esper.tolaria.outbox import Outbox
-from esper.tolaria.pace import Pace, replay_interval
+from esper.tolaria.pace import Pace
 from esper.tolaria.packet import HostSize, live_flops, live_params
 from esper.tolaria.precision import Precision
 from esper.tolaria.reach import Reach
 from esper.tolaria.recorder import Recorder, metrics_of
+from esper.tolaria.shadows import Shadows
 from esper.tolaria.slowness import Slowness
 from esper.tolaria.steering import Steering
 from esper.tolaria.task import Task
 from esper.tolaria.trying import Trying
-from esper.tolaria.workload import Batch, Batches, batch_len, model_args, parts_of
-
-
-@dataclass
-class Boundary:
-    """What `measure` found and `control` needs; part of a checkpoint.
-
-    Attributes:
-        skip: why no decision is taken at this boundary; None where one is.
-    """
-
-    record: EpochRecord
-    reports: tuple[LayerHealthReport, ...]
-    skip: str | None = None
+from esper.tolaria.validation import Validation
+from esper.tolaria.workload import Batch, Batches, batch_len, parts_of
 
 
 class Session:
@@ -142,18 +131,33 @@ class Session:
         self.host_size = HostSize(live_params(growable), self._costs.forward(example) // len(example[0]))
         if ports.ranks.world > 1:
             growable.share(ports.ranks.mean_, world=ports.ranks.world, patience_s=config.tolaria.agree_s)
-        self._val = val
         self._steps_per_epoch = steps_per_epoch
         self._boundary: Boundary | None = None
         self._losses: list[float] = []
         self._milliseconds: list[float] = []
         self._last_batch: Batch | None = None
-        self._training: tuple[int, tuple[str, ...]] = (-1, ())
         self._observing = False
         share = None if config.deterministic else config.kasmina.telemetry_share
         self._pace = Pace(config.kasmina.telemetry_every, share)
         self._paced_version = growable.topology_version
         self._slowness = Slowness(None if config.deterministic else config.kasmina.max_slowdown)
+        self._shadows = Shadows(
+            self.course,
+            costs=self._costs,
+            precision=self.precision,
+            recorder=self.recorder,
+            slowness=self._slowness,
+        )
+        self._validation = Validation(
+            self.course,
+            val,
+            shadows=self._shadows,
+            costs=self._costs,
+            precision=self.precision,
+            recorder=self.recorder,
+            slowness=self._slowness,
+            trying=self._trying,
+        )
         self._prepared_for = -1
         self._mark = time.perf_counter()
 
@@ -201,7 +205,7 @@ class Session:
         self._trying.close(reason)  # first: what was tried belongs to the experience
         self._chronicle.close(reason)
         self.keep_experience(is_over=is_over)
-        self._settle()
+        self._validation.settle()
         self.outbox.send_steps(steps_per_epoch=self._steps_per_epoch)
         self.outbox.flush()
 
@@ -239,7 +243,7 @@ class Session:
         value = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
         self._last_batch = batch
         self._book(batch)
-        self._train_shadows(batch)
+        self._shadows.train(batch, steps_per_epoch=self._steps_per_epoch)
         self._guard.watch(value, sampled=self._observing)
         milliseconds = (time.perf_counter() - self._mark) * 1e3
         self.recorder.step(milliseconds)
@@ -285,65 +289,17 @@ class Session:
         self.control()
         return record
 
-    def _parts(self, batch: Batch) -> list[Batch]:
-        return parts_of(batch, self.course.config.tolaria.accumulate)
-
     def _book(self, batch: Batch) -> None:
         ledger = self.course.ledger
         if self._observing:
             num = batch_len(batch)
             ledger.add("telemetry", flops=sum(health_flops(s, num) for s in self.course.growable.sites.values()))
-        for inputs, targets in self._parts(batch):
+        for inputs, targets in parts_of(batch, self.course.config.tolaria.accumulate):
             known = self._costs.known_training_step(inputs)
             if known is None:
                 with ledger.timed("telemetry"):
                     known = self._costs.training_step(inputs, targets)
             ledger.add("host", flops=known)
-
-    def _train_shadows(self, batch: Batch) -> None:
-        course = self.course
-        if not self._trains_shadows():
-            return
-        training = self._in_training()
-        ranks = course.ports.ranks
-        began = time.perf_counter()
-        with course.ledger.timed("shadow"):
-            flops = sum(self._train_shadows_on(part) for part in self._parts(batch))
-        course.ledger.add("shadow", flops=flops)
-        seconds = (time.perf_counter() - began) / len(training)
-        for seed_id in training:  # every rank has the same share of the batch
-            self.recorder.spend(seed_id, flops=ranks.world * flops // len(training), seconds=seconds)
-
-    def _train_shadows_on(self, part: Batch) -> int:
-        """Returns its FLOPs."""
-        course, precision, (inputs, targets) = self.course, self.precision, part
-        args, ranks = model_args(inputs), self.course.ports.ranks
-
-        def train() -> None:
-            with precision.forward():
-                done = course.growable.train_shadows(
-                    args,
-                    lambda outputs: course.task.loss_fn(precision.full(outputs), targets),
-                    all_reduce=ranks.mean_ if ranks.world > 1 else None,
-                )
-            self._slowness.shadows(done.seconds)
-
-        _, flops = self._costs.counting(args, train, mode="shadow")
-        return flops
-
-    def _trains_shadows(self) -> bool:
-        """Whether kernels are trained on the batch of the present step."""
-        course = self.course
-        every = replay_interval(course.config.kasmina.shadow_every, steps_per_epoch=self._steps_per_epoch)
-        return bool(self._in_training()) and course.step % every == 0
-
-    def _in_training(self) -> tuple[str, ...]:
-        """Ids of the seeds in TRAINING; looked up when the topology changes, not at every step."""
-        version = self.course.growable.topology_version
-        if self._training[0] != version:
-            seeds = self.course.growable.seeds()
-            self._training = (version, tuple(s.seed_id for s in seeds if s.stage is SeedStage.TRAINING))
-        return self._training[1]
 
     def adapting(self) -> tuple[str, ...]:
         """Ids of the seeds that are blended in and have not come to an end."""
@@ -366,7 +322,7 @@ class Session:
             epoch=course.epoch,
             steps_per_epoch=max(1, self._steps_per_epoch or len(self._milliseconds)),
             observe=self._observing,
-            replays=course.config.tolaria.accumulate if self._trains_shadows() else 0,
+            replays=course.config.tolaria.accumulate if self._shadows.are_due(self._steps_per_epoch) else 0,
         )
         self._adaptation.absorb(change)
 
@@ -386,7 +342,7 @@ class Session:
         if ailment is not None:
             self._prepared_for = -1
         host, ailment = self._validate_or_go_back(ailment)
-        self._take_evidence(host)
+        self._validation.take_evidence(host)
         val_loss = None if host is None else host.loss
         reports = course.growable.close_epoch(
             run_id=course.run_id, epoch=course.epoch, step=course.step, val_loss=val_loss
@@ -433,7 +389,7 @@ class Session:
         guard.embargo = {key: until for key, until in guard.embargo.items() if until > course.epoch}
         if self._last_batch is not None:
             with course.ledger.timed("telemetry"):  # here, so that no step after a graft pays for the counting
-                for inputs, targets in self._parts(self._last_batch):
+                for inputs, targets in parts_of(self._last_batch, course.config.tolaria.accumulate):
                     self._costs.training_step(inputs, targets)
         with course.ledger.timed("trials"):
             self._trying.begin()  # here the state is that of the next step
@@ -482,37 +438,7 @@ class Session:
             purpose: of the ledger.
             mode: tells apart forwards that cost differently.
         """
-        course = self.course
-
-        def counted(run: Callable[[], Any], args: tuple[Any, ...]) -> Any:
-            result, flops = self._costs.counting(args, run, mode=mode)
-            course.ledger.add(purpose, flops=flops)
-            return result
-
-        ranks = course.ports.ranks
-        share = batches.epoch(course.epoch, rank=ranks.rank, world=ranks.world)
-        with course.ledger.timed(purpose):
-            result = evaluate(
-                course.growable.module,
-                share,
-                course.task,
-                ranks=ranks,
-                device=course.device,
-                run=counted,
-                precision=self.precision,
-            )
-        self._settle()
-        return result
-
-    def _settle(self) -> None:
-        """Moves the FLOPs of the other ranks into rank 0's account; seconds are those of its clock. Collective."""
-        course = self.course
-        if course.ports.ranks.world == 1:
-            return
-        others = course.ports.ranks.gather(None if course.is_first else course.ledger.take_flops())
-        if course.is_first:
-            for flops in filter(None, others):
-                course.ledger.book(flops)
+        return self._validation.evaluate(batches, purpose=purpose, mode=mode)
 
     def summary(
         self,
@@ -551,46 +477,13 @@ class Session:
             The evaluation, and the reason for going back, be it the given one.
         """
         try:
-            return self._validate(), ailment
+            return self._validation.of_host(), ailment
         except (NonFiniteError, KernelFaultError) as error:  # the same on every rank
             if ailment is not None:
                 raise  # the state that was sound then is not now: going back cannot help
             self._guard.roll_back(str(error))
             self._prepared_for = -1
-            return self._validate(), str(error)
-
-    def _validate(self) -> Evaluation | None:
-        if self._val is None:
-            return None
-        found = self.evaluate(self._val, purpose="validation", mode="eval")
-        self._trying.validated(found.num_samples)
-        return found
-
-    def _take_evidence(self, host: Evaluation | None) -> None:
-        course = self.course
-        if self._val is None or host is None:
-            return
-        for seed_id in self._in_training():
-            fails = course.ports.ranks.agree(self._fault_of(seed_id) or self._slowness.verdict(seed_id))
-            if fails is not None:
-                course.growable.fault(seed_id, fails)
-                continue
-            began, before = time.perf_counter(), course.ledger.snapshot().flops.shadow
-            try:
-                with course.growable.shadowed(seed_id):
-                    candidate = self.evaluate(self._val, purpose="shadow", mode=f"eval-{seed_id}")
-            except (NonFiniteError, KernelFaultError) as error:  # of the kernel alone: the host's own loss was sound
-                course.growable.fault(seed_id, error.message)
-                continue
-            evidence = compare(host, candidate, ranks=course.ports.ranks, device=course.device)
-            course.growable.record_evidence(seed_id, evidence)
-            flops = course.ledger.snapshot().flops.shadow - before
-            self.recorder.spend(seed_id, flops=flops, seconds=time.perf_counter() - began)
-
-    def _fault_of(self, seed_id: str) -> str | None:
-        """How a seed's kernel failed on this rank."""
-        seed = self.course.seed(seed_id)
-        return None if seed is None or seed.fault == ELSEWHERE else seed.fault or None
+            return self._validation.of_host(), str(error)
 
     def _record(self, host: Evaluation | None, metrics: dict[str, float]) -> EpochRecord:
         course, headline = self.course, self.course.task.headline
@@ -669,7 +562,7 @@ class Session:
             "governor": self._guard.state_dict(),
             "went_without": list(self.reach.went_without),
             "trials": self._trying.state_dict(),
-            "boundary": None if boundary is None else _boundary_state(boundary),
+            "boundary": None if boundary is None else boundary.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -692,7 +585,7 @@ class Session:
         self.recorder.load_state_dict(state["recorder"])
         self.reach.restore(tuple(state["went_without"]))
         self._trying.load_state_dict(state.get("trials", {}))
-        self._boundary = None if state["boundary"] is None else _boundary_from(state["boundary"])
+        self._boundary = None if state["boundary"] is None else Boundary.of(state["boundary"])
         self._adaptation.rebuild_parallel()
         self._guard.remember()
         self._guard.load_state_dict(state["governor"])
@@ -719,19 +612,3 @@ def _seed_of(name: str) -> str | None:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _boundary_state(boundary: Boundary) -> dict[str, Any]:
-    return {
-        "record": boundary.record.model_dump(mode="json"),
-        "reports": [report.model_dump(mode="json") for report in boundary.reports],
-        "skip": boundary.skip,
-    }
-
-
-def _boundary_from(state: Mapping[str, Any]) -> Boundary:
-    return Boundary(
-        EpochRecord.model_validate(state["record"]),
-        tuple(LayerHealthReport.model_validate(report) for report in state["reports"]),
-        state["skip"],
-    )
