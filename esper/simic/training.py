@@ -22,16 +22,17 @@ import torch
 from esper.config import RunConfig
 from esper.leyline import DataError, NotFoundError
 from esper.leyline.policies import PolicyCard, PolicyOrigin, PolicyStore
-from esper.simic.experience import Experience, append_episode, code_digest
+from esper.simic.experience import Experience, code_digest
 from esper.simic.gae import effective_share
 from esper.simic.imitation import imitate
 from esper.simic.judging import judge_beside_heuristic
 from esper.simic.lessons import Lessons, lessons_of, split
 from esper.simic.moments import Episode
+from esper.simic.playing import Playing, group_of
 from esper.simic.ppo import Ppo, Samples
 from esper.simic.replay import Replay
 from esper.simic.reward import Twin
-from esper.simic.rollouts import EXPLORER, NET, Ask, Played, Rollouts, twin_of
+from esper.simic.rollouts import EXPLORER, NET, Ask, Rollouts
 from esper.simic.sampling import (
     estimates_again,
     evaluated,
@@ -95,9 +96,8 @@ class Training:
         self.net = PolicyNet(NetShape.model_validate(config.net), seed=config.seed)
         self.ppo = Ppo(self.net, collate, config.ppo, seed=config.seed)
         self._replay: Replay[Taught] = Replay(config.rollout.kept, seed=config.seed)
-        self._twins: dict[str, Twin] = {}
+        self._played = Playing(rollouts, storage, config.reward, self._told)
         self._runs: list[str] = []
-        self._seeds: set[int] = set()
         self._warm: dict[int, str] = {}  # runs of the warm-up; empty for one that failed
         self._seen: dict[str, np.ndarray] = {}
         self.iteration = -1  # of the next update; -1: imitation comes first
@@ -130,7 +130,7 @@ class Training:
         mine = set(self._warm.values())
         lessons = [lessons_of(one, config.reward) for one in logged if one.about.run_id not in mine]
         num_logged = len(lessons)
-        own = [lessons_of(one, config.reward, twin=self._twin(ask)) for ask, one in fresh]
+        own = [lessons_of(one, config.reward, twin=self._played.twin(ask)) for ask, one in fresh]
         worths = run_weights(
             [(ask.task, ask.seed, one.total) for (ask, _), one in zip(fresh, own, strict=True)], config.imitation
         )
@@ -151,9 +151,9 @@ class Training:
         asks = [self._warm_ask(i) for i in range(config.warm_up)]
         while missing := [i for i in range(len(asks)) if i not in self._warm]:
             part = missing[:_SAVED_EVERY]
-            self._find_twins([asks[i] for i in part])
+            self._played.find_twins([asks[i] for i in part])
             places = {_ask_key(asks[i]): i for i in part}
-            for one in self._play([asks[i] for i in part], f"warm-up {part[0]} of {len(asks)}"):
+            for one in self._played.play([asks[i] for i in part], f"warm-up {part[0]} of {len(asks)}"):
                 self._warm[places[_ask_key(one.ask)]] = one.episode.about.run_id if one.episode is not None else ""
             self._save()
         runs = {run: i for i, run in self._warm.items() if run}
@@ -174,11 +174,11 @@ class Training:
     def _improve(self) -> None:
         """One update of PPO."""
         asks = self._asks()
-        self._find_twins(asks)
+        self._played.find_twins(asks)
         self.net.eval()
-        played = [*self._play(asks, f"update {self.iteration + 1}")]
+        played = [*self._played.play(asks, f"update {self.iteration + 1}")]
         played.sort(key=lambda one: (one.ask.task, one.ask.seed, one.ask.draw))  # whoever ended first
-        settled = self._settled(played)
+        settled = self._played.settled(played)
         lessons = [one for _, one in settled]
         if not lessons:
             problems = "; ".join(sorted({one.problem for one in played}))
@@ -187,7 +187,7 @@ class Training:
         self._see(lessons)
         left = 1.0 - self.iteration / self._config.iterations
         self.ppo.entropy_weight = self._config.ppo.entropy_weight * left
-        groups = [_key(ask) for ask, _ in settled]
+        groups = [group_of(ask) for ask, _ in settled]
         samples, taught = self._fresh(lessons, groups)
         again, refused, share = self._again()
         report = self.ppo.update(joined([*samples, *again]), mean_harm=_mean([one.harm for one in lessons]))
@@ -208,17 +208,6 @@ class Training:
             effective=share,
             **asdict(report),
         )
-
-    def _settled(self, played: Sequence[Played]) -> list[tuple[Ask, Lessons]]:
-        """The lessons of what was played, settled with twins. One whose twin failed is left out: by shadow evidence
-        alone it would be paid on another scale, and nobody would see it.
-        """
-        whole = [(one.ask, one.episode, self._twin(one.ask)) for one in played if one.episode is not None]
-        settled = [(ask, episode, twin) for ask, episode, twin in whole if twin is not None]
-        if len(settled) < len(whole):
-            _LOG.warning("rollout.unsettled", extra={"num": len(whole) - len(settled), "reason": "no twin was played"})
-        lessons = [(ask, lessons_of(episode, self._config.reward, twin=twin)) for ask, episode, twin in settled]
-        return [(ask, one) for ask, one in lessons if one.items]
 
     def _fresh(self, lessons: Sequence[Lessons], groups: Sequence[str]) -> tuple[list[Samples], list[Taught]]:
         """Samples of fresh episodes, levelled among those of their task and seed (`groups`)."""
@@ -274,31 +263,6 @@ class Training:
             for group, place in groups
         ]
 
-    def _play(self, asks: Sequence[Ask], stage: str) -> list[Played]:
-        found = []
-        for one in self._rollouts.play(asks):
-            found.append(one)
-            self._told({"stage": "rollout", "of": stage, "done": len(found), "all": len(asks), "problem": one.problem})
-            if one.episode is None:
-                _LOG.warning("rollout.failed", extra={"seed": one.ask.seed, "reason": one.problem})
-            elif one.ask.policy != "none":
-                self._seeds.add(one.ask.seed)
-                append_episode(self._storage, one.episode, self._config.reward)
-        # workers end in any order: what is learned must not hang on it
-        places = {_place(ask): place for place, ask in enumerate(asks)}
-        return sorted(found, key=lambda one: places[_place(one.ask)])
-
-    def _find_twins(self, asks: Sequence[Ask]) -> None:
-        """Plays the runs without growth that are not known yet."""
-        unknown = {_key(ask): Ask(task=ask.task, seed=ask.seed, policy="none") for ask in asks}
-        wanted = [ask for key, ask in unknown.items() if key not in self._twins]
-        for one in self._play(wanted, "twins"):
-            if one.episode is not None:
-                self._twins[_key(one.ask)] = twin_of(one.episode)
-
-    def _twin(self, ask: Ask) -> Twin | None:
-        return self._twins.get(_key(ask))
-
     # ---------------------------------------------------------------- the end
 
     def _publish(self) -> str:
@@ -324,7 +288,7 @@ class Training:
             hosts=tuple(sorted({task.host.type for task in self._tasks})),
             tasks=tuple(sorted({task.name for task in self._tasks})),
             episodes=len(self._runs),
-            seeds=tuple(sorted(self._seeds)),
+            seeds=tuple(sorted(self._played.seeds)),
             code_digest=code_digest(),
         )
         told = {
@@ -351,9 +315,9 @@ class Training:
     def _calibrate(self) -> dict[str, Any]:
         """Teaches the net's doubt from fresh episodes: how far its forecasts are from what comes."""
         asks = self._asks()
-        self._find_twins(asks)
-        played = [one for one in self._play(asks, "calibration") if one.episode is not None]
-        lessons = [one for _, one in self._settled(played)]
+        self._played.find_twins(asks)
+        played = [one for one in self._played.play(asks, "calibration") if one.episode is not None]
+        lessons = [one for _, one in self._played.settled(played)]
         try:
             return teach(self.net, forecasts(lessons), seed=self._config.seed)
         except DataError as error:
@@ -382,9 +346,9 @@ class Training:
             "iteration": self.iteration,
             "net": self.net.state_dict(),
             "ppo": self.ppo.state_dict(),
-            "twins": {key: (list(twin.val_losses), twin.total_flops) for key, twin in self._twins.items()},
+            "twins": {key: (list(twin.val_losses), twin.total_flops) for key, twin in self._played.twins.items()},
             "runs": self._runs,
-            "seeds": sorted(self._seeds),
+            "seeds": sorted(self._played.seeds),
             "warm": self._warm,
             "seen": {kind: seen.tolist() for kind, seen in self._seen.items()},
             "history": json.dumps(self.history),
@@ -409,8 +373,8 @@ class Training:
         self.net.load_state_dict(state["net"])
         self.ppo.load_state_dict(state["ppo"])
         self.iteration = state["iteration"]
-        self._twins = {key: Twin(tuple(losses), flops) for key, (losses, flops) in state["twins"].items()}
-        self._runs, self._seeds = state["runs"], set(state["seeds"])
+        self._played.twins = {key: Twin(tuple(losses), flops) for key, (losses, flops) in state["twins"].items()}
+        self._runs, self._played.seeds = state["runs"], set(state["seeds"])
         self._warm, self._seen = state["warm"], {kind: np.array(seen) for kind, seen in state["seen"].items()}
         self.history = json.loads(state["history"])
         self._told({"stage": "resumed", "iteration": self.iteration})
@@ -422,15 +386,6 @@ def _silent(row: dict[str, Any]) -> None:
 
 def _ask_key(ask: Ask) -> tuple[int, int, str, int]:
     return (ask.task, ask.seed, ask.policy, ask.draw)
-
-
-def _key(ask: Ask) -> str:
-    return f"{ask.task}/{ask.seed}"
-
-
-def _place(ask: Ask) -> tuple[int, int, str, bool, int]:
-    """An ask without its weights."""
-    return ask.task, ask.seed, ask.policy, ask.greedy, ask.draw
 
 
 def _operations(lessons: Sequence[Lessons]) -> dict[str, int]:
