@@ -23,14 +23,15 @@ from typing import Any
 
 from esper.config import OonaConfig
 from esper.leyline.bus import BusStats
-from esper.leyline.errors import ConflictError, NotFoundError
+from esper.leyline.errors import ConflictError
 from esper.leyline.messages import Topic
 from esper.leyline.summary import BusCounts
 from esper.oona.groups import Group, Lane
 from esper.oona.kept import Kept
 from esper.oona.packed import joined
 from esper.oona.producers import Producers
-from esper.oona.spans import Run, add, num_in, overlap, spans_of, without
+from esper.oona.readers import Readers
+from esper.oona.spans import Run, add, overlap, spans_of, without
 from esper.oona.tallies import Tallies
 from esper.oona.wire import Batch, Block, Leased, Record, blocks_of
 
@@ -74,8 +75,7 @@ class Broker:
         self.kept = Kept() if kept is None else kept
         self.max_deliveries = max_deliveries
         self.drop_oldest = frozenset(drop_oldest)
-        self._groups: dict[str, Group] = {}
-        self._takers: dict[tuple[str, str | None], list[Group]] = {}  # by topic and by what they are limited to
+        self._readers = Readers(max_deliveries)
         self._producers = Producers()
         self._left: dict[str, None] = {}  # members, the newest last
         self._tallies = Tallies()
@@ -107,7 +107,7 @@ class Broker:
         for topic, key, count in batch.runs:
             if topic in self.drop_oldest:
                 continue
-            for group in self._takers_of(topic, key):
+            for group in self._readers.of(topic, key):
                 added[group.name, topic] += count
                 held = group.pending[topic]
                 # a batch larger than the backlog passes alone
@@ -122,11 +122,11 @@ class Broker:
         added: Counter[tuple[str, str]] = Counter()
         for topic, key, count in batch.runs:
             if topic in self.drop_oldest:
-                for group in self._takers_of(topic, key):
+                for group in self._readers.of(topic, key):
                     added[group.name, topic] += count
         surplus: dict[str, list[range]] = {}
         for (name, topic), count in added.items():
-            group = self._groups[name]
+            group = self._readers[name]
             excess = group.pending[topic] + count - self.backlog
             if excess > 0 and (oldest := group.oldest_ready(topic, excess)):
                 surplus.setdefault(name, []).extend(oldest)
@@ -134,7 +134,7 @@ class Broker:
 
     def drop(self, name: str, offsets: Iterable[int | range]) -> None:
         """Lets records go that `surplus` named."""
-        group = self._group(name)
+        group = self._readers[name]
         for lane, spans in self._by_lane(group, spans_of(offsets)):
             count = group.remove(lane, spans)
             group.num_dropped += count
@@ -153,7 +153,7 @@ class Broker:
     def takers(self, batch: Batch) -> set[str]:
         """The groups that want any of it."""
         runs = {(topic, key) for topic, key, _ in batch.runs}
-        return {group.name for topic, key in runs for group in self._takers_of(topic, key)}
+        return {group.name for topic, key in runs for group in self._readers.of(topic, key)}
 
     def _append(self, blocks: Sequence[Block], at: float) -> None:
         offset = self.kept.append(blocks, at)
@@ -162,7 +162,7 @@ class Broker:
             self._published[topic] += count
             if topic != _LETTERS:  # told by `dead`; they were published once already
                 self._tallies.published(key, count)
-            for group in self._takers_of(topic, key):
+            for group in self._readers.of(topic, key):
                 group.offer(topic, key, offset, offset + count)
             offset += count
         if self.kept.is_due(at):
@@ -177,7 +177,7 @@ class Broker:
         Raises:
             ConflictError: if the group exists with other topics or another key.
         """
-        group = self._groups.get(name)
+        group = self._readers.get(name)
         if group is not None:
             if group.topics != frozenset(topics) or group.key != key:
                 known = ", ".join(sorted(group.topics))
@@ -188,7 +188,7 @@ class Broker:
                 )
             group.seen_at = now
             return False
-        group = self._enter(name, topics, key, now)
+        group = self._readers.enter(name, topics, key, now)
         for its_topic, its_key, first, stop in self.kept.places([range(start, self.next_offset)]):
             if group.wants(its_topic, its_key):
                 group.offer(its_topic, its_key, first, stop)
@@ -214,7 +214,7 @@ class Broker:
         Raises:
             NotFoundError: if there is no such group.
         """
-        group = self._group(name)
+        group = self._readers[name]
         group.seen_at = now
         if member in self._left:
             return [], False
@@ -228,11 +228,11 @@ class Broker:
             ]
             if again:
                 return again, False
-        return self._choose(group, member, max_records), True
+        return group.choose(member, max_records), True
 
     def leased(self, name: str, spans: Sequence[range]) -> list[Leased]:
         """Records that are out, as their member gets them: as few pieces as may be."""
-        group = self._group(name)
+        group = self._readers[name]
         return [
             Leased(run.start, run.attempts, joined([held.records for held in self.kept.within(run.start, run.stop)]))
             for lane, few in self._by_lane(group, spans)
@@ -245,7 +245,7 @@ class Broker:
         Raises:
             ValueError: if some of them are not before the group.
         """
-        group = self._group(name)
+        group = self._readers[name]
         touched: list[Lane] = []
         for lane, few in self._by_lane(group, spans):
             # only in a replay: the log does not tell that a lease ran out, but the next lease of the lane does
@@ -267,7 +267,7 @@ class Broker:
         Raises:
             NotFoundError: if there is no such group.
         """
-        group = self._group(name)
+        group = self._readers[name]
         group.seen_at = now
         done = self.outstanding(name, offsets)
         for lane, spans in self._by_lane(group, done):
@@ -280,7 +280,7 @@ class Broker:
         Raises:
             NotFoundError: if there is no such group.
         """
-        group = self._group(name)
+        group = self._readers[name]
         lanes = self._by_lane(group, spans_of(offsets))
         return spans_of(range(run.start, run.stop) for lane, spans in lanes for run in group.outstanding(lane, spans))
 
@@ -290,7 +290,7 @@ class Broker:
         Raises:
             NotFoundError: if there is no such group.
         """
-        return list(self._group(name).spent)
+        return list(self._readers[name].spent)
 
     def held(self, name: str, offsets: Iterable[int | range]) -> list[tuple[int, int, Record]]:
         """(offset, attempts, record) of those that were delivered to the group and are not acknowledged.
@@ -298,7 +298,7 @@ class Broker:
         Raises:
             NotFoundError: if there is no such group.
         """
-        group = self._group(name)
+        group = self._readers[name]
         return [
             (offset, run.attempts, Record(held.topic, held.key, data))
             for lane, spans in self._by_lane(group, spans_of(offsets))
@@ -313,7 +313,7 @@ class Broker:
         Raises:
             NotFoundError: if there is no such group.
         """
-        group = self._group(name)
+        group = self._readers[name]
         for lane, spans in self._by_lane(group, self.outstanding(name, offsets)):
             count = group.remove(lane, spans)
             group.num_dead += count
@@ -329,7 +329,7 @@ class Broker:
             NotFoundError: if there is no such group.
         """
         asked = [range(max(span.start, self.first_offset), span.stop) for span in spans_of(offsets)]
-        dead = [Run(span.start, span.stop) for span in self._group(name).dead]
+        dead = [Run(span.start, span.stop) for span in self._readers[name].dead]
         return [range(run.start, run.stop) for run in overlap(dead, [span for span in asked if span])]
 
     def requeue(self, name: str, spans: Sequence[range]) -> None:
@@ -338,7 +338,7 @@ class Broker:
         Raises:
             NotFoundError: if there is no such group.
         """
-        group = self._group(name)
+        group = self._readers[name]
         for topic, key, start, stop in self.kept.places(spans):
             group.offer_again(topic, key, [range(start, stop)])
             group.num_dead -= stop - start
@@ -359,7 +359,7 @@ class Broker:
         self._left[member] = None
         if len(self._left) > MAX_LEFT:
             del self._left[next(iter(self._left))]
-        group = self._groups.get(name)
+        group = self._readers.get(name)
         if group is None:
             return
         for lane in [lane for lane in group.lanes.values() if lane.owner == member]:
@@ -376,7 +376,7 @@ class Broker:
             return 0
         num_expired = 0
         self._expiry = math.inf
-        for group in self._groups.values():
+        for group in self._readers:
             for lane in list(group.lanes.values()):
                 deadline = lane.deadline if lane.leased else math.inf
                 if deadline <= now:
@@ -394,12 +394,11 @@ class Broker:
             idle_s: seconds.
             pending: only groups that hold at least so many records of one topic.
         """
-        idle = (group for group in self._groups.values() if now - group.seen_at > idle_s)
-        return [group.name for group in idle if max(group.pending.values(), default=0) >= pending]
+        return self._readers.idle(now, idle_s, pending=pending)
 
     def seen(self, name: str, at: float) -> None:
         """Says when a group was last used, on the clock of the other calls; one that is not there is passed over."""
-        group = self._groups.get(name)
+        group = self._readers.get(name)
         if group is not None:
             group.seen_at = at
 
@@ -412,19 +411,13 @@ class Broker:
         if not self.kept.is_held_back(at):
             return []
         end = self.next_offset
-        firsts = {group.name: group.oldest(end) for group in self._groups.values()}
+        firsts = {group.name: group.oldest(end) for group in self._readers}
         first = min(firsts.values(), default=end)
         return [name for name, oldest in firsts.items() if oldest == first < end]
 
     def forget(self, name: str) -> None:
         """Drops a group and its position."""
-        group = self._groups.pop(name, None)
-        if group is not None:
-            for topic in group.topics:
-                takers = self._takers[topic, group.key]
-                takers.remove(group)
-                if not takers:
-                    del self._takers[topic, group.key]
+        self._readers.forget(name)
 
     # ---- what is kept
 
@@ -445,7 +438,7 @@ class Broker:
 
     @property
     def groups(self) -> list[str]:
-        return list(self._groups)
+        return [group.name for group in self._readers]
 
     def counts(self, key: str) -> BusCounts:
         """Messages with this key; see `Tallies`."""
@@ -457,7 +450,7 @@ class Broker:
         Args:
             now: on the clock of the other calls.
         """
-        groups = [group.stats(now) for _, group in sorted(self._groups.items())]
+        groups = [group.stats(now) for group in sorted(self._readers, key=lambda group: group.name)]
         return BusStats(num_shards=1, topics=tuple(self.kept.topic_stats(self._published)), groups=tuple(groups))
 
     def trim(self, at: float = 0.0) -> None:
@@ -466,7 +459,7 @@ class Broker:
         Args:
             at: seconds since the epoch; 0 if it is not known, then none is too old.
         """
-        firsts = (group.oldest(self.next_offset) for group in self._groups.values())
+        firsts = (group.oldest(self.next_offset) for group in self._readers)
         self.kept.trim(min(firsts, default=self.next_offset), at)
 
     def snapshot(self) -> dict[str, Any]:
@@ -477,7 +470,7 @@ class Broker:
             "counts": self._tallies.counters(),
             "groups": [
                 (group.name, sorted(group.topics), group.key, group.counters(), self._kept_dead(group))
-                for group in self._groups.values()
+                for group in self._readers
             ],
             "published": self._published,
         }
@@ -489,9 +482,9 @@ class Broker:
         `first_offset` has passed the snapshot.
         """
         self.kept.next_offset = snapshot["next_offset"]
-        self._groups, self._takers = {}, {}
+        self._readers.clear()
         for name, topics, key, *_ in snapshot["groups"]:
-            self._enter(name, topics, key, now)
+            self._readers.enter(name, topics, key, now)
         self.recount(snapshot)
 
     def recount(self, snapshot: dict[str, Any]) -> None:
@@ -502,7 +495,7 @@ class Broker:
         self._tallies = Tallies(snapshot["counts"])
         self._published = Counter(snapshot.get("published", {}))  # logs of the first form have none
         for name, _, _, *counters in snapshot["groups"]:
-            group = self._groups.get(name)
+            group = self._readers.get(name)
             if counters and group is not None:
                 group.restore(counters[0])
                 group.dead = [range(start, stop) for pairs in counters[1:] for start, stop in pairs]
@@ -513,10 +506,10 @@ class Broker:
         """
         self.kept.skip_to(snapshot["next_offset"])
         known = {name for name, *_ in snapshot["groups"]}
-        for name in [name for name in self._groups if name not in known]:
+        for name in [group.name for group in self._readers if group.name not in known]:
             self.forget(name)
         for name, topics, key, *_ in snapshot["groups"]:
-            if name not in self._groups:
+            if name not in self._readers:
                 self.join(name, topics, key=key, start=self.first_offset, now=now)
 
     def before(self, name: str, offsets: Iterable[int | range]) -> list[range]:
@@ -525,7 +518,7 @@ class Broker:
         Raises:
             NotFoundError: if there is no such group.
         """
-        group = self._group(name)
+        group = self._readers[name]
         return spans_of(
             range(run.start, run.stop)
             for lane, spans in self._by_lane(group, spans_of(offsets))
@@ -535,26 +528,9 @@ class Broker:
 
     # ---- within
 
-    def _group(self, name: str) -> Group:
-        group = self._groups.get(name)
-        if group is None:
-            raise NotFoundError(f"no group {name}; it never joined, or was idle for too long and forgotten")
-        return group
-
     def _kept_dead(self, group: Group) -> list[tuple[int, int]]:
         first = self.first_offset
         return [(max(span.start, first), span.stop) for span in group.dead if span.stop > first]
-
-    def _enter(self, name: str, topics: Sequence[str], key: str | None, now: float) -> Group:
-        group = self._groups[name] = Group(name, frozenset(topics), key, now, self.max_deliveries)
-        for topic in group.topics:
-            self._takers.setdefault((topic, key), []).append(group)
-        return group
-
-    def _takers_of(self, topic: str, key: str) -> list[Group]:
-        """The groups that want this, found without a look at all the others."""
-        anyway, this = self._takers.get((topic, None)), self._takers.get((topic, key))
-        return (anyway or []) + (this or []) if this else anyway or []
 
     def _by_lane(self, group: Group, spans: Iterable[range]) -> list[tuple[Lane, list[range]]]:
         """Spans by lane, as they follow each other; what the group does not have is passed over."""
@@ -568,20 +544,3 @@ class Broker:
                 known = found[topic, key] = (lane, [])
             add(known[1], start, stop)
         return list(found.values())
-
-    def _choose(self, group: Group, member: str, max_records: int) -> list[range]:
-        chosen: list[range] = []
-        for at in group.runnable:
-            lane = group.lanes[at]
-            if lane.owner not in (None, member) or group.is_last_out(lane):
-                continue
-            few, is_last = group.next_of(lane, max_records)
-            if is_last:
-                if chosen or lane.leased:  # it waits until nothing goes with it
-                    continue
-                return few
-            chosen.extend(few)
-            max_records -= num_in(few)
-            if max_records <= 0:
-                break
-        return chosen

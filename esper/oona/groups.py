@@ -117,6 +117,24 @@ class Group:
                 break
         return few, False
 
+    def choose(self, member: str, max_records: int) -> list[range]:
+        """The next records for a member, lanes in turn; one alone where that is its last delivery."""
+        chosen: list[range] = []
+        for at in self.runnable:
+            lane = self.lanes[at]
+            if lane.owner not in (None, member) or self.is_last_out(lane):
+                continue
+            few, is_last = self.next_of(lane, max_records)
+            if is_last:
+                if chosen or lane.leased:  # it waits until nothing goes with it
+                    continue
+                return few
+            chosen.extend(few)
+            max_records -= num_in(few)
+            if max_records <= 0:
+                break
+        return chosen
+
     def revoke(self, lane: Lane) -> None:
         """Takes back all that is out of this lane."""
         if lane.owner is not None:

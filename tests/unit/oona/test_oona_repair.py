@@ -58,7 +58,7 @@ def write(directory):
 
 
 def log_group(journal):
-    return journal._broker._groups["g"]
+    return journal._broker._readers["g"]
 
 
 def places(directory):
