@@ -18,6 +18,8 @@ from esper.nissa.outcome import figures
 from esper.nissa.stages import LOOKS, css_name
 
 _MAX_ROWS = 400
+MAX_ALERTS = 6
+"""Rows of alerts that are not folded."""
 
 
 def section(title: str, drawn: Sequence[Chart], extra: str) -> str:
@@ -39,14 +41,27 @@ def _picture(chart: Chart) -> str:
 
 
 def alerts(summary: RunSummary) -> str:
-    """What Nissa found out of the ordinary: what, where, since when, the evidence, and what helps to look into it."""
+    """What Nissa found out of the ordinary: what, where, since when, the evidence, and what helps to look into it. What
+    came again at the same place, and what is too much to be read, is folded.
+    """
     if not summary.alerts:
         return ""
-    rows = "".join(_alert_row(alert) for alert in words.gravest_first(summary.alerts))
+    shown: dict[object, Alert] = {}
+    for alert in words.gravest_first(summary.alerts):
+        shown.setdefault((alert.kind, alert.place), alert)
+    first = list(shown.values())[:MAX_ALERTS]
+    known = {id(alert) for alert in first}
+    others = [alert for alert in words.gravest_first(summary.alerts) if id(alert) not in known]
+    folded = f"<details><summary>{len(others)} more</summary>{_alert_table(others)}</details>" if others else ""
     return f"""<section><h2 id="alerts">Out of the ordinary</h2>
-<div class="card"><table class="stack" aria-labelledby="alerts"><thead><tr><th scope="col">What</th>
+<div class="card">{_alert_table(first)}{folded}</div></section>"""
+
+
+def _alert_table(alerts: Sequence[Alert]) -> str:
+    rows = "".join(_alert_row(alert) for alert in alerts)
+    return f"""<table class="stack" aria-labelledby="alerts"><thead><tr><th scope="col">What</th>
 <th scope="col">Where</th><th scope="col">Since</th><th scope="col">Evidence</th><th scope="col">Look into it</th></tr>
-</thead><tbody>{rows}</tbody></table></div></section>"""
+</thead><tbody>{rows}</tbody></table>"""
 
 
 def _alert_row(alert: Alert) -> str:

@@ -28,6 +28,9 @@ FACTOR, SHARE = math.log(4.0), 0.25
 FIRST_LOOK = 16
 """Vectors from which on the plain rule knows what they show."""
 FAR_OUT = 6.0
+APART = 3.0
+"""What a forest finds odd has a figure that matters and lies so many robust deviations out. In a real run that has
+learned all it can, the gradient and what follows from it swing by factors of ten, for epochs on end."""
 _FLOORS = (0.1, 0.1, 0.1, 0.02, 0.02)
 
 
@@ -69,7 +72,8 @@ class HealthForest:
             scales = self._scales()
             for i, (vector, out, score) in enumerate(zip(vectors, matter, scores, strict=True)):
                 far = sum(m and abs(v) > FAR_OUT * s for m, v, s in zip(out, vector, scales, strict=True))
-                if any(out) and (far > 1 or (score is not None and score > self._limit)):
+                is_apart = any(m and abs(v) > APART * s for m, v, s in zip(out, vector, scales, strict=True))
+                if far > 1 or (is_apart and score is not None and score > self._limit):
                     found[i] = Odd(score, far)
         usual = [vector for vector, odd in zip(vectors, found, strict=True) if odd is None]
         self._vectors.extend(usual)

@@ -105,6 +105,17 @@ def test_a_forest_fits_when_it_is_needed_keeps_little_and_names_the_odd_one():
     assert found[3:] == found[:3]  # the same seed
 
 
+def test_a_run_whose_gradients_swing_by_themselves_is_not_odd_at_each_swing():
+    """Of what a forest was fitted to it finds one in twenty odd; what is usual here must not be among them."""
+    rng = np.random.default_rng(3)
+    swings = np.array([0.05, 1.0, 1.5, 0.02, 0.02])
+    forest = HealthForest()
+    found = [forest.see((swings * rng.standard_normal((10, 5))).tolist()) for _ in range(100)]
+    assert sum(odd is not None for each in found for odd in each) <= 10
+    assert forest.num_fits > 0
+    assert forest.see([[3.0, 5.0, 0.0, 0.0, 0.0]])[0] is not None
+
+
 def test_two_figures_far_out_are_odd_before_there_is_a_forest_and_one_is_not():
     rng = np.random.default_rng(0)
     forest = HealthForest()

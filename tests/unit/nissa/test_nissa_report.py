@@ -111,6 +111,19 @@ def test_alerts_stand_in_the_report_and_in_the_table_with_what_helps():
     assert "Out of the ordinary" not in render(story.summary(), story.history())
 
 
+def test_alerts_that_came_again_are_folded():
+    again = [story.alert(alert_id=str(number), evidence=f"time {number}.") for number in range(9)]
+    other = story.alert(alert_id="x", kind=AlertKind.DEAD_CHANNELS, site="block", evidence="another")
+    page = render(story.summary(alerts=(*again, other)), story.history())
+    open_, folded = page[page.index('id="alerts"') :].split("<details><summary>8 more</summary>")
+    assert ("time 0." in open_, "another" in open_, "time 1." in open_) == (True, True, False)
+    assert "time 8." in folded
+    places = [story.alert(alert_id=str(number), site=f"site {number}.") for number in range(9)]
+    page = render(story.summary(alerts=tuple(places)), story.history())
+    assert "<summary>3 more</summary>" in page
+    assert "more</summary>" not in render(story.summary(alerts=(other,)), story.history())
+
+
 def test_tells_all_that_the_run_came_to(whole):
     text = Page(whole).text
     for told in (
