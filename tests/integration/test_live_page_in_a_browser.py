@@ -9,13 +9,16 @@ import signal
 import threading
 from pathlib import Path
 
+import nissa_story as story
 import pytest
 from ray_head import wait_for
+from test_live_page import lay_down
 
 from esper.leyline.kernels import SiteKind, SiteSignature
 from esper.leyline.messages import OonaMessage, Topic
 from esper.leyline.seeds import SeedStage
 from esper.leyline.signals import EpochRecord, HealthSignal, LayerHealthReport, LifecycleEvent, RunStarted
+from esper.nissa import compare
 from esper.nissa.live import Live
 from esper.nissa.runs import RunStore
 from esper.nissa.web import FolderRuns, LiveRuns, PageServer, build_app
@@ -231,6 +234,32 @@ def test_it_says_that_its_server_has_ended_and_keeps_the_last_picture(fed, look,
     assert page.locator("#network .site").count() == 3
     assert page.evaluate(_LEAST_CONTRAST) >= 4.5
     assert len(page.screenshot(path=tmp_path / f"over-{scheme}.png")) > 10_000
+
+
+_GAPS = """
+[...document.querySelectorAll('.panel')].map(panel =>
+  panel.querySelector('.ys span').getBoundingClientRect().top
+  - panel.querySelector('figcaption span').getBoundingClientRect().bottom)
+"""
+
+
+@pytest.mark.parametrize("width", [390, 1180])
+def test_the_words_of_a_comparison_do_not_lie_on_each_other(browser, tmp_path, width):
+    lay_down(tmp_path)
+    folder = tmp_path / "runs" / "digits-20261121-201953-0b8ab0"
+    shutil.copytree(tmp_path / "runs" / story.RUN, folder)
+    for path in folder.glob("*.json"):
+        path.write_text(path.read_text().replace(story.RUN, folder.name))
+    written = compare.write(compare.gather(RunStore(str(tmp_path)), [story.RUN, folder.name]), tmp_path / "c.html")
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(written.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    gaps = page.evaluate(_GAPS)
+    assert len(gaps) == 4
+    assert min(gaps) >= 0
+    last = page.locator("table.compared thead th").last
+    assert last.evaluate("head => head.getBoundingClientRect().right") <= width
+    page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
