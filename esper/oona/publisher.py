@@ -78,6 +78,10 @@ class _Outbox:
         oldest = next(iter(self.window.values()), None)
         return self.num_taken - self.num_buffered if oldest is None else oldest.end - oldest.count
 
+    def ripe_at(self, linger_s: float) -> float:
+        """When what is queued has waited for long enough; never, where nothing is."""
+        return self.oldest_at + linger_s if self.buffered else math.inf
+
     def put(self, block: Block) -> None:
         """Queues records."""
         self.buffered.append(block)
@@ -119,7 +123,10 @@ class Publisher:
         self._producer = new_id()
         self._outboxes = [_Outbox() for _ in range(transport.num_shards)]
         self._routes: dict[tuple[Topic, str], tuple[int, str]] = {}
-        self._changed = threading.Condition()
+        guard = threading.RLock()
+        self._changed = threading.Condition(guard)  # there is room, or something is safe: who publishes waits for it
+        self._work = threading.Condition(guard)  # there may be something to send: the thread waits for it
+        self._wakes_at = -math.inf  # when the thread looks next by itself; while it looks, it need not be woken
         self._failure: EsperError | None = None
         self._is_closed = False
         self._thread: threading.Thread | None = None
@@ -145,8 +152,9 @@ class Publisher:
                     first = stop
             self._start()
             due = self._due_bodies()  # what is full goes at once: to wake the thread costs as much as to send
-            if any(outbox.buffered for outbox in self._outboxes):
-                self._changed.notify_all()
+            ripe_at = min((outbox.ripe_at(self._linger_s) for outbox in self._outboxes), default=math.inf)
+            if ripe_at < self._wakes_at:  # it is not asked to look for what it will see in time
+                self._work.notify()
         self._send(due)
 
     def flush(self, *, timeout_s: float = 10.0) -> None:
@@ -160,7 +168,7 @@ class Publisher:
             targets = [(outbox, outbox.num_taken) for outbox in self._outboxes]
             for outbox, target in targets:
                 outbox.flush_to = target
-            self._changed.notify_all()
+            self._work.notify()
             is_safe = self._changed.wait_for(
                 lambda: self._failure is not None or all(outbox.num_safe >= target for outbox, target in targets),
                 timeout_s,
@@ -182,6 +190,7 @@ class Publisher:
             with self._changed:
                 self._is_closed = True
                 self._changed.notify_all()
+                self._work.notify()
             if self._thread is not None:
                 self._thread.join()
 
@@ -231,7 +240,7 @@ class Publisher:
 
     def _wait_for_room(self, outbox: _Outbox) -> None:
         self._start()
-        self._changed.notify_all()
+        self._work.notify()
         if self._deadline_s is None:
             self._changed.wait()
             return
@@ -250,7 +259,10 @@ class Publisher:
         while True:
             with self._changed:
                 while not self._is_due() and not self._is_closed:
-                    self._changed.wait(self._pause())
+                    self._wakes_at = self._soonest()
+                    is_known = self._wakes_at < math.inf
+                    self._work.wait(max(0.0, self._wakes_at - time.monotonic()) if is_known else None)
+                    self._wakes_at = -math.inf
                 if self._is_closed:
                     return
                 bodies = self._due_bodies()
@@ -299,14 +311,13 @@ class Publisher:
     def _is_ripe(self, outbox: _Outbox, now: float) -> bool:
         is_full = outbox.num_buffered >= self._batch
         is_flushed = outbox.num_taken - outbox.num_buffered < outbox.flush_to
-        return is_full or is_flushed or now >= outbox.oldest_at + self._linger_s
+        return is_full or is_flushed or now >= outbox.ripe_at(self._linger_s)
 
-    def _pause(self) -> float | None:
-        """Seconds until something is due by time alone."""
+    def _soonest(self) -> float:
+        """When something is due by time alone."""
         at = [call.due_at for outbox in self._outboxes for call in outbox.window.values()]
-        at += [box.oldest_at + self._linger_s for box in self._outboxes if box.buffered and len(box.window) < WINDOW]
-        soonest = min(at, default=math.inf)
-        return None if soonest == math.inf else max(0.0, soonest - time.monotonic())
+        at += [box.ripe_at(self._linger_s) for box in self._outboxes if len(box.window) < WINDOW]
+        return min(at, default=math.inf)
 
     def _settle(self, shard: int, call: _Call, future: Future[bool]) -> None:
         """Runs where the answer arrives: in the transport's thread."""
@@ -325,3 +336,5 @@ class Publisher:
             else:
                 self._failure = error if isinstance(error, EsperError) else EsperError(f"publishing failed: {error!r}")
             self._changed.notify_all()
+            if self._outboxes[shard].buffered or call.due_at < math.inf:  # there is room for it, or it is sent again
+                self._work.notify()

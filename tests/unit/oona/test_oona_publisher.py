@@ -49,7 +49,7 @@ def make(monkeypatch):
     for publisher in made:
         with publisher._changed:
             publisher._is_closed = True
-            publisher._changed.notify_all()
+            publisher._work.notify()
         if publisher._thread is not None:
             publisher._thread.join()
 
@@ -170,3 +170,26 @@ def test_messages_whose_keys_alternate_travel_key_by_key_in_their_order(make):
     assert [(key, count) for _, key, count in batch.runs] == [("key0", 3), ("key1", 3)]
     steps = [OonaMessage.model_validate_json(record.data).payload["first_step"] for record in batch.records]
     assert steps == [0, 2, 4, 1, 3, 5]
+
+
+def test_its_thread_is_woken_once_for_what_comes_within_the_linger_and_not_by_answers(make, monkeypatch):
+    """Each waking takes the trainer's interpreter away from it."""
+    looks = []
+    is_due = Publisher._is_due
+
+    def counted(self):
+        looks.append(is_due(self))
+        return looks[-1]
+
+    monkeypatch.setattr(Publisher, "_is_due", counted)
+    transport = Scripted()
+    publisher = make(transport, linger_s=0.5)
+    for number in range(40):
+        publisher.publish([step(number)])
+    ((_, batch, future),) = transport.wait_for(1)
+    assert len(batch.records) == 40
+    future.set_result(True)
+    publisher.flush(timeout_s=WAIT_S)
+    assert len(looks) <= 8  # 2 where nothing else ends a wait
+    publisher.publish([step(40)])
+    assert transport.wait_for(2)[1][1].seq == 1  # it is woken where it sleeps without an end
