@@ -94,6 +94,7 @@ def tail(
     with opened(storage) as bus:
         if (starts_now or follow) and isinstance(bus, StandingBus):
             raise NoPlatformError("the bus does not run, so nothing comes", remedy="--from-start, --since or --offset")
+        _check_shards(bus, positions or ())
         lines = messages(
             bus, wanted, key=key, positions=positions, from_time=from_time, follow=follow or starts_now, limit=limit
         )
@@ -126,16 +127,19 @@ def requeue(
 
 @bus_app.command("story")
 def story(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's id.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, a unique beginning of one, or `latest`.")],
     storage: Storage = "~/.esper",
     as_json: Json = False,
 ) -> None:
     """Tell a run's story from the archive alone: no platform, and none of the run's own files, is needed for it."""
+    from esper.leyline.messages import Topic
     from esper.oona.archive import read_archive
     from esper.oona.story import story_of
     from esper.storage import Storage as Place
 
-    told = story_of(run, (row.message for row in read_archive(Place.at(storage), key=run)))
+    place = Place.at(storage)
+    run = archived_run(run, [row.message.key for row in read_archive(place, [Topic.RUN_STARTED])])
+    told = story_of(run, (row.message for row in read_archive(place, key=run)))
     rows = event_rows(told)
     if not as_json:  # people count epochs from 1
         rows = [{**row, "epoch": row["epoch"] + 1} for row in rows]
@@ -326,6 +330,32 @@ def messages(
 
 def _row(delivery: Delivery) -> dict[str, Any]:
     return {"shard": delivery.shard, "offset": delivery.offset, **delivery.message.model_dump(mode="json")}
+
+
+def archived_run(name: str, ids: Sequence[str]) -> str:
+    """The run of this name.
+
+    Args:
+        name: an id, a unique beginning of one, or `latest`.
+        ids: of the runs of an archive, the newest last.
+
+    Raises:
+        NotFoundError: if none or more than one fits.
+    """
+    known = list(dict.fromkeys(reversed(ids)))
+    fitting = [name] if name in known else known[:1] if name == "latest" else [i for i in known if i.startswith(name)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise NotFoundError(f"{name!r} could be any of {', '.join(fitting[:5])}", field="run", remedy="give more of it")
+    remedy = f"the newest there: {', '.join(known[:5])}" if known else None
+    raise NotFoundError(f"the archive tells nothing of the beginning of run {name}", field="run", remedy=remedy)
+
+
+def _check_shards(bus: Bus | StandingBus, shards: Collection[int]) -> None:
+    number = bus.stats().num_shards if shards else 0
+    if any(shard >= number for shard in shards):
+        raise ConfigError(f"there is no shard {max(shards)}", field="offset", remedy=f"0 to {number - 1}")
 
 
 def _few(topics: Sequence[str]) -> str:

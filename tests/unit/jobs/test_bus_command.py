@@ -9,7 +9,7 @@ import pytest
 from bus_conformance import started, step, take
 
 from esper.config import OonaConfig
-from esper.leyline import Delivery, OonaMessage, SeedStage, Topic
+from esper.leyline import Delivery, NotFoundError, OonaMessage, SeedStage, Topic
 from esper.leyline.signals import LifecycleEvent, RunStarted
 from esper.oona import Batch, Broker, Journal, MemoryBus, Record, SegmentLog, Start, encode_batch
 from esper.oona.archive import Archive
@@ -152,6 +152,7 @@ def test_a_bus_that_is_over_is_looked_at_in_its_log(esper, monkeypatch, tmp_path
     [
         (["--topic", "none"], "no topic 'none'"),
         (["--offset", "5"], "'5' is no SHARD:OFFSET"),
+        (["--offset", "7:0", "--limit", "1"], "there is no shard 7 (0 to 0)"),
         (["--offset", "0:1", "--from-start"], "more than one place to begin"),
     ],
 )
@@ -185,7 +186,18 @@ def test_a_story_is_told_from_the_archive_without_a_platform(esper, tmp_path):
     assert [line.split()[2] for line in out.splitlines()[1:]] == ["2", "3", "13"]  # counted from 1, as views do
     code, _, err = esper("bus", "story", "absent", "--storage", str(tmp_path))
     assert (code, err.strip().count("\n")) == (1, 0)
-    assert "of run absent" in err
+    assert "of run absent (the newest there: run)" in err
+    for name in ("latest", "ru"):
+        assert "DORMANT > GERMINATED" in esper("bus", "story", name, "--storage", str(tmp_path))[1]
+
+
+def test_a_run_of_an_archive_is_named_as_other_commands_name_runs():
+    ids = ["a-1", "a-2", "a-1", "b-1"]  # a-1 was resumed
+    assert [bus_job.archived_run(name, ids) for name in ("latest", "b", "a-2")] == ["b-1", "b-1", "a-2"]
+    with pytest.raises(NotFoundError, match="'a' could be any of a-1, a-2"):
+        bus_job.archived_run("a", ids)
+    with pytest.raises(NotFoundError, match="beginning of run latest"):
+        bus_job.archived_run("latest", [])
 
 
 def test_repair_names_what_it_cut_and_says_where_there_is_nothing(esper, tmp_path):
