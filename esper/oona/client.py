@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from esper.config import OonaConfig
 from esper.leyline.bus import BusStats, DeadLetter
 from esper.leyline.contract import new_id
+from esper.leyline.errors import UnavailableError
 from esper.leyline.messages import OonaMessage, Topic
 from esper.leyline.ports import ReadPage, Subscription
 from esper.leyline.summary import BusCounts
@@ -37,6 +38,7 @@ class BusClient:
             transport, batch=config.batch, linger_s=config.linger_ms / 1e3, deadline_s=deadline_s
         )
         self._consumers: list[Consumer] = []
+        self._is_closed = False
 
     def publish(self, messages: Sequence[OonaMessage]) -> None:
         """See `Bus.publish`."""
@@ -60,8 +62,10 @@ class BusClient:
 
         Raises:
             ConflictError: if the group reads other topics or another key.
+            UnavailableError: if this is closed, or the broker does not answer.
             ValueError: if more than one place to begin is given.
         """
+        self._check()
         start = Start(from_start, from_offsets, from_time)
         self._transport.subscribe(group, names_of(topics), key=key, start=start)
         consumer = Consumer(self._transport, group)
@@ -72,6 +76,7 @@ class BusClient:
         self, topics: Sequence[Topic], *, key: str | None = None, from_start: bool = False, name: str = ""
     ) -> Subscription:
         """See `Bus.listen`."""
+        self._check()
         group = f"{LISTENER}{name}-{new_id()}" if name else f"{LISTENER}{new_id()}"
         self._transport.subscribe(group, names_of(topics), key=key, start=Start(from_start=from_start))
         consumer = Consumer(self._transport, group, is_alone=True)
@@ -119,11 +124,16 @@ class BusClient:
         Raises:
             UnavailableError: if the broker does not answer.
         """
+        self._is_closed = True
         with ExitStack() as last_first:
             last_first.callback(self._transport.close)
             for consumer in self._consumers:
                 last_first.callback(consumer.close)
             last_first.callback(self._publisher.close)
+
+    def _check(self) -> None:
+        if self._is_closed:  # else whoever joins again would find nothing, again and again without a pause
+            raise UnavailableError("the bus is closed")
 
 
 def names_of(topics: Sequence[Topic]) -> list[str]:

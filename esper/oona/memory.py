@@ -12,6 +12,7 @@ from concurrent.futures import Future
 
 from esper.config import OonaConfig
 from esper.leyline.bus import BusStats
+from esper.leyline.errors import UnavailableError
 from esper.leyline.summary import BusCounts
 from esper.oona.broker import Admission, Broker
 from esper.oona.client import BusClient
@@ -65,7 +66,11 @@ class MemoryTransport:
             self._broker.join(group, topics, key=key, start=start.offset(self._broker, 0), now=self._clock())
 
     def poll(self, group: str, member: str, *, max_records: int, timeout_s: float) -> list[Received]:
-        """Waits on the condition for records, or for a lease to run out."""
+        """Waits on the condition for records, or for a lease to run out.
+
+        Raises:
+            UnavailableError: once this is closed.
+        """
         end = time.monotonic() + timeout_s
         with self._changed:
             while not self._is_closed and not self._broker.has_left(member):
@@ -79,6 +84,8 @@ class MemoryTransport:
                 if leased or remaining <= 0:
                     return [Received(0, *one) for one in leased]
                 self._changed.wait(min(remaining, max(0.0, self._broker.next_expiry - now)))
+            if self._is_closed:
+                raise UnavailableError("the bus is closed")
         return []
 
     def ack(self, group: str, spans: Mapping[int, Sequence[range]]) -> None:

@@ -110,6 +110,11 @@ class Arm:
             self._observer.take()
             self._observer.samples()
 
+    def close(self) -> None:
+        """Ends the run's threads and hooks."""
+        self.session.keep_experience(is_over=True)
+        self.host.close()
+
 
 def main(arguments: Sequence[str], say: Callable[[str], None]) -> BenchResult:
     """Runs the benchmark."""
@@ -153,8 +158,8 @@ def cost(name: str, rounds: int, say: Callable[[str], None]) -> list[tuple[dict[
         try:
             estimate = interleaved(bare.epoch, observed.epoch, rounds=rounds)
         finally:
-            bare.host.close()
-            observed.host.close()
+            bare.close()
+            observed.close()
             bus.close()
         say(f"{name}, {what}: {estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]")
         row = {"host": name, "what": what, "ratio": estimate.value, "low": estimate.low, "high": estimate.high,

@@ -386,6 +386,20 @@ class BusConformance:
             requester.ask(Topic.STEPS, step(1).body(), key="run", timeout_s=0.05)
         requester.close()
 
+    def test_a_closed_bus_refuses_at_once(self, make_bus):
+        """What joins anew where a connection is lost would otherwise do so without a pause."""
+        bus, _ = make_bus(OonaConfig())
+        listener = bus.listen([Topic.STEPS])
+        bus.close()
+        for call in (
+            lambda: bus.publish([step(0)]),
+            lambda: bus.listen([Topic.STEPS]),
+            lambda: bus.subscribe([Topic.STEPS], group="g"),
+            lambda: listener.poll(timeout_s=0.0),
+        ):
+            with pytest.raises(UnavailableError, match="closed"):
+                call()
+
     def test_a_broadcast_reaches_every_listener_and_late_ones_from_the_start(self, make_bus):
         bus, other = make_bus(OonaConfig())
         listeners = [bus.listen([Topic.STEPS]), other.listen([Topic.STEPS]), other.listen([Topic.STEPS], key="b")]

@@ -76,7 +76,10 @@ class Stream(RuleBasedStateMachine):
             assert admission is (Admission.DUPLICATE if step < 0 else Admission.EARLY)
             return
         is_full = any(
-            (held := len(self.pending(name, "waits"))) and held + self.wanted(name, "waits", some) > BACKLOG
+            # who came late may have more than the backlog; only what adds to it has to wait
+            (added := self.wanted(name, "waits", some))
+            and (held := len(self.pending(name, "waits")))
+            and held + added > BACKLOG
             for name in self.groups
         )
         assert (admission is Admission.FULL) == is_full
