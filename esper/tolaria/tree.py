@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 _TENSOR, _PAIRS, _TUPLE, _COUNTER = "$tensor", "$pairs", "$tuple", "$counter"
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 def flatten(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -51,9 +52,16 @@ def clone(state: Any) -> Any:
     if isinstance(state, Mapping):
         copied = {key: clone(value) for key, value in state.items()}
         return Counter(copied) if isinstance(state, Counter) else copied
+    if type(state) is tuple and _is_plain(state):
+        return state
     if isinstance(state, (list, tuple)):
         return type(state)(clone(value) for value in state)
     return state
+
+
+def _is_plain(values: tuple[Any, ...]) -> bool:
+    """Whether nothing in there can change or needs a look: so is a generator's state, of 625 numbers."""
+    return _PLAIN.issuperset(map(type, values))
 
 
 def _flatten(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:  # noqa: PLR0911 - one return a kind
@@ -72,6 +80,8 @@ def _flatten(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:  
             return {key: _flatten(item, f"{place}.{key}", tensors) for key, item in value.items()}
         return {_PAIRS: [[_check_key(key, place), _flatten(v, f"{place}.{key}", tensors)] for key, v in value.items()]}
     if isinstance(value, tuple):
+        if _is_plain(value):
+            return {_TUPLE: list(value)}
         return {_TUPLE: [_flatten(item, f"{place}[{i}]", tensors) for i, item in enumerate(value)]}
     if isinstance(value, list):
         return [_flatten(item, f"{place}[{i}]", tensors) for i, item in enumerate(value)]

@@ -218,7 +218,7 @@ def straying(rank: int, ranks, folder: Path) -> dict:
 
 def racing(ranks, folder: Path) -> dict:
     """A race of two kernels, with the hashes of all tensors after each epoch."""
-    from test_tolaria_race import race
+    from test_race_of_a_run import race
 
     chosen = race()
     problem = workload(chosen)
