@@ -37,11 +37,18 @@ CONFIG = TrainTamiyoConfig(
     imitation=ImitationConfig(epochs=4),
     rollout=RolloutConfig(episodes=2, seeds=2, replayed=1),
 )
+SHORT = CONFIG.model_copy(update={"overrides": ("tolaria.epochs=6", *QUICK[1:]), "judged": 0})
+"""Of runs that have begun to grow when they end: where order, deaths and what is missing are the point."""
 
 
 @pytest.fixture(scope="module")
 def player():
     return Player(load_tasks(CONFIG, ROOT / "configs"))
+
+
+@pytest.fixture(scope="module")
+def hasty():
+    return Player(load_tasks(SHORT, ROOT / "configs"))
 
 
 def train(config, storage, player, **options):
@@ -79,10 +86,10 @@ class Backwards:
         return reversed(list(self._player.play(asks)))
 
 
-def test_the_policy_does_not_hang_on_the_order_in_which_workers_end(player, tmp_path):
-    config = CONFIG.model_copy(update={"judged": 0, "iterations": 1})
+def test_the_policy_does_not_hang_on_the_order_in_which_workers_end(hasty, tmp_path):
+    config = SHORT.model_copy(update={"iterations": 1})
     versions = [
-        train(config, Storage.at(tmp_path / str(i)), one).run() for i, one in enumerate([player, Backwards(player)])
+        train(config, Storage.at(tmp_path / str(i)), one).run() for i, one in enumerate([hasty, Backwards(hasty)])
     ]
     assert versions[0] == versions[1]
 
@@ -99,10 +106,10 @@ class Twinless:
             yield Played(one.ask, None, "its worker died") if lost else one
 
 
-def test_an_episode_whose_twin_was_not_played_is_left_out_and_counted(player, tmp_path, caplog):
-    two_seeds = CONFIG.rollout.model_copy(update={"draws": 1})
-    config = CONFIG.model_copy(update={"judged": 0, "warm_up": 0, "rollout": two_seeds})
-    training = train(config, Storage.at(tmp_path), Twinless(player))
+def test_an_episode_whose_twin_was_not_played_is_left_out_and_counted(hasty, tmp_path, caplog):
+    two_seeds = SHORT.rollout.model_copy(update={"draws": 1})
+    config = SHORT.model_copy(update={"warm_up": 0, "rollout": two_seeds})
+    training = train(config, Storage.at(tmp_path), Twinless(hasty))
     training.run()
     update = next(row for row in training.history if row["stage"] == "ppo")
     assert (update["episodes"], update["failed"]) == (1, 1)
@@ -122,25 +129,25 @@ class Dying:
         return self._player.play(asks)
 
 
-def test_a_training_that_broke_off_goes_on_to_the_same_policy(player, tmp_path):
-    config = CONFIG.model_copy(update={"judged": 0, "rollout": CONFIG.rollout.model_copy(update={"replayed": 0})})
-    whole = train(config, Storage.at(tmp_path / "whole"), player)
+def test_a_training_that_broke_off_goes_on_to_the_same_policy(hasty, tmp_path):
+    config = SHORT.model_copy(update={"rollout": SHORT.rollout.model_copy(update={"replayed": 0})})
+    whole = train(config, Storage.at(tmp_path / "whole"), hasty)
     version = whole.run()
     storage = Storage.at(tmp_path / "broken")
     with pytest.raises(KeyboardInterrupt):  # in its second update
-        Training(config, player._tasks, Dying(player, 5), storage=storage, store=StoredPolicies(storage)).run()
-    again = train(config, storage, player)
+        Training(config, hasty._tasks, Dying(hasty, 5), storage=storage, store=StoredPolicies(storage)).run()
+    again = train(config, storage, hasty)
     assert again.run() == version
     assert [row["stage"] for row in again.history] == [row["stage"] for row in whole.history]
 
 
-def test_a_state_of_other_settings_is_not_gone_on_from(player, tmp_path):
+def test_a_state_of_other_settings_is_not_gone_on_from(hasty, tmp_path):
     storage = Storage.at(tmp_path)
-    quick = CONFIG.model_copy(update={"iterations": 0, "judged": 0, "warm_up": 1})
-    train(quick, storage, player).run()
+    quick = SHORT.model_copy(update={"iterations": 0, "warm_up": 1})
+    train(quick, storage, hasty).run()
     other = quick.model_copy(update={"reward": quick.reward.model_copy(update={"z": 2.0})})
     with pytest.raises(DataError, match="other settings"):
-        train(other, storage, player).run()
+        train(other, storage, hasty).run()
 
 
 class Failing:
