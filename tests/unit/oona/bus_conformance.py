@@ -261,7 +261,10 @@ class BusConformance:
                 member.ack([delivery])
                 done += numbers([delivery])
             member.close()
+            if bus.counts("run").dead and len(done) == 5:
+                break
         assert done == [0, 1, 3, 4, 5]
+        assert bus.subscribe([Topic.STEPS], group="g").poll(timeout_s=0.2) == []
         (letter,) = take(letters, 1)
         body = letter.message.body()
         assert (body.topic, body.key, body.group, body.attempts) == (Topic.STEPS, "run", "g", 3)

@@ -33,7 +33,7 @@ def test_how_many_travel_together_follows_from_how_long_they_take(milliseconds, 
     assert [len(batch.losses) for batch in told] == sizes
     outbox.send_steps(steps_per_epoch=num_steps)  # as at the end of an epoch
     outbox.flush()
-    told += [delivery.message.body() for delivery in subscription.poll(timeout_s=1.0)]
+    told += [delivery.message.body() for delivery in subscription.poll(timeout_s=0.1)]
     assert [batch.first_step for batch in told] == [sum(sizes[:i]) for i in range(len(told))]
     assert sum(len(batch.losses) for batch in told) == num_steps
     bus.close()
