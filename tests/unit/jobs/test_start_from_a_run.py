@@ -21,6 +21,7 @@ BLUEPRINT, SITE = "mlp_2x", "blocks.0.1"
 
 def settings(**host: object) -> dict[str, object]:
     return {
+        "deterministic": True,  # it waits for its kernel; a fast machine would be done before
         "data": {"type": "digits", "layout": "flat"}, "host": host or {"type": "mlp", "hidden": [6, 6]},
         "budget": {"params": 20.0, "flops": 20.0},
         "tolaria": {"epochs": 4, "batch_size": 256, "optimizer": {"lr": 0.02}},
