@@ -51,6 +51,7 @@ def local_hub(
         turn = None
         while not isinstance(turn, Idle):
             turn = work_once(hub, builder, worker="local", private_key=key)
+    hub.is_filled = True
     return hub, key.public_key().public_bytes_raw()
 
 
@@ -100,6 +101,30 @@ def request_kernels(hub: AssetHub, signatures: Iterable[SiteSignature], config: 
 
     with ThreadPoolExecutor(8, thread_name_prefix="submit") as pool:
         list(pool.map(submit, designs))
+
+
+def require_built(hub: AssetHub, signatures: Iterable[SiteSignature], config: RunConfig, submitted_by: str) -> None:
+    """Refuses a hub of this process that lacks what a run asks for, where nobody will build it any more: a deterministic
+    run waits for all of it.
+
+    Raises:
+        ConfigError: if it lacks a design.
+    """
+    from esper.urza.memory import MemoryHub
+
+    if not isinstance(hub, MemoryHub) or not hub.is_filled:
+        return
+    sites = tuple(signatures)
+    request_kernels(hub, sites, config, submitted_by)
+    lacking = hub.unbuilt(sites)
+    if lacking:
+        scheduled = (index for index, graft in enumerate(config.tamiyo.schedule) if graft.blueprint in lacking)
+        index = next(scheduled, None) if config.tamiyo.policy == "schedule" else None
+        raise ConfigError(
+            f"the hub in this process has no {', '.join(sorted(lacking))} for this run's sites, and nobody builds it",
+            field="tezzeret.blueprints" if index is None else f"tamiyo.schedule.{index}.blueprint",
+            remedy="fill the hub for this configuration and these sites: local_hub_of(model, example, config)",
+        )
 
 
 def named_design(name: str, submitted: Lookup, *, field: str) -> NamedDesign:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from esper.api.hosting import device_of, wrap_workload
-from esper.api.kernels import request_kernels
+from esper.api.kernels import request_kernels, require_built
 from esper.api.runtime import WorkloadFactory
 from esper.config import RunConfig
 from esper.kasmina.breaker import Breaker, guarded
@@ -69,7 +69,8 @@ def train_local(
         trials: where forks of the run may train; each runs `fork_local`.
 
     Raises:
-        UserError: if a setting, the data or the storage cannot be used.
+        UserError: if a setting, the data or the storage cannot be used; also if a deterministic run would wait for ever
+            for kernels that its hub in memory does not have.
         NonFiniteError: if the host diverges again and again.
     """
     ranks = ranks or SoloRanks()
@@ -78,6 +79,8 @@ def train_local(
     # ranks draw different dropout masks; what must be equal on all comes from rank 0
     with numerics(seed=config.seed + 7919 * ranks.rank, deterministic=config.deterministic, num_threads=threads):
         host = wrap_workload(workload, config, device)
+        if config.deterministic and hub is not None:
+            require_built(hub, host.sites.values(), config, run_id)
         breaker = Breaker("Urza", failures=config.kasmina.breaker_failures, rest_s=config.kasmina.breaker_s)
         hub = None if hub is None else guarded(hub, breaker)
         tamiyo_breaker = Breaker("Tamiyo", failures=config.tamiyo.breaker_failures, rest_s=config.tamiyo.breaker_s)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from esper import kasmina
 from esper.api.checking import require_schedule
@@ -139,6 +139,8 @@ class Grown:
     ) -> Iterator[Session]:
         """Growth around one's own loop: `s.step(batch, loss)` after each step, `s.end_epoch(metrics)` after each epoch.
 
+        One process: workers that train together must grow together, and for that there is `grow`.
+
         Without a `hub`, the library's kernels are built here, in this process, before the first step; nothing of the
         session outlives it but the model.
 
@@ -165,6 +167,7 @@ class Grown:
             ConfigError: if a setting is wrong, a scheduled graft cannot be made, the scheduler cannot grow, or a hub
                 comes without its key.
         """
+        _require_one_process()
         chosen = resolve_task(task)
         settings = {
             "task": chosen.name if isinstance(task, str) else "custom",
@@ -245,7 +248,7 @@ _OF_THE_LOOP = {
     "tolaria.best_metric": "keep the state you like best: session().state_dict()",
     "tolaria.checkpoint_every": "write session().state_dict() when you like",
     "tolaria.keep_checkpoints": "keep what you write",
-    "tolaria.num_workers": "start your loop on as many ranks",
+    "tolaria.num_workers": "train by esper.grow",
     "tolaria.cpus_per_worker": "start your loop with as many",
     "tolaria.use_gpu": "move the model",
     "tolaria.num_threads": "call torch.set_num_threads",
@@ -269,6 +272,16 @@ def _checked(overrides: Iterable[str]) -> tuple[str, ...]:
     kept = tuple(overrides)
     refuse(kept, _OF_THE_LOOP, words="it is not read in a loop of your own")
     return kept
+
+
+def _require_one_process() -> None:
+    """Refuses a loop of one's own among several: each would decide for itself, and no wrapper know the kernels."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ConfigError(
+            f"this is one of {distributed.get_world_size()} processes, and each would grow in its own way",
+            field="tolaria.num_workers",
+            remedy="train by esper.grow(..., num_workers=N), where all of them grow at the same step",
+        )
 
 
 def _lookup(hub: AssetHub | None) -> Lookup:

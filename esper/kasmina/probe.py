@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from esper.leyline.compiled import eagerly
 from esper.leyline.errors import SiteError
@@ -60,12 +61,17 @@ def probe(module: nn.Module, example: tuple[Any, ...]) -> Probe:
 
     Raises:
         SiteError: if a submodule hides behind an attribute of every `nn.Module`, such as `type`: torch can then not
-            call the host with other tensors than its own, and so no shadow can be trained.
+            call the host with other tensors than its own, and so no shadow can be trained. Or if a lazy module has not
+            made its weights yet.
     """
     for path, parent in module.named_modules():
         for name, child in parent.named_children():
             if getattr(parent, name) is not child:
                 raise SiteError(f"a submodule of {path or 'the model'} is called {name!r}", remedy="rename it")
+    lazy = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        words = f"{lazy[0]} does not exist yet: it is of a lazy module"
+        raise SiteError(words, remedy="run the model once, on a batch")
     seen = Probe(batch=_batch_of(example))
     training = [(m, m.training) for m in module.modules()]
     with ExitStack() as stack:
@@ -113,6 +119,9 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors_of(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for one in fields(value):
+            yield from tensors_of(getattr(value, one.name))
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -371,3 +371,32 @@ def test_a_second_session_of_a_model_that_is_growing_can_go_back(anew):
     assert grown.seeds()[0].stage is SeedStage.CULLED
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in grown.parameters()}
+
+
+def test_a_loop_of_ones_own_among_several_processes_is_refused():
+    from torch import distributed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    grown = wrapped()
+    distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with pytest.raises(ConfigError, match="one of 2 processes"):
+            own_loop(grown, torch.optim.SGD(grown.parameters(), lr=0.1), GROW, epochs=1)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_a_lazy_module_must_have_run_before():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.LazyLinear(10), nn.LazyLinear(3)
+
+        def forward(self, x):
+            return self.head(F.relu(self.body(x)))
+
+    x, model = torch.zeros(2, 6), Lazy()
+    with pytest.raises(SiteError, match="lazy"):
+        esper.wrap(model, example=(x,))
+    model(x)
+    assert list(esper.wrap(model, example=(x,)).sites) == ["body"]

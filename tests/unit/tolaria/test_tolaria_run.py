@@ -11,11 +11,13 @@ import pytest
 import torch
 from tolaria_support import BLUEPRINT, SIGNATURE, SITE, Crash, CrashAt, config, equal, kernel_hub, train, workload
 
+from esper.api import local_hub
 from esper.config import parse_config
 from esper.kasmina.loader import KernelLoader
 from esper.leyline import (
     ConfigError,
     Outcome,
+    Pipeline,
     RunHistory,
     RunStatus,
     RunSummary,
@@ -270,6 +272,26 @@ def test_a_refused_command_is_an_event_with_its_reason(tmp_path):
     assert BLUEPRINT not in event.reason
 
 
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"tezzeret__blueprints": f"[{BLUEPRINT},low_rank_adapter]"}, "tezzeret.blueprints"),
+        (
+            {"tamiyo__schedule": f"[{{epoch: 0, site: '{SITE}', blueprint: low_rank_adapter}}]"},
+            "tamiyo.schedule.0.blueprint",
+        ),
+    ],
+    ids=["a design", "a scheduled design"],
+)
+def test_a_deterministic_run_refuses_a_hub_in_memory_that_lacks_what_it_would_wait_for(tmp_path, settings, field):
+    chosen = config(**settings)
+    hub, key = local_hub([SIGNATURE], config())
+    with pytest.raises(ConfigError, match="nobody builds it") as refused:
+        train(tmp_path, chosen, hub=hub, public_key=key)
+    assert refused.value.field == field
+    assert not (tmp_path / "summary.json").exists()
+
+
 def test_a_metric_that_the_task_lacks_is_refused(tmp_path):
     from dataclasses import replace
 
@@ -316,7 +338,7 @@ class Interrupted:
         self._inner.register_sites(sites, run_id=run_id)
 
     def submit_blueprint(self, *args, **given):
-        self.submitted += 1
+        self.submitted += Pipeline.OPTIMIZED not in given.get("pipelines", ())  # kernels at hand may graft
         return self._inner.submit_blueprint(*args, **given)
 
     def pending(self, signatures, *, pipeline=None):
