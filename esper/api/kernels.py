@@ -104,8 +104,9 @@ def request_kernels(hub: AssetHub, signatures: Iterable[SiteSignature], config: 
 
 
 def require_built(hub: AssetHub, signatures: Iterable[SiteSignature], config: RunConfig, submitted_by: str) -> None:
-    """Refuses a hub of this process that lacks what a run asks for, where nobody will build it any more: a deterministic
-    run waits for all of it.
+    """Refuses a hub of this process that lacks what a run asks for, where nobody will build it any more.
+
+    A deterministic run waits for all of it.
 
     Raises:
         ConfigError: if it lacks a design.

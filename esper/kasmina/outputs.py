@@ -29,11 +29,20 @@ def part_of(site: str) -> int | str | None:
 
 
 def parts(output: Any) -> Iterator[tuple[str, Any]]:
-    """The entries of an output by their names behind the `#`; none of what is neither a tuple nor a dict."""
+    """The entries of an output by their names behind the `#`; none of what is neither a tuple nor a dict, nor of a dict
+    that `|` makes another class of: what reads it would miss that.
+    """
     if type(output) is tuple:
         yield from ((str(place), entry) for place, entry in enumerate(output))
-    elif isinstance(output, dict):
+    elif isinstance(output, dict) and _keeps_its_class(output):
         yield from ((key, entry) for key, entry in output.items() if isinstance(key, str) and not key.isdecimal())
+
+
+def _keeps_its_class(output: dict[Any, Any]) -> bool:
+    try:
+        return type(output | {}) is type(output)
+    except TypeError:  # a class that cannot be made without arguments
+        return False
 
 
 def take(output: Any, part: int | str | None) -> torch.Tensor:

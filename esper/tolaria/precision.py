@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -49,7 +49,9 @@ def _widened(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.float() if value.dtype is torch.bfloat16 else value
     if isinstance(value, dict):
-        return {key: _widened(item) for key, item in value.items()}
+        return value | {key: _widened(item) for key, item in value.items()}  # its class has attributes that losses read
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: _widened(getattr(value, one.name)) for one in fields(value) if one.init})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_widened(item) for item in value))
     if isinstance(value, (tuple, list)):

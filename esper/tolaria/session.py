@@ -57,7 +57,7 @@ from esper.tolaria.steering import Steering
 from esper.tolaria.task import Task
 from esper.tolaria.trying import Trying
 from esper.tolaria.validation import Validation
-from esper.tolaria.workload import Batch, Batches, batch_len, parts_of
+from esper.tolaria.workload import Batch, Batches, batch_len, parts_of, samples_of
 
 
 class Session:
@@ -128,7 +128,7 @@ class Session:
         )
         self.precision = Precision(config.tolaria.precision, where.type)
         self._costs = HostCosts(growable, task.loss_fn, precision=self.precision)
-        self.host_size = HostSize(live_params(growable), self._costs.forward(example) // len(example[0]))
+        self.host_size = HostSize(live_params(growable), self._costs.forward(example) // samples_of(example))
         if ports.ranks.world > 1:
             growable.share(ports.ranks.mean_, world=ports.ranks.world, patience_s=config.tolaria.agree_s)
         self._steps_per_epoch = steps_per_epoch

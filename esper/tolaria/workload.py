@@ -105,17 +105,21 @@ def model_args(inputs: Any) -> tuple[Any, ...]:
 
 
 def parts_of(batch: Batch, num: int) -> list[Batch]:
-    """The batch in at most `num` consecutive parts of nearly equal size; tensors of another length go whole into each.
+    """The batch in `num` consecutive parts whose sizes differ by one at most, or in as many as it has samples; tensors
+    of another length go whole into each.
+
+    Ranks whose shares differ a little must come to the same number: kernels' gradients are averaged after each.
 
     Args:
         batch: (inputs, targets).
         num: 1 gives the batch itself.
     """
     num_samples = batch_len(batch)
-    size = -(-num_samples // num)
-    if size >= num_samples:
+    num_parts = min(num, num_samples)
+    if num_parts <= 1:
         return [batch]
-    return [_slice(batch, first, min(first + size, num_samples), num_samples) for first in range(0, num_samples, size)]
+    ends = [(part + 1) * num_samples // num_parts for part in range(num_parts)]
+    return [_slice(batch, first, last, num_samples) for first, last in zip([0, *ends], ends, strict=False)]
 
 
 def _slice(value: Any, first: int, last: int, num_samples: int) -> Any:
@@ -129,8 +133,16 @@ def _slice(value: Any, first: int, last: int, num_samples: int) -> Any:
 
 
 def batch_len(batch: Batch) -> int:
-    """Samples of a batch: the first dimension of its first input."""
-    return len(model_args(batch[0])[0])
+    """Samples of a batch: the first dimension of its first input, or of the first entry of that where it is a dict."""
+    return samples_of(model_args(batch[0]))
+
+
+def samples_of(args: tuple[Any, ...]) -> int:
+    """Samples that a model's positional arguments hold."""
+    first = args[0]
+    while isinstance(first, dict):
+        first = next(entry for entry in first.values() if not isinstance(entry, torch.Tensor) or entry.dim() > 0)
+    return len(first)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -154,7 +166,8 @@ def example_of(data: Data, *, num_samples: int = 2) -> tuple[Any, ...]:
     first = next(batches.epoch(0, rank=0, world=1), None)
     if first is None:
         raise DataError("no batches", field="train_data")
-    return tuple(arg[:num_samples] if isinstance(arg, torch.Tensor) else arg for arg in model_args(first[0]))
+    args = model_args(first[0])
+    return args if samples_of(args) <= num_samples else _slice(args, 0, num_samples, samples_of(args))
 
 
 class _Samples(Protocol):

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -105,6 +108,17 @@ def test_globs_stay_within_one_part_of_a_path():
     assert list(sites) == ["blocks.0.mlp.1", "blocks.0", "blocks.1"]
 
 
+class Output(OrderedDict):
+    """What blocks of Hugging Face's models put out: entries are attributes too, and nothing is updated."""
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+    def update(self, *args, **kwargs):
+        raise TypeError("update is refused")
+
+
 class Pair(nn.Module):
     """A block with two inputs and two outputs."""
 
@@ -114,7 +128,11 @@ class Pair(nn.Module):
 
     def forward(self, x, memory):
         x, memory = self.one(x + memory).relu(), self.two(memory).relu()
-        return {"x": x, "memory": memory, "note": "kept"} if self.form is dict else (x, memory, "kept")
+        if self.form is tuple:
+            return x, memory, "kept"
+        out = self.form()
+        out["x"], out["memory"], out["note"] = x, memory, "kept"
+        return out
 
 
 class Pairs(nn.Module):
@@ -127,12 +145,15 @@ class Pairs(nn.Module):
         memory = x
         for block in self.blocks:
             out = block(x, memory)
-            x, memory, note = out.values() if isinstance(out, dict) else out
+            if isinstance(out, Output):
+                x, memory, note = out.x, out.memory, out.note
+            else:
+                x, memory, note = out.values() if isinstance(out, dict) else out
             assert note == "kept"
         return self.head(x + memory)
 
 
-@pytest.mark.parametrize(("form", "names"), [(tuple, ("0", "1")), (dict, ("x", "memory"))])
+@pytest.mark.parametrize(("form", "names"), [(tuple, ("0", "1")), (dict, ("x", "memory")), (Output, ("x", "memory"))])
 def test_of_several_outputs_one_tensor_is_named(form, names):
     net, x = Pairs(form), (torch.randn(2, 4),)
     vector = SiteSignature(kind=SiteKind.VECTOR, channels=4)
@@ -148,7 +169,7 @@ def test_of_several_outputs_one_tensor_is_named(form, names):
         find_sites(net, x, sites=["head#0"])
 
 
-@pytest.mark.parametrize(("form", "part"), [(tuple, "1"), (dict, "memory")])
+@pytest.mark.parametrize(("form", "part"), [(tuple, "1"), (dict, "memory"), (Output, "memory")])
 def test_a_kernel_grows_on_the_named_tensor_and_lets_the_others_pass(form, part):
     torch.manual_seed(0)
     net, x = Pairs(form), torch.randn(8, 4)
@@ -166,7 +187,7 @@ def test_a_kernel_grows_on_the_named_tensor_and_lets_the_others_pass(form, part)
     host.eval()
     with torch.no_grad():
         expected = host(x)
-        ((value, memory, note),) = [out.values() if form is dict else out for out in seen]
+        ((value, memory, note),) = [out if form is tuple else out.values() for out in seen]
         assert torch.equal(memory, before + kernel(before)), "the kernel's own arithmetic reached the tensor"
         assert torch.equal(value, net.blocks[0].one(x + x).relu())
         assert note == "kept"
@@ -174,6 +195,43 @@ def test_a_kernel_grows_on_the_named_tensor_and_lets_the_others_pass(form, part)
         plain = pickle.loads(pickle.dumps(export(host)))
         assert torch.equal(plain(x), expected)
         assert not any("esper" in type(m).__module__ for m in plain.modules())
+
+
+class Fixed(dict):
+    """A dict of a class of its own; what `|` makes of it is a plain one."""
+
+
+def test_no_tensor_is_taken_out_of_a_class_that_would_lose_its_form():
+    with pytest.raises(SiteError, match="it puts out Fixed"):
+        find_sites(Pairs(Fixed), (torch.randn(2, 4),), sites=["blocks.0"])
+
+
+class Answer(NamedTuple):
+    logits: torch.Tensor
+
+
+@dataclass
+class Record:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("form", [dict, Output, Answer, Record])
+def test_what_the_model_puts_out_is_no_site_however_it_is_wrapped(form):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = self.head(self.body(x))
+            if issubclass(form, dict):
+                out = form()
+                out["logits"] = h
+                return out
+            return form(h)
+
+    with pytest.raises(SiteError, match="own output"):
+        find_sites(Net(), (torch.randn(2, 4),), sites=["head"])
 
 
 def test_sites_by_the_name_of_a_class():

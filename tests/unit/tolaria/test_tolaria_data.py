@@ -16,7 +16,7 @@ from esper.tolaria.evidence import compare, evaluate
 from esper.tolaria.numerics import numerics, rng_state
 from esper.tolaria.ranks import SoloRanks
 from esper.tolaria.task import TASKS, Task, resolve_task
-from esper.tolaria.workload import evaluation_batches, example_of, model_args, training_batches
+from esper.tolaria.workload import batch_len, evaluation_batches, example_of, model_args, parts_of, training_batches
 
 X, Y = torch.arange(10.0).reshape(10, 1), torch.arange(10)
 CPU = torch.device("cpu")
@@ -107,6 +107,16 @@ def test_a_factory_answers_for_its_own_order():
 def test_data_of_no_known_kind_name_the_remedy(data, words):
     with pytest.raises(DataError, match=words):
         training_batches(data, batch_size=2, seed=0, field="train_data")
+
+
+def test_a_model_of_one_dict_has_as_many_samples_as_its_entries():
+    batch = ({"x": torch.arange(12).view(6, 2), "y": torch.arange(6)}, torch.arange(6))
+    assert batch_len(batch) == 6
+    parts = parts_of(batch, 2)
+    assert [batch_len(part) for part in parts] == [3, 3]
+    assert torch.cat([part[0]["x"] for part in parts]).equal(batch[0]["x"])
+    (inputs,) = example_of(lambda rank, world, epoch: [batch])
+    assert {key: len(entry) for key, entry in inputs.items()} == {"x": 2, "y": 2}
 
 
 def test_an_example_is_a_few_samples():
