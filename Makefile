@@ -33,9 +33,9 @@ test-unit: $(STAMP)  ## the library's tests; Ray is hidden from them
 test-integration: $(STAMP)  ## the longer tests that start no Ray, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-append --cov-report= tests/architecture tests/integration tests/faults -m "not ray and not soak"
 
-test-ray: $(STAMP)  ## the tests that start Ray, two files at a time: each has a Ray of its own
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-append --cov-report= tests/architecture tests/actors tests/integration tests/faults -m "ray and not soak"
-	@$(BIN)/coverage report
+test-ray: $(STAMP)  ## the tests that start Ray
+	$(BIN)/coverage run -m pytest tests/architecture tests/actors tests/integration tests/faults -m "ray and not soak"
+	@$(BIN)/coverage combine --quiet --append && $(BIN)/coverage report
 
 soak: $(STAMP)  ## the long tests; the kills keep their results in ESPER_SOAK_DIR (.soak) and go on there
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fuzz]" \

@@ -14,6 +14,7 @@ from jobs.bus import Json, Storage
 if TYPE_CHECKING:
     from esper.leyline.alerts import Alert
     from esper.leyline.ports import Bus
+    from esper.oona.standing import StandingBus
 
 
 def alerts(
@@ -37,7 +38,7 @@ def alerts(
         typer.echo("\n".join(lines(found)) if found else "no alert" + ("" if everything else " lasts"))
 
 
-def latest(bus: Bus) -> list[Alert]:
+def latest(bus: Bus | StandingBus) -> list[Alert]:
     """The alerts that are kept, each as it was told last; oldest first."""
     from esper.leyline.alerts import Alert
     from esper.leyline.messages import Topic
