@@ -58,6 +58,7 @@ class Deciding:
         self._commands = commands
         self.memory: dict[str, Any] = {}
         self._request: threading.Thread | None = None
+        self._refusal: Exception | None = None  # why that thread ended without a word
         self._has_requested = False
         self._has_settled = False
         self._neighbours: dict[tuple[str, str], bool] = {}
@@ -69,13 +70,26 @@ class Deciding:
             self._alarms.begin()
         if course.ports.request_kernels is None or not course.is_first:
             return
-        self._request = threading.Thread(target=self._request_kernels, name="request-kernels", daemon=True)
+        self._request = threading.Thread(target=self._request_beside, name="request-kernels", daemon=True)
         self._request.start()
 
     def close(self) -> None:
         """Hears no more alerts."""
         if self._alarms is not None:
             self._alarms.close()
+
+    def _request_beside(self) -> None:
+        """The thread: what goes wrong in it is raised where the run waits for it."""
+        try:
+            self._request_kernels()
+        except Exception as error:  # noqa: BLE001 - handed over to the caller's thread as it is
+            self._refusal = error
+
+    def _await_request(self, timeout_s: float | None = None) -> None:
+        if self._request is not None:
+            self._request.join(timeout_s)
+        if self._refusal is not None:
+            raise self._refusal
 
     def _request_kernels(self) -> None:
         """Submits designs; one that was taken once is not built again."""
@@ -126,6 +140,9 @@ class Deciding:
         The first call waits for those on their way, `tamiyo.startup_s` at most: a run of seconds would be over before
         the platform is up. What is not built by then is named among what the run went without. In deterministic mode
         every call waits for all, so that what Tamiyo can choose from does not depend on the clock.
+
+        Raises:
+            UserError: if a design that the run asks for is refused.
         """
         course = self._course
         hub = course.ports.hub
@@ -133,8 +150,7 @@ class Deciding:
             return 0, 0
         signatures = list(dict.fromkeys(course.growable.sites.values()))
         if course.config.deterministic:
-            if self._request is not None:
-                self._request.join()
+            self._await_request()
         elif not self._has_settled:
             self._settle(hub, signatures)
         if course.config.deterministic or not self._has_settled or self._reach.lacks("Tezzeret"):
@@ -150,8 +166,7 @@ class Deciding:
         """
         course, began = self._course, time.monotonic()
         patience_s = course.config.tamiyo.startup_s
-        if self._request is not None:
-            self._request.join(patience_s)
+        self._await_request(patience_s)
         pause = threading.Event()  # never set: a wait that a signal handler can interrupt
         while (passed_s := time.monotonic() - began) < patience_s and course.ports.stop() is None:
             pending = self._reach.ask("Urza", lambda: hub.pending(signatures, pipeline=Pipeline.FAST))

@@ -368,6 +368,35 @@ def test_a_hub_that_stays_away_is_not_waited_for_forever(tmp_path):
     assert any(words.startswith("Urza") for words in summary.went_without)
 
 
+class Refusing:
+    """A hub that refuses the first submission."""
+
+    def __init__(self, inner):
+        self._inner = inner
+        self.refused = 0
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def submit_blueprint(self, *args, **given):
+        if not self.refused:
+            self.refused += 1
+            raise ConfigError("not here", field="tezzeret.blueprints")
+        return self._inner.submit_blueprint(*args, **given)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_hub_that_refuses_a_design_ends_the_run_in_its_words(tmp_path, deterministic):
+    hub, key = kernel_hub()
+    refusing = Refusing(hub)
+    with pytest.raises(ConfigError, match="tezzeret.blueprints: not here"):
+        train(tmp_path, config(deterministic=deterministic), hub=refusing, public_key=key)
+    assert refusing.refused
+    summary = RunSummary.model_validate_json((tmp_path / "summary.json").read_text())
+    assert summary.status is RunStatus.FAILED
+    assert "not here" in summary.error
+
+
 def test_kernels_that_were_not_built_in_time_are_named(tmp_path):
     hub, key = kernel_hub()
     chosen = config(deterministic=False, tamiyo__startup_s=0.05, tolaria__epochs=1)
