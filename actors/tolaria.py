@@ -171,7 +171,7 @@ def _train_here(job: Job, stop: Callable[[], str | None]) -> Ending:
             bus=bus,
             controller=controller,
             public_key=public_key,
-            ranks=TorchRanks(device) if many else None,
+            ranks=TorchRanks(device, find_unused=job.config.tolaria.find_unused_parameters) if many else None,
             stop=stop,
             faults=job.faults,
             resume=job.resume,

@@ -249,6 +249,7 @@ _OF_THE_LOOP = {
     "tolaria.checkpoint_every": "write session().state_dict() when you like",
     "tolaria.keep_checkpoints": "keep what you write",
     "tolaria.num_workers": "train by esper.grow",
+    "tolaria.find_unused_parameters": "train by esper.grow",
     "tolaria.cpus_per_worker": "start your loop with as many",
     "tolaria.use_gpu": "move the model",
     "tolaria.num_threads": "call torch.set_num_threads",

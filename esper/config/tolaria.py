@@ -87,6 +87,9 @@ class TolariaConfig(Section):
     """Samples a step over all workers together."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """0 trains in the driver's own process (laptops); 1..N starts Ray Train workers."""
+    find_unused_parameters: bool = False
+    """Whether workers look, at each step, which parameters of the host it did not use. A host that leaves some unused
+    needs it; others pay for another walk through the graph."""
     cpus_per_worker: PositiveFloat = 0.5
     use_gpu: bool = False
     num_threads: PositiveInt = 1

@@ -10,7 +10,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from esper.leyline.errors import ConfigError
 from esper.leyline.growth import PREFIX
 
 T = TypeVar("T")
@@ -89,14 +91,16 @@ class TorchRanks:
 
     Args:
         device: where objects travel; the rank's GPU under NCCL.
+        find_unused: whether a step may leave parameters of the host unused; it is then looked at which, at each step.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, *, find_unused: bool = False) -> None:
         from torch import distributed
 
         self._distributed = distributed
         self._store = distributed.distributed_c10d._get_default_store()  # noqa: SLF001 - torch gives no other way to it
         self._device = device or torch.device("cpu")
+        self._find_unused = find_unused
         self.rank: int = distributed.get_rank()
         self.world: int = distributed.get_world_size()
 
@@ -152,10 +156,24 @@ class TorchRanks:
         return json.loads(self._store.compare_set(f"{place}/verdict", "", json.dumps(found)))
 
     def parallel(self, module: nn.Module, live: Sequence[str]) -> nn.Module:
-        from torch.nn.parallel import DistributedDataParallel
-
         names = set(live)
         asleep = [name for name, _ in module.named_parameters() if name.startswith(f"{PREFIX}.") and name not in names]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, asleep)  # noqa: SLF001 - the only way to leave a shadow kernel out
         ids = [self._device.index or 0] if self._device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, init_sync=False)
+        return _Parallel(module, device_ids=ids, init_sync=False, find_unused_parameters=self._find_unused)
+
+
+class _Parallel(DistributedDataParallel):
+    """Says in Esper's words what torch says of a host that leaves parameters unused."""
+
+    def forward(self, *inputs: Any, **given: Any) -> Any:
+        try:
+            return super().forward(*inputs, **given)
+        except RuntimeError as error:
+            if "find_unused_parameters" not in str(error):
+                raise
+            raise ConfigError(
+                "a step left parameters of the host unused, and their gradients were waited for",
+                field="tolaria.find_unused_parameters",
+                remedy="set it to true, or train the parameters that are used alone (requires_grad)",
+            ) from error

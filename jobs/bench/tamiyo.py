@@ -13,6 +13,7 @@ once a run, after its end; no gate and no policy sees them.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -44,8 +45,12 @@ POLICIES = ("none", "random", "schedule", "heuristic", "bandit", "gnn")
 TASKS = "digits_cnn,fashion_mlp,fashion_cnn,text_gpt"
 EXAM = 2
 """Grows when the same configuration would come to another cell."""
-LATER_CANARY = ("actions", "min_action_agreement")
-"""Settings that came after cells were stored, and that no cell hangs on: an exam has no canary."""
+LATER = (
+    ("tamiyo", "canary", "actions"),
+    ("tamiyo", "canary", "min_action_agreement"),
+    ("tolaria", "find_unused_parameters"),
+)
+"""Settings that came after cells were stored, and that no cell hangs on: an exam has no canary, and one process."""
 
 
 def main(arguments: Sequence[str], say: Say) -> BenchResult:
@@ -243,8 +248,8 @@ def _digest(config: RunConfig, flops: float) -> str:
     told = {name: whole[name] for name in parts} | {name: whole["tezzeret"][name] for name in ("blueprints", "limits")}
     for policy in {"schedule", "bandit", "gnn"} - {config.tamiyo.policy}:
         del told["tamiyo"][policy]
-    for name in LATER_CANARY:
-        del told["tamiyo"]["canary"][name]
+    for *parents, name in LATER:
+        del functools.reduce(dict.__getitem__, parents, told)[name]
     text = json.dumps([EXAM, flops, told], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -20,7 +20,7 @@ from esper.hosts import build_host
 from esper.kasmina.layer import all_layers
 from esper.kasmina.seed import Seed
 from esper.kasmina.sites import find_sites
-from esper.leyline import NonFiniteError, SeedStage
+from esper.leyline import ConfigError, NonFiniteError, SeedStage
 from esper.tolaria.numerics import digests
 from esper.tolaria.ranks import SoloRanks, TorchRanks
 from esper.tolaria.schedules import optimizer_factory
@@ -260,6 +260,39 @@ def plain_layers(ranks, folder: Path) -> dict:
     return {"weights": saved.weights, "graft": graft}
 
 
+class Half(nn.Module):
+    """A host of which half is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 12)
+        self.body = nn.Sequential(nn.Linear(12, 12), nn.ReLU())
+        self.idle = nn.Linear(12, 12)
+        self.last = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.body(self.first(x)))
+
+
+def unused(ranks, folder: Path) -> dict:
+    """Twenty steps across a graft in a host with parameters that no step uses; without the setting, what is said."""
+    site = {"kasmina__sites": "['body']", "tamiyo__schedule": f"[{{epoch: 0, site: body, blueprint: {BLUEPRINT}}}]"}
+    chosen = config(**site)
+    torch.manual_seed(1)
+    host, words = Half(), ""
+    problem = Workload(**{**vars(workload(chosen)), "model": host})
+    saved = Saved(host, 20)
+    looking = ranks if ranks.world == 1 else TorchRanks(find_unused=True)
+    summary, _ = train(folder / f"run-{ranks.world}", chosen, problem=problem, ranks=looking, faults=saved)
+    graft = next(event.step for event in summary.events if event.to_stage is SeedStage.GRAFTING)
+    if ranks.world > 1:
+        try:
+            train(folder / "strict", chosen, problem=Workload(**{**vars(problem), "model": Half()}), ranks=ranks)
+        except ConfigError as error:
+            words = str(error)
+    return {"weights": saved.weights, "graft": graft, "words": words}
+
+
 def problem_of(host_config: Host, shape: tuple[int, ...], site: str, blueprint: str, *, strategy="ramp", **settings):
     """The configuration of a run of one graft, its problem, and its hub with the signer's key."""
     is_text = isinstance(host_config, GptHost)
@@ -352,6 +385,7 @@ def seen_by(what: str, rank: int, ranks, folder: Path) -> dict:
         "straying": lambda: straying(rank, ranks, folder),
         "racing": lambda: racing(ranks, folder),
         "plain": lambda: plain(ranks, folder),
+        "unused": lambda: unused(ranks, folder),
         "hosts": lambda: {name: epochs_of(name, ranks, folder) for name in (*HOSTS, *SETTINGS)},
     }
     return scenes[what]()

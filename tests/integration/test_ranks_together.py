@@ -119,6 +119,15 @@ def test_two_ranks_come_to_what_one_comes_to_with_the_same_batches(run):
                 torch.testing.assert_close(found["weights"][name], weight, rtol=1e-4, atol=1e-5)
 
 
+def test_a_host_that_leaves_parameters_unused_grows_on_two_ranks_where_that_is_said(run):
+    [alone] = run("unused", world=1)
+    for found in run("unused"):
+        assert 0 < found["graft"] == alone["graft"] < 20
+        for name, weight in alone["weights"].items():
+            torch.testing.assert_close(found["weights"][name], weight, rtol=1e-4, atol=1e-5)
+        assert found["words"].startswith("tolaria.find_unused_parameters: ")
+
+
 def test_all_ranks_hold_the_same_bits_at_every_epoch_on_every_host(run):
     first, second = run("hosts")
     for host, found in first.items():

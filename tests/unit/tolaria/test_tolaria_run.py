@@ -389,7 +389,7 @@ class Refusing:
 def test_a_hub_that_refuses_a_design_ends_the_run_in_its_words(tmp_path, deterministic):
     hub, key = kernel_hub()
     refusing = Refusing(hub)
-    with pytest.raises(ConfigError, match="tezzeret.blueprints: not here"):
+    with pytest.raises(ConfigError, match=r"tezzeret\.blueprints: not here"):
         train(tmp_path, config(deterministic=deterministic), hub=refusing, public_key=key)
     assert refusing.refused
     summary = RunSummary.model_validate_json((tmp_path / "summary.json").read_text())
