@@ -130,9 +130,9 @@ def in_words(row: dict[str, Any]) -> str | None:
             return f"{row['of']}: {row['done']} of {row['all']} runs{problem}"
         case "resumed":
             return f"going on after update {row['iteration']}"
+        case "imitation" | "iterations" if "words" in row:
+            return row["words"]
         case "imitation":
-            if "learned" not in row:
-                return row["words"]
             judged = row["held_out"] or row["learned"]
             return (
                 f"imitated {row['episodes']} runs ({row['logged']} of them logged): the same choice in "

@@ -90,7 +90,9 @@ class TaskOf(Section):
 
 
 class TrainTamiyoConfig(Section):
-    """`python -m jobs.train_tamiyo`."""
+    """`python -m jobs.train_tamiyo`. A training that goes on may have another `storage`, `judged`, `iterations`,
+    `rollout.workers`, `cpus_per_worker` and `deadline_s`; all else must be as it began (`esper.simic.identity`).
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_\-]{0,40}$")] = "gnn"
     storage: str = "~/.esper"
@@ -107,7 +109,8 @@ class TrainTamiyoConfig(Section):
     """See `warm_up`. With imitation by worth (`imitation.temperature`) the net begins with what was better than the
     heuristic."""
     iterations: Annotated[int, Field(ge=0)] = 10
-    """Updates of PPO."""
+    """Updates of PPO. It may be changed for a training that goes on: updates to come weigh the entropy as in one of so
+    many, those that are done stay as they are, and the policy's card tells of it."""
     judged: Annotated[int, Field(ge=0)] = 6
     """Seeds of each task, never trained on, on which the policy is laid beside the heuristic at the end."""
     net: dict[str, Any] = Field(default_factory=dict)

@@ -6,7 +6,6 @@ to `progress.json` beside it. At the end the policy goes to the store, with a ca
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -24,6 +23,14 @@ from esper.leyline import DataError, NotFoundError
 from esper.leyline.policies import PolicyCard, PolicyOrigin, PolicyStore
 from esper.simic.experience import Experience, code_digest
 from esper.simic.gae import effective_share
+from esper.simic.identity import (
+    Stretch,
+    change_in_words,
+    check_iterations,
+    check_same,
+    entropy_in_words,
+    settings_of_training,
+)
 from esper.simic.imitation import imitate
 from esper.simic.judging import judge_beside_heuristic
 from esper.simic.lessons import Lessons, lessons_of, split
@@ -90,9 +97,7 @@ class Training:
         self._config, self._tasks, self._rollouts = config, list(tasks), rollouts
         self._storage, self._store, self._told = storage, store, told or _silent
         self._folder = f"simic/{config.name}"
-        # what may change without another training: how long it goes on, and on how many workers
-        fixed = config.model_dump(mode="json", exclude={"iterations", "rollout", "judged", "storage_options"})
-        self._settings = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+        self._settings = settings_of_training(config, tasks)
         self.net = PolicyNet(NetShape.model_validate(config.net), seed=config.seed)
         self.ppo = Ppo(self.net, collate, config.ppo, seed=config.seed)
         self._replay: Replay[Taught] = Replay(config.rollout.kept, seed=config.seed)
@@ -100,6 +105,7 @@ class Training:
         self._runs: list[str] = []
         self._warm: dict[int, str] = {}  # runs of the warm-up; empty for one that failed
         self._seen: dict[str, np.ndarray] = {}
+        self._stretches: list[Stretch] = []
         self.iteration = -1  # of the next update; -1: imitation comes first
         self.history: list[dict[str, Any]] = []
 
@@ -107,7 +113,7 @@ class Training:
         """Trains to the end and returns the policy's version.
 
         Raises:
-            DataError: if a state of other settings lies in the way, or no episode could be played.
+            DataError: if a state of other settings, or of more updates, lies in the way, or no episode could be played.
             StorageError: if the storage fails.
         """
         self._restore()
@@ -185,8 +191,7 @@ class Training:
             raise DataError(f"none of {len(asks)} rollouts could be played: {problems}")
         self._runs += [one.of for one in lessons]
         self._see(lessons)
-        left = 1.0 - self.iteration / self._config.iterations
-        self.ppo.entropy_weight = self._config.ppo.entropy_weight * left
+        self._weigh_entropy()
         groups = [group_of(ask) for ask, _ in settled]
         samples, taught = self._fresh(lessons, groups)
         again, refused, share = self._again()
@@ -208,6 +213,12 @@ class Training:
             effective=share,
             **asdict(report),
         )
+
+    def _weigh_entropy(self) -> None:
+        iterations = self._config.iterations
+        if not self._stretches or self._stretches[-1][1] != iterations:
+            self._stretches.append((self.iteration, iterations))
+        self.ppo.entropy_weight = self._config.ppo.entropy_weight * (1.0 - self.iteration / iterations)
 
     def _fresh(self, lessons: Sequence[Lessons], groups: Sequence[str]) -> tuple[list[Samples], list[Taught]]:
         """Samples of fresh episodes, levelled among those of their task and seed (`groups`)."""
@@ -291,13 +302,14 @@ class Training:
             seeds=tuple(sorted(self._played.seeds)),
             code_digest=code_digest(),
         )
+        entropy = entropy_in_words(self._stretches, self.iteration)
         told = {
             "trained_on": origin,
             "parents": (f"imitation of {', '.join(self._config.imitation.policies)}",),
             "calibration": calibration,
             "results": tuple(results),
-            "notes": f"{self.iteration} updates of PPO after imitation; rewards of {self._config.reward.model_dump()};"
-            f" features it never saw: {', '.join(unseen) or 'none'}",
+            "notes": f"{self.iteration} updates of PPO after imitation{entropy}; rewards of"
+            f" {self._config.reward.model_dump()}; features it never saw: {', '.join(unseen) or 'none'}",
         }
         version = self._store.put(card.model_copy(update=told), weights)
         self._tell("policy", version=version, results=results, calibration=calibration)
@@ -342,7 +354,8 @@ class Training:
 
     def _save(self) -> None:
         state = {
-            "settings": self._settings,
+            "settings": json.dumps(self._settings),
+            "stretches": self._stretches,
             "iteration": self.iteration,
             "net": self.net.state_dict(),
             "ppo": self.ppo.state_dict(),
@@ -364,12 +377,15 @@ class Training:
         except NotFoundError:
             return
         state = torch.load(io.BytesIO(data), weights_only=True)
-        if state["settings"] != self._settings:
+        where = f"{self._storage.shown}/{self._folder}"
+        if "stretches" not in state:
             raise DataError(
-                f"a training of other settings lies in {self._storage.shown}/{self._folder}",
+                f"the training in {where} is of an earlier version, which did not keep its settings",
                 field="name",
-                remedy="give this one another name, or remove that folder",
+                remedy="begin anew under another name (name=NAME), or remove that folder",
             )
+        check_same(json.loads(state["settings"]), self._settings, where)
+        check_iterations(state["iteration"], self._config.iterations, where)
         self.net.load_state_dict(state["net"])
         self.ppo.load_state_dict(state["ppo"])
         self.iteration = state["iteration"]
@@ -377,7 +393,11 @@ class Training:
         self._runs, self._played.seeds = state["runs"], set(state["seeds"])
         self._warm, self._seen = state["warm"], {kind: np.array(seen) for kind, seen in state["seen"].items()}
         self.history = json.loads(state["history"])
+        self._stretches = [(first, iterations) for first, iterations in state["stretches"]]
         self._told({"stage": "resumed", "iteration": self.iteration})
+        if self._stretches and (before := self._stretches[-1][1]) != self._config.iterations:
+            change = {"before": before, "iterations": self._config.iterations}
+            self._tell("iterations", **change, words=change_in_words(self.iteration, **change))
 
 
 def _silent(row: dict[str, Any]) -> None:
