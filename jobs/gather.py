@@ -18,8 +18,8 @@ def gather(config: RunConfig, policies: Sequence[str], seeds: Sequence[int], *, 
     """Plays a run for each policy and seed, and returns how many were played: those that are logged are not again.
 
     Args:
-        config: of the runs; `storage` is where experience goes. The run is known by `name`, policy (with its version
-            where it is a learned one) and seed.
+        config: of the runs; `storage` is where experience goes. The run is known by `name`, a digest of the settings
+            that its outcome depends on, policy (with its version where it is a learned one) and seed.
         policies: one that is named twice is played twice, with other draws.
         seeds: of host weights and order of samples, the same for all policies.
         say: takes a line for each run.
@@ -38,19 +38,38 @@ def gather(config: RunConfig, policies: Sequence[str], seeds: Sequence[int], *, 
     deciders = {policy: _deciding(config, policy, storage) for policy in policies}
     data = load_data(config.data, task=config.task, seed=config.seed, data_root=data_root())
     known = {episode.about.run_id for episode in Experience(storage).episodes()}
+    asked = [
+        (policy, seed, policies[:i].count(policy), _ending(deciders[policy], seed, policies[:i].count(policy)))
+        for seed in seeds
+        for i, policy in enumerate(policies)
+    ]
+    if earlier := sum(f"{config.name}-{ending}" in known for *_, ending in asked):
+        say(f"{earlier} runs of an earlier version, whose names do not tell their settings, are not counted")
     num = 0
-    for seed in seeds:
-        for i, policy in enumerate(policies):
-            draw = policies[:i].count(policy)
-            whose = f"-{deciders[policy].gnn.version[:8]}" if policy == "gnn" else ""
-            run_id = f"{config.name}-{policy}{whose}-{seed}" + (f"-{draw}" if draw else "")
-            if run_id in known:
-                continue
-            own = config.model_copy(update={"seed": seed, "tamiyo": deciders[policy]})
-            loss = _play(own, data, storage, run_id, draw)
-            num += 1
-            say(f"{run_id}: validation loss {loss:.4f}")
+    for policy, seed, draw, ending in asked:
+        run_id = f"{config.name}-{_digest(config)}-{ending}"
+        if run_id in known:
+            continue
+        own = config.model_copy(update={"seed": seed, "tamiyo": deciders[policy]})
+        loss = _play(own, data, storage, run_id, draw)
+        num += 1
+        say(f"{run_id}: validation loss {loss:.4f}")
     return num
+
+
+def _ending(decider: TamiyoConfig, seed: int, draw: int) -> str:
+    """What tells runs of the same settings apart."""
+    whose = f"-{decider.gnn.version[:8]}" if decider.policy == "gnn" else ""
+    return f"{decider.policy}{whose}-{seed}" + (f"-{draw}" if draw else "")
+
+
+def _digest(config: RunConfig) -> str:
+    """Of the settings that all runs have in common; the configured seed is that of the data's parts."""
+    from esper.simic.identity import digest_of, settings_of_run
+
+    settings = settings_of_run(config)
+    del settings["tamiyo"]["policy"], settings["tamiyo"]["gnn"]["version"]
+    return digest_of(settings)
 
 
 def _deciding(config: RunConfig, policy: str, storage: Storage) -> TamiyoConfig:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from paper_run import STRONG, PaperRun, grow
 from typer.testing import CliRunner
 
-from esper.config import CanaryConfig
+from esper.config import CanaryConfig, RewardConfig
 from esper.leyline.errors import ConfigError, NotFoundError, TamperedError
 from esper.leyline.policies import PolicyCard
-from esper.simic.experience import Experience
+from esper.simic.experience import Experience, append_episode
+from esper.simic.moments import About
 from esper.storage import Storage
 from esper.tamiyo.deciders import Steps
 from esper.tamiyo.observation import OBSERVATION_VERSION
@@ -150,14 +154,40 @@ def test_runs_are_gathered_once_and_a_policy_comes_of_them_alone(storage):
     version = run("offline", *small).splitlines()[-1].removeprefix("policy ")
     shown = json.loads(run("show", version, "--json"))
     assert shown["name"] == "small"
-    assert set(shown["trained_on"]["runs"]) == {
-        f"quick-{who}" for who in ("none-0", "random-0", "random-0-1", "none-1", "random-1", "random-1-1")
+    runs = shown["trained_on"]["runs"]
+    digest = runs[0].split("-")[1]
+    assert re.fullmatch("[0-9a-f]{8}", digest)
+    assert set(runs) == {
+        f"quick-{digest}-{who}" for who in ("none-0", "random-0", "random-0-1", "none-1", "random-1", "random-1-1")
     }
     with pytest.raises(ConfigError, match="temperature"):
         run("offline", "temperature=-1")
     learned = ["gather", "configs/digits_mlp.yaml", *quick, "--policies", "gnn", "--seeds", "1"]
     said = run(*learned, f"tamiyo.gnn.version={version[:12]}")
-    assert f"quick-gnn-{version[:8]}-0: validation loss" in said
+    assert f"quick-{digest}-gnn-{version[:8]}-0: validation loss" in said
+
+
+def test_runs_of_other_settings_are_gathered_though_they_have_the_same_name(storage):
+    """`seed` parts the data; where it is stored, and what is told of it, makes no other run."""
+    common = ["gather", "configs/digits_mlp.yaml", "name=quick", "--policies", "none", "--seeds", "1"]
+    quick = ["tolaria.epochs=1", "tolaria.batch_size=256"]
+    for changed, num in (([], 1), ([], 0), (["nissa.view=quiet", "tamiyo.policy=random"], 0), (["seed=1"], 1)):
+        assert f"{num} runs are logged" in run(*common, *quick, *changed)
+    assert "1 runs are logged" in run(*common, *quick, "tolaria.optimizer.lr=0.02")
+    found = [one.about for one in Experience(storage).episodes()]
+    assert len({one.run_id for one in found}) == 3
+    assert {(one.policy, one.seed) for one in found} == {("none", 0)}
+
+
+def test_gathered_runs_of_an_earlier_version_stay_and_are_not_counted(storage):
+    paper = PaperRun(num_epochs=3, num_sites=1).play(grow(STRONG, at=1))
+    old = replace(paper, about=About("quick-none-0", "none"))
+    append_episode(storage, old, RewardConfig())
+    quick = ["tolaria.epochs=1", "tolaria.batch_size=256", "name=quick", "--policies", "none", "--seeds", "1"]
+    said = run("gather", "configs/digits_mlp.yaml", *quick)
+    assert "1 runs of an earlier version, whose names do not tell their settings, are not counted" in said
+    assert "1 runs are logged" in said
+    assert [one.moments for one in Experience(storage).episodes(runs=["quick-none-0"])] == [old.moments]
 
 
 @pytest.mark.parametrize(
