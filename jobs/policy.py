@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from esper.leyline.errors import EsperError
 from jobs.options import DEFAULT_STORAGE, Json, Storage, print_json
 from jobs.tables import fields, table
+
+if TYPE_CHECKING:
+    from esper.urza.policies import StoredPolicies
 
 policy_app = typer.Typer(help="Learned policies: what Tamiyo may decide by.", no_args_is_help=True)
 
@@ -140,21 +143,26 @@ def _in_words(row: dict[str, Any]) -> str:
 
 @policy_app.command("ls")
 def ls(storage: Storage = DEFAULT_STORAGE, as_json: Json = False) -> None:
-    """List policies, oldest first."""
+    """List policies, oldest first. All are read, to mark those that are damaged."""
     store = _store(storage)
     promoted, nominated = _noted(store.promoted), _noted(store.nominated)
+    cards = {card.version: card for card in store.ls()}
+    damaged = store.damaged()
+    for reason in damaged.values():
+        typer.echo(f"esper: {reason}", err=True)
     rows = [
         {
-            "version": card.version if as_json else card.version[:12],
-            "name": card.name,
-            "kind": card.kind,
-            "episodes": card.trained_on.episodes,
-            "tasks": list(card.trained_on.tasks),
-            "promoted": card.version == promoted,
-            "nominated": card.version == nominated,
-            "created_at": card.created_at,
+            "version": version if as_json else version[:12],
+            "name": card and card.name,
+            "kind": card and card.kind,
+            "episodes": card and card.trained_on.episodes,
+            "tasks": list(card.trained_on.tasks) if card else [],
+            "promoted": version == promoted,
+            "nominated": version == nominated,
+            "damaged": version in damaged,
+            "created_at": card and card.created_at,
         }
-        for card in store.ls()
+        for version, card in {**cards, **{version: cards.get(version) for version in damaged}}.items()
     ]
     print_json(rows) if as_json else typer.echo(table(rows, "there are no policies: esper policy train"))
 
@@ -287,7 +295,7 @@ def _alike(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return list(found.values())
 
 
-def _store(storage: str) -> Any:
+def _store(storage: str) -> StoredPolicies:
     from esper.storage import Storage as Place
     from esper.urza.policies import StoredPolicies
 

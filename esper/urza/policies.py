@@ -101,9 +101,7 @@ class StoredPolicies:
     def ls(self) -> list[PolicyCard]:
         """See `PolicyStore.ls`."""
         cards = []
-        for version in self._storage.names("policies"):
-            if not _VERSION.fullmatch(version):
-                continue
+        for version in self._versions():
             try:
                 cards.append(self._card(version))
             except NotFoundError:
@@ -111,6 +109,25 @@ class StoredPolicies:
             except TamperedError as error:
                 _LOG.warning("policy.card.refused", extra={"version": version, "error": str(error)})
         return _by_age(cards)
+
+    def damaged(self) -> dict[str, str]:
+        """Versions whose card or weights are not as they were written, and what is wrong with them. Reads all weights.
+
+        Raises:
+            StorageError: if the store cannot be read.
+        """
+        found = {}
+        for version in self._versions():
+            try:
+                self.get(version)
+            except NotFoundError:
+                continue  # as in `ls`
+            except TamperedError as error:
+                found[version] = str(error)
+        return found
+
+    def _versions(self) -> list[str]:
+        return [name for name in self._storage.names("policies") if _VERSION.fullmatch(name)]
 
     def promote(self, version: str) -> None:
         """See `PolicyStore.promote`."""

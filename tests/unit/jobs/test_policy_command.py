@@ -125,6 +125,29 @@ def test_a_damaged_note_is_told_and_mended_by_naming_a_policy(storage, versions,
     assert getattr(StoredPolicies(storage), name)() == versions[1]
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "card.json"])
+def test_ls_marks_what_is_damaged_and_says_why(storage, versions, name):
+    path = f"policies/{versions[0]}/{name}"
+    storage.write(path, storage.read(path)[:-1])
+    (reason,) = StoredPolicies(storage).damaged().values()
+    done = CliRunner().invoke(app, ["policy", "ls", "--json"], catch_exceptions=False, standalone_mode=False)
+    assert {row["version"]: row["damaged"] for row in json.loads(done.stdout)} == {
+        versions[0]: True,
+        versions[1]: False,
+    }
+    assert f"esper: {reason}\n" in done.stderr
+    assert versions[0] in reason
+    header, *rows = CliRunner().invoke(app, ["policy", "ls"], standalone_mode=False).stdout.splitlines()
+    start = header.index("damaged")
+    assert {row[:12]: row[start : start + len("damaged")].strip() for row in rows} == {
+        versions[0][:12]: "yes",
+        versions[1][:12]: "no",
+    }
+    store = StoredPolicies(storage)
+    storage.remove(f"policies/{versions[1]}/card.json")  # one that is being written is no policy yet, and not damaged
+    assert list(store.damaged()) == [versions[0]]
+
+
 def test_show_names_what_it_came_to(storage, versions):
     shown = run("show", versions[0][:8])
     assert versions[0] in shown
