@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,16 @@ PolicyArg = Annotated[
 ]
 
 
+@contextlib.contextmanager
+def _going_on() -> Iterator[None]:
+    """Says what Ctrl-C leaves. The edge of the command line does not hear of it: Typer makes an exit code of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("esper: interrupted; the same command goes on", err=True)
+        raise typer.Exit(130) from None
+
+
 @policy_app.command("train")
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/tamiyo_ppo.yaml.")] = Path(
@@ -54,7 +65,8 @@ def train(
     from jobs import train_tamiyo
 
     settings = [*(overrides or []), *([] if storage is None else [f"storage={storage}"])]
-    result = train_tamiyo.train(config, settings, say=lambda line: typer.echo(line, err=as_json), here=here)
+    with _going_on():
+        result = train_tamiyo.train(config, settings, say=lambda line: typer.echo(line, err=as_json), here=here)
     if as_json:
         print_json(result)
     else:
@@ -85,7 +97,9 @@ def gather(
 
     settings = ["deterministic=true", "simic.experience=true", *(overrides or []), f"storage={storage}"]
     loaded = load_config(config, settings)
-    num = play(loaded, policies.split(","), range(first, first + seeds), say=lambda line: typer.echo(line, err=as_json))
+    whole = range(first, first + seeds)
+    with _going_on():
+        num = play(loaded, policies.split(","), whole, say=lambda line: typer.echo(line, err=as_json))
     print_json({"played": num}) if as_json else typer.echo(f"{num} runs are logged in {storage}")
 
 

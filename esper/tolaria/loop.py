@@ -306,7 +306,10 @@ class Trainer:
         return self._write(status, test=test)
 
     def _fail(self, error: BaseException) -> None:
-        log.error("run.failed", extra={"error": str(error)})
+        if isinstance(error, KeyboardInterrupt):  # somebody wanted it so, and whoever called is told
+            log.info("run.interrupted")
+        else:
+            log.error("run.failed", extra={"error": str(error)})
         self.session.reach.give_up()
         self.session.fail()
         try:

@@ -222,6 +222,23 @@ def test_nothing_is_gathered_for_a_policy_that_there_is_not(storage, policy, err
     assert [*Experience(storage).episodes()] == []
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["train", "configs/tamiyo_ppo.yaml", "--here", "tasks=[digits_mlp.yaml]"], ["gather", "configs/digits_mlp.yaml"]],
+)
+def test_ctrl_c_says_that_the_same_command_goes_on(storage, monkeypatch, caplog, command):
+    """In the first step of the first run."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("esper.tolaria.session.Session.step", interrupt)
+    done = CliRunner().invoke(app, ["policy", *command], standalone_mode=False)
+    assert done.return_value == 130
+    assert done.stderr == "esper: interrupted; the same command goes on\n"
+    assert [record.message for record in caplog.records if record.levelname != "INFO"] == []
+
+
 def test_where_there_is_none_it_says_what_to_do(storage):
     assert "esper policy train" in run("ls")
     with pytest.raises(NotFoundError, match="no policy was promoted"):
