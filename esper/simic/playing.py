@@ -37,12 +37,13 @@ class Playing:
         self.twins: dict[str, Twin] = {}
         self.seeds: set[int] = set()
 
-    def play(self, asks: Sequence[Ask], stage: str) -> list[Played]:
+    def play(self, asks: Sequence[Ask], stage: str, heard: Callable[[Played], None] | None = None) -> list[Played]:
         """Plays runs and returns them in the order of `asks`; those that grow or may are logged.
 
         Args:
             asks: what is to be played.
             stage: of the training, in words.
+            heard: takes each as it ends and is logged.
 
         Raises:
             StorageError: if the log cannot be written.
@@ -56,6 +57,8 @@ class Playing:
             elif one.ask.policy != "none":
                 self.seeds.add(one.ask.seed)
                 append_episode(self._storage, one.episode, self._prices)
+            if heard is not None:
+                heard(one)
         # workers end in any order: what is learned must not hang on it
         places = {_place(ask): place for place, ask in enumerate(asks)}
         return sorted(found, key=lambda one: places[_place(one.ask)])

@@ -39,7 +39,7 @@ from esper.simic.playing import Playing, group_of
 from esper.simic.ppo import Ppo, Samples
 from esper.simic.replay import Replay
 from esper.simic.reward import Twin
-from esper.simic.rollouts import EXPLORER, NET, Ask, Rollouts
+from esper.simic.rollouts import EXPLORER, NET, Ask, Played, Rollouts
 from esper.simic.sampling import (
     estimates_again,
     evaluated,
@@ -155,13 +155,18 @@ class Training:
         """Plays the fresh runs that are not there yet, and returns all of them. Every few of them are written down."""
         config = self._config
         asks = [self._warm_ask(i) for i in range(config.warm_up)]
+        places = {_ask_key(ask): i for i, ask in enumerate(asks)}
+
+        def heard(one: Played) -> None:
+            self._warm[places[_ask_key(one.ask)]] = one.episode.about.run_id if one.episode is not None else ""
+
         while missing := [i for i in range(len(asks)) if i not in self._warm]:
-            part = missing[:_SAVED_EVERY]
-            self._played.find_twins([asks[i] for i in part])
-            places = {_ask_key(asks[i]): i for i in part}
-            for one in self._played.play([asks[i] for i in part], f"warm-up {part[0]} of {len(asks)}"):
-                self._warm[places[_ask_key(one.ask)]] = one.episode.about.run_id if one.episode is not None else ""
-            self._save()
+            part = [asks[i] for i in missing[:_SAVED_EVERY]]
+            self._played.find_twins(part)
+            try:
+                self._played.play(part, f"warm-up {missing[0]} of {len(asks)}", heard)
+            finally:  # after Ctrl-C too: a run that is not known for its own would be imitated beside its second time
+                self._save()
         runs = {run: i for i, run in self._warm.items() if run}
         if not runs:
             return []

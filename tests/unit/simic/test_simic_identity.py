@@ -29,9 +29,28 @@ class Nothing:
         return [Played(ask, None, "it was not played") for ask in asks]
 
 
-def training(storage, changes=None, *, task=TASK, told=None):
+class Interrupted(Nothing):
+    """Likewise; in the warm-up somebody presses Ctrl-C after two runs."""
+
+    def play(self, asks):
+        for i, one in enumerate(super().play(asks)):
+            if i == 2 and one.ask.policy != "none":
+                raise KeyboardInterrupt
+            yield one
+
+
+class Counted(Nothing):
+    def __init__(self):
+        self.asked = []
+
+    def play(self, asks):
+        self.asked += [ask.seed for ask in asks if ask.policy == "heuristic"]
+        return super().play(asks)
+
+
+def training(storage, changes=None, *, task=TASK, told=None, rollouts=None):
     config = TrainTamiyoConfig.model_validate(TREE | (changes or {}))
-    return Training(config, [task], Nothing(), storage=storage, store=StoredPolicies(storage), told=told)
+    return Training(config, [task], rollouts or Nothing(), storage=storage, store=StoredPolicies(storage), told=told)
 
 
 @pytest.fixture
@@ -46,6 +65,15 @@ def test_what_changes_nothing_that_is_learned_may_change(storage):
     told = []
     training(storage, {"rollout": SETTINGS, "judged": 1, "iterations": 0}, told=told.append).run()
     assert told[0] == {"stage": "resumed", "iteration": 0}
+
+
+def test_runs_of_a_warm_up_that_was_interrupted_are_not_played_again(tmp_path):
+    storage, seeds = Storage.at(tmp_path), {"warm_up": 3}
+    with pytest.raises(KeyboardInterrupt):
+        training(storage, seeds, rollouts=Interrupted()).run()
+    counted = Counted()
+    training(storage, seeds, rollouts=counted).run()
+    assert counted.asked == [2]
 
 
 @pytest.mark.parametrize(
