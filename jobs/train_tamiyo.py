@@ -129,7 +129,7 @@ def in_words(row: dict[str, Any]) -> str | None:
             problem = f" (one failed: {row['problem']})" if row["problem"] else ""
             return f"{row['of']}: {row['done']} of {row['all']} runs{problem}"
         case "resumed":
-            return f"going on after update {row['iteration']}"
+            return f"going on after update {row['iteration']}" if row["iteration"] >= 0 else "going on with the warm-up"
         case "imitation" | "iterations" if "words" in row:
             return row["words"]
         case "imitation":

@@ -289,5 +289,6 @@ def test_each_step_is_told_in_words():
     assert "it broke" in told[0]
     assert "update 3" in told[1]
     assert told[2] == "nothing was imitated"
+    assert in_words({"stage": "resumed", "iteration": -1}) == "going on with the warm-up"
     assert "return +0.100 of 1 runs" in told[3]
     assert "drawing +0.300, the heuristic +0.200" in told[4]
