@@ -7,7 +7,7 @@ GET  /api/v1/policies    the stored policies, which of them decides, and how the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI
 from pydantic import Field
@@ -17,6 +17,7 @@ from esper.leyline import (
     AdaptationSignal,
     ConflictError,
     Contract,
+    NotFoundError,
     PolicyShelf,
     SiteError,
     SystemStatePacket,
@@ -42,7 +43,7 @@ class DecisionRequest(Contract):
     state: dict[str, Any] = Field(default_factory=dict)
     config: TamiyoConfig = TamiyoConfig()
     seed: int = 0
-    version: str | None = None
+    version: Annotated[str, Field(min_length=1, max_length=64)] | None = None
 
 
 class Decision(Contract):
@@ -76,7 +77,11 @@ def add_routes(app: FastAPI, desk: Callable[[], Desk]) -> None:
     def decide(body: DecisionRequest) -> Decision:
         """One step. Asking again with the same state is harmless: nothing is kept here."""
         check(body)
-        return desk().decide(body)
+        try:
+            return desk().decide(body)
+        except NotFoundError as error:  # only the policy is looked for
+            named_by = "config.gnn.version" if body.version is None else "version"
+            raise NotFoundError(error.message, field=error.field or named_by, remedy=error.remedy) from error
 
     @app.get(f"{PREFIX}/policies", tags=["tamiyo"])
     def policies() -> PolicyShelf:

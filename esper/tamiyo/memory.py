@@ -130,7 +130,9 @@ def read_state(state: Mapping[str, Any]) -> TamiyoState:
         first = error.errors(include_url=False)[0]
         field = ".".join(["state", *(str(part) for part in first["loc"])])
         raise ConflictError(
-            f"cannot read Tamiyo's state: {first['msg']}", field=field, remedy="begin with initial_state(config, seed)"
+            f"cannot read Tamiyo's state: {first['msg']}",
+            field=field,
+            remedy="begin with initial_state(config, seed), over HTTP with an empty state",
         ) from error
 
 

@@ -113,7 +113,9 @@ class Guard:
 
     async def _read(self, receive: Receive, headers: dict[bytes, bytes]) -> tuple[bytes, Response | None]:
         most = self._limits.max_body_bytes
-        too_large = self._refuse(413, f"the body has more than {most} bytes", "body", "urza.http.max_body_kb")
+        too_large = self._refuse(
+            413, f"the body has more than {most} bytes", "body", "send less, or raise urza.http.max_body_kb"
+        )
         announced = headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > most:
             return b"", too_large

@@ -8,6 +8,7 @@ where Urza does not answer (Retry-After says when to ask again) or must not.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from esper.leyline import (
     TransientError,
     UserError,
 )
+from esper.leyline.errors import excerpt
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request, Response
@@ -42,6 +44,8 @@ _STATUS: tuple[tuple[type[EsperError], int], ...] = (
     (TransientError, 503),
     (SafetyError, 503),  # Urza was taken over, or its bytes are damaged: nothing that the request could change
 )
+_WHOLE_IDS = "ask with a whole id; GET /api/v1/blueprints and /api/v1/kernels list what there is"
+_JSON = re.compile(r"application/([\w.-]+\+)?json\b", re.IGNORECASE)
 _LOG = logging.getLogger(__name__)
 
 
@@ -77,18 +81,24 @@ def refuse(status: int, problem: str, field: str | None = None, remedy: str | No
 async def _on_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, EsperError)
     status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
-    problem = Problem(type=type(error).__name__, message=error.message, field=error.field, remedy=error.remedy)
+    remedy = error.remedy or (_WHOLE_IDS if isinstance(error, NotFoundError) else None)
+    problem = Problem(type=type(error).__name__, message=error.message, field=error.field, remedy=remedy)
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 and isinstance(error, TransientError) else None
     return _answer(status, problem, headers)
 
 
-async def _on_malformed(_request: Request, error: Exception) -> Response:
+async def _on_malformed(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     source, *path = (str(part) for part in first["loc"])
     if first["type"] == "json_invalid":
         words = f"is no JSON at character {path[0] if path else 0}: {first['ctx']['error']}"
         return _answer(400, Problem(type="MalformedRequest", message=words, field=source, remedy="send valid JSON"))
+    kind = request.headers.get("content-type", "")
+    if source == "body" and not path and first["type"] != "missing" and not _JSON.match(kind):
+        # the framework reads no JSON where none is announced, and complains about the text that it then has
+        words, remedy = f"the body is announced as {excerpt(kind)}", "send it with Content-Type: application/json"
+        return _answer(422, Problem(type="MalformedRequest", message=words, field="Content-Type", remedy=remedy))
     more = f"; and {len(error.errors()) - 1} more" if len(error.errors()) > 1 else ""
     message = first["msg"].removeprefix("Value error, ") + more
     remedy = "see /docs for the form of each request"
@@ -99,6 +109,14 @@ async def _on_malformed(_request: Request, error: Exception) -> Response:
 
 async def _on_http(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code == 400:  # the one that the framework itself raises: no UTF-8, or nested too deep to be read
+        problem = Problem(
+            type="MalformedRequest",
+            message="the body cannot be read as JSON",
+            field="body",
+            remedy="send JSON in UTF-8, nested no deeper than its form asks",
+        )
+        return _answer(400, problem)
     problem = Problem(type="HTTPError", message=str(error.detail), remedy="see /docs for the routes")
     return _answer(error.status_code, problem, error.headers)
 

@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 from tamiyo_story import layer, option, packet
 
 from esper.config import TamiyoConfig
-from esper.leyline import PolicyShelf
+from esper.leyline import NotFoundError, PolicyShelf
 from esper.tamiyo import initial_state, step
 from esper.tamiyo.http import Decision, add_routes
 from esper.urza import problems
@@ -20,6 +20,8 @@ class LocalDesk:
     """Decides in this process."""
 
     def decide(self, request):
+        if request.version is not None:
+            raise NotFoundError(f"there is no policy {request.version!r}", remedy="see `esper policy ls`")
         state = request.state or initial_state(request.config, request.seed)
         state, signal = step(state, request.packet, request.config)
         return Decision(state=state, signal=signal)
@@ -85,3 +87,10 @@ def test_an_epoch_that_the_state_has_seen_is_stale(client, epoch):
     assert client.post("/api/v1/decide", json=asked(6) | {"state": state}).status_code == 200
     strange = client.post("/api/v1/decide", json=asked(epoch) | {"state": state | {"version": 9}})
     assert (strange.status_code, strange.json()["error"]["field"]) == (409, "state.version")
+
+
+def test_a_policy_that_there_is_not_is_named(client):
+    problem = client.post("/api/v1/decide", json=asked() | {"version": "ffff"}).json()["error"]
+    assert (problem["field"], problem["remedy"]) == ("version", "see `esper policy ls`")
+    answer = client.post("/api/v1/decide", json=asked() | {"version": ""})  # was taken for none
+    assert (answer.status_code, answer.json()["error"]["field"]) == (422, "version")

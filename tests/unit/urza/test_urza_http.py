@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
 from hypothesis import given
@@ -210,7 +211,15 @@ def test_what_is_wrong_is_named_with_its_status(client, hub):
         assert error["remedy"]
     for content in (b"{", b"", b"\xff\xfe", b"[" * 100_000):
         answer = client.post(f"{API}/blueprints", content=content, headers={"content-type": "application/json"})
-        assert problem(answer, 422 if not content else 400)["remedy"]
+        error = problem(answer, 422 if not content else 400)
+        assert (error["field"], error["type"]) == ("body", "MalformedRequest")
+        assert "routes" not in error["remedy"]
+    unannounced = client.post(
+        f"{API}/blueprints", content=json.dumps(submission()), headers={"content-type": "text/plain"}
+    )
+    error = problem(unannounced, 422)
+    assert (error["field"], "'text/plain'" in error["message"]) == ("Content-Type", True)
+    assert "application/json" in error["remedy"]
     bad_ir = submission()
     bad_ir["ir"]["nodes"][1]["op"] = "eval"
     error = problem(client.post(f"{API}/blueprints", json=bad_ir), 422)
@@ -220,7 +229,7 @@ def test_what_is_wrong_is_named_with_its_status(client, hub):
     error = problem(client.post(f"{API}/blueprints", json=submission(parent_id="nobody")), 404)
     assert error["type"] == "NotFoundError"
     for path in ("blueprints/x", "blueprints/x/lineage", "kernels/x", "kernels/x/artifact", "nothing"):
-        problem(client.get(f"{API}/{path}"), 404)
+        assert problem(client.get(f"{API}/{path}"), 404)["remedy"]
     problem(client.delete(f"{API}/blueprints"), 405)
     for query in ("limit=0", "limit=9999", "status=NO", "offset=-1", "unknown=1", "signature=vector-x"):
         error = problem(client.get(f"{API}/kernels?{query}"), 422)
@@ -288,7 +297,7 @@ def test_a_body_over_the_limit_is_refused_whether_it_says_so_or_not(hub):
     client = TestClient(build_app(lambda: hub, Limits(max_body_bytes=2000)))
     assert client.post(f"{API}/blueprints", json=submission()).status_code == 201
     large = submission(metadata={"text": "x" * 3000})
-    assert problem(client.post(f"{API}/blueprints", json=large), 413)["remedy"] == "urza.http.max_body_kb"
+    assert problem(client.post(f"{API}/blueprints", json=large), 413)["remedy"].endswith("raise urza.http.max_body_kb")
 
     def chunks():  # sent without a length
         for _ in range(100):
