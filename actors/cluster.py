@@ -9,6 +9,8 @@ import logging
 import os
 import secrets
 import sys
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 from esper.leyline import UnavailableError
 
 NAMESPACE = "esper"
+_OUTLIVING: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 TOKEN_FILE = Path(".ray") / "auth_token"
 _SUBMISSION_ID, _JOB_RECORDS = "job_submission_id", "job"  # names of Ray's own
 
@@ -67,6 +70,15 @@ def _reread_environment() -> None:
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
+
+
+def may_outlive_ray(thread: threading.Thread) -> threading.Thread:
+    """Notes a thread that calls Ray and that nobody waits for before this process leaves Ray; returns it.
+
+    Its next call would start a Ray of its own, or join any that runs on this machine; see `disconnect`.
+    """
+    _OUTLIVING.add(thread)
+    return thread
 
 
 def joins() -> bool:
@@ -132,9 +144,12 @@ def disconnect() -> None:
     While Ray takes its core worker down, another thread that lets go of an `ObjectRef` ends the whole process: exit
     status 1, and no word but in Ray's own log (Ray 2.60). The garbage collector does that in whichever thread it
     happens to run; so what waits for it goes first, and it rests meanwhile.
+
+    Where threads still call Ray (`may_outlive_ray`), it does not start by itself before they have ended: they fail.
     """
     import ray
 
+    _start_no_ray_for([thread for thread in _OUTLIVING if thread.is_alive()])
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -144,6 +159,22 @@ def disconnect() -> None:
     finally:
         if was_on:
             gc.enable()
+
+
+def _start_no_ray_for(threads: list[threading.Thread]) -> None:
+    """Keeps Ray from starting at the first call of anybody until these threads have ended (Ray 2.60)."""
+    from ray._private import auto_init_hook
+
+    if not threads or not auto_init_hook.enable_auto_connect:
+        return
+
+    def wait() -> None:
+        for thread in threads:
+            thread.join()
+        auto_init_hook.enable_auto_connect = True
+
+    auto_init_hook.enable_auto_connect = False
+    threading.Thread(target=wait, name="ray-rests", daemon=True).start()
 
 
 def _forget_serve() -> None:

@@ -85,7 +85,7 @@ def start_serve(http: HttpConfig, *, timeout_s: float = 60.0) -> None:
     Raises:
         ConflictError: if the port is taken.
         ConfigError: if the token that the host needs cannot be had.
-        UnavailableError: if it is not up after `timeout_s`.
+        UnavailableError: if it is not up after `timeout_s`, or this process has left Ray.
     """
 
     def bring_up() -> None:
@@ -93,6 +93,7 @@ def start_serve(http: HttpConfig, *, timeout_s: float = 60.0) -> None:
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         with tamiyo.DEPLOYING:
+            tamiyo.require_ray()
             if serve_runs():
                 return
             _check_port(http)
@@ -115,7 +116,7 @@ def deploy(storage: Storage, http: HttpConfig, *, replace: bool = True, timeout_
     Raises:
         ConflictError: if Serve runs without HTTP or more openly than `http` says, or another platform has the routes.
         ConfigError: if the token that the host needs cannot be had.
-        UnavailableError: if it is not up after `timeout_s`.
+        UnavailableError: if it is not up after `timeout_s`, or this process has left Ray.
     """
     limits = limits_of(http)
     answer_s = timeout_s / 4  # one that is slow on a busy machine is not replaced for it
@@ -124,6 +125,7 @@ def deploy(storage: Storage, http: HttpConfig, *, replace: bool = True, timeout_
         from ray import serve
 
         with tamiyo.DEPLOYING:
+            tamiyo.require_ray()
             status = serve.status()
             check_place(http, _listens_at() if status.proxies else None)
             if not replace and app_name(storage) in status.applications:
@@ -144,6 +146,7 @@ def deploy(storage: Storage, http: HttpConfig, *, replace: bool = True, timeout_
             serve.run(app.bind(Storage(storage.uri, storage.options), limits), name=app_name(storage), route_prefix="/")
 
     _within(timeout_s, bring_up, "the HTTP gateway")
+    tamiyo.require_ray()
     return address(storage, answer_s=answer_s)
 
 

@@ -11,6 +11,7 @@ from threading import Thread
 from typing import NamedTuple
 
 from actors import gateway, tamiyo
+from actors.cluster import may_outlive_ray
 from esper.config import HttpConfig, RunConfig, TamiyoConfig
 from esper.leyline import EsperError
 from esper.storage import Storage
@@ -57,7 +58,7 @@ def deploy_beside(storage: Storage, http: HttpConfig | None, config: TamiyoConfi
         except EsperError as error:
             _LOG.warning("serve.deploy.failed", extra={"reason": str(error)})
 
-    Thread(target=attempt, name="serve-deploy", daemon=True).start()
+    may_outlive_ray(Thread(target=attempt, name="serve-deploy", daemon=True)).start()
 
 
 def applications(storage: Storage) -> list[Application]:

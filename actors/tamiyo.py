@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from actors.cluster import may_outlive_ray
 from actors.deciding import APP, Tamiyo, code_digest
 from esper.config import CanaryConfig, TamiyoConfig
 from esper.leyline import (
@@ -73,6 +74,7 @@ def deploy(
         # it logs every step of a deployment to the terminal, where the live view is
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         with DEPLOYING:
+            require_ray()
             put_in_place(serve)
 
     def put_in_place(serve: Any) -> None:
@@ -93,7 +95,7 @@ def deploy(
         )
         serve.run(make_deployment(Tamiyo).bind(canary, poll_s), name=name, route_prefix=None)
 
-    _require_ray()
+    require_ray()
     try:
         with serve_errors("Tamiyo"):
             within(timeout_s, bring_up)
@@ -293,7 +295,7 @@ class Asking:
     def _connect(self, timeout_s: float) -> DeploymentHandle:
         from ray import serve
 
-        _require_ray()
+        require_ray()
         # it asks Serve's controller without a deadline of its own
         self._handle = within(timeout_s, lambda: serve.get_app_handle(self._name))
         return self._handle
@@ -339,8 +341,8 @@ def _ray_is_up() -> bool:
     return ray.is_initialized()
 
 
-def _require_ray() -> None:
-    # Serve would start a Ray of its own here, with nothing of Esper's settings
+def require_ray() -> None:
+    """Raises `UnavailableError` without Ray: Serve would start one of its own, with nothing of Esper's settings."""
     if not _ray_is_up():
         raise UnavailableError("this process is not connected to Ray", remedy="enter actors.cluster.connected() first")
 
@@ -372,5 +374,5 @@ def within(timeout_s: float, call: Callable[[], Result]) -> Result:
         except BaseException as error:  # noqa: BLE001 - handed over to the caller's thread as it is
             future.set_exception(error)
 
-    threading.Thread(target=run, name="tamiyo-deadline", daemon=True).start()
+    may_outlive_ray(threading.Thread(target=run, name="tamiyo-deadline", daemon=True)).start()
     return future.result(timeout=timeout_s)

@@ -95,3 +95,59 @@ def test_serve_of_an_earlier_ray_does_not_count_as_running():
     command = [sys.executable, "-c", SERVE_TWICE]
     left = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert (left.returncode, left.stdout) == (0, "True\nFalse\nFalse\n"), left.stderr
+
+
+DEPLOYING_AT_THE_END = """
+import threading
+
+from actors import gateway, tamiyo
+from actors.cluster import connected
+from esper.config import HttpConfig
+from esper.leyline import EsperError
+from esper.storage import Storage
+
+begun, ended, told = threading.Event(), threading.Event(), []
+
+
+def deploy():
+    import ray
+
+    begun.set()
+    ended.wait(60.0)
+    try:
+        ray.get(ray.put(1))
+    except Exception as error:
+        told.append(type(error).__name__)
+    told.append(ray.is_initialized())
+
+
+with connected(dashboard=False):
+    waiting = threading.Thread(target=lambda: tamiyo.within(60.0, deploy))
+    waiting.start()
+    begun.wait(60.0)
+ended.set()
+waiting.join(60.0)
+print(*told)
+for bring_up in (
+    lambda: tamiyo.deploy(timeout_s=20.0),
+    lambda: gateway.start_serve(HttpConfig(port=1), timeout_s=20.0),
+    lambda: gateway.deploy(Storage.at("unused"), HttpConfig(), timeout_s=20.0),
+):
+    try:
+        bring_up()
+    except EsperError as error:
+        print(error.message)
+for thread in threading.enumerate():
+    if thread.name == "ray-rests":
+        thread.join(60.0)
+from ray._private import auto_init_hook
+
+print(auto_init_hook.enable_auto_connect)
+"""
+
+
+def test_what_is_deployed_as_ray_ends_starts_no_ray_of_its_own():
+    command = [sys.executable, "-c", DEPLOYING_AT_THE_END]
+    refused = "this process is not connected to Ray\n" * 3
+    left = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert (left.returncode, left.stdout) == (0, f"RaySystemError False\n{refused}True\n"), left.stderr
