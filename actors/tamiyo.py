@@ -282,8 +282,10 @@ class Asking:
                 break
             except (RayActorError, RayServeException, RpcError, TransientError) as error:
                 # the replica died, the line to it broke, or the application is not up yet: all pass
-                last = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                _log.warning("tamiyo.call.failed", extra={"attempt": num_tries, "error": last})
+                said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                if said != last:  # ten times a second nobody reads the same
+                    _log.warning("tamiyo.call.failed", extra={"attempt": num_tries, "error": said})
+                last = said
                 self._handle = None
                 time.sleep(max(0.0, min(_RETRY_PAUSE_S, deadline - time.monotonic())))
         left_s = max(0.0, deadline - time.monotonic())

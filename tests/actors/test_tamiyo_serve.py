@@ -73,6 +73,13 @@ def test_a_serve_that_ends_meanwhile_is_unavailable(error):
         raise TimeoutError  # the caller's own deadline
 
 
+def test_a_wait_for_what_is_not_there_is_told_once(caplog):
+    with caplog.at_level("WARNING", "actors.tamiyo"), pytest.raises(UnavailableError, match=r"tried [1-9]\d* times"):
+        tamiyo.Asking("nobody").ask(lambda handle: handle, 2.0)
+    told = [record for record in caplog.records if record.message == "tamiyo.call.failed"]
+    assert len(told) == 1
+
+
 @pytest.fixture(scope="module")
 def deployed():
     with connected(dashboard=False):
