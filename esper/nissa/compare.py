@@ -58,6 +58,7 @@ def _figures(run: Compared) -> dict[str, Any]:
         "status": summary.status.value,
         "task": summary.task,
         "seed": summary.seed,
+        "policy": run.told.view.policy or None,
         "epochs": run.told.view.epochs_done,
         "val_accuracy": summary.metrics.val_accuracy,
         "test_accuracy": summary.metrics.test_accuracy,

@@ -44,6 +44,7 @@ def test_runs_are_laid_side_by_side(store, tmp_path):
     assert rows["kept"] == ["0", "1"]
     assert rows["test accuracy"] == ["88.1%", "88.1%"]
     assert rows["epochs"] == ["20", "30"]
+    assert rows["policy"] == ["—", "heuristic"]  # the first left no picture of its end
     assert [one["params_final"] for one in compare.figures(runs)] == [1_434, 2_666]
     text = compare.table(runs)
     assert OTHER in text
