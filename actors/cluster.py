@@ -20,6 +20,7 @@ from esper.leyline import UnavailableError
 
 NAMESPACE = "esper"
 _OUTLIVING: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_NOTING = threading.Lock()
 TOKEN_FILE = Path(".ray") / "auth_token"
 _SUBMISSION_ID, _JOB_RECORDS = "job_submission_id", "job"  # names of Ray's own
 
@@ -77,7 +78,8 @@ def may_outlive_ray(thread: threading.Thread) -> threading.Thread:
 
     Its next call would start a Ray of its own, or join any that runs on this machine; see `disconnect`.
     """
-    _OUTLIVING.add(thread)
+    with _NOTING:
+        _OUTLIVING.add(thread)
     return thread
 
 
@@ -149,7 +151,9 @@ def disconnect() -> None:
     """
     import ray
 
-    _start_no_ray_for([thread for thread in _OUTLIVING if thread.is_alive()])
+    with _NOTING:
+        outliving = [thread for thread in _OUTLIVING if thread.is_alive()]
+    _start_no_ray_for(outliving)
     was_on = gc.isenabled()
     gc.disable()
     try:
