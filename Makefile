@@ -31,7 +31,7 @@ test-unit: $(STAMP)  ## the library's tests; Ray is hidden from them
 	ESPER_TEST_WITHOUT_RAY=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report= tests/unit -m "not soak"
 
 test-integration: $(STAMP)  ## the longer tests that start no Ray, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-append --cov-report= tests/architecture tests/integration tests/faults -m "not ray and not soak"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-append --cov-report= tests/architecture tests/actors tests/integration tests/faults -m "not ray and not soak"
 
 test-ray: $(STAMP)  ## the tests that start Ray
 	$(BIN)/coverage run -m pytest tests/architecture tests/actors tests/integration tests/faults -m "ray and not soak"

@@ -105,11 +105,11 @@ def test_drain_waits_for_what_was_published():
     bus = LogBus(messages(2))
     nissa = NissaActor(lambda: bus)
     try:
-        view = nissa.drain(RUN, timeout_s=10)
+        view = nissa.drain(RUN, timeout_s=60)
         assert view is not None
         assert view.epochs_done == 2
         bus.publish(messages(3)[2:])
-        view = nissa.drain(RUN, timeout_s=10)
+        view = nissa.drain(RUN, timeout_s=60)
         assert view is not None
         assert view.is_done
         assert nissa.runs() == (RUN,)
@@ -124,7 +124,7 @@ def test_a_bus_that_fails_is_tried_again():
     factory = UnreachableOnce(messages())
     nissa = NissaActor(factory)
     try:
-        view = nissa.drain(RUN, timeout_s=10)
+        view = nissa.drain(RUN, timeout_s=60)
         assert view is not None
         assert view.is_done
         assert factory.num_calls == 2
@@ -136,7 +136,7 @@ def test_a_message_that_is_not_its_contract_is_left_out(caplog):
     bad = OonaMessage(sender_id="x", trace_id="t", topic=Topic.EPOCH, key=RUN, payload={"epoch": "four"})
     nissa = NissaActor(lambda: LogBus([bad, *messages()]))
     try:
-        view = nissa.drain(RUN, timeout_s=10)
+        view = nissa.drain(RUN, timeout_s=60)
     finally:
         nissa.stop()
     assert view is not None
@@ -169,7 +169,7 @@ def test_an_alert_stands_in_the_view_and_is_told_on_the_bus_once_even_by_a_nissa
     for life in range(2):
         nissa = NissaActor(lambda: bus)
         try:
-            view = nissa.drain(RUN, timeout_s=10)
+            view = nissa.drain(RUN, timeout_s=60)
             assert view is not None
             [alert] = view.open_alerts
             assert (alert.kind, alert.since_step) == (AlertKind.LOSS_SPIKE, 48)
@@ -179,7 +179,7 @@ def test_an_alert_stands_in_the_view_and_is_told_on_the_bus_once_even_by_a_nissa
                 bus.publish(waiting)
                 nissa.told(waiting)
             assert list(nissa.to_tell()) == []
-            assert nissa.drain(RUN, timeout_s=10) == view
+            assert nissa.drain(RUN, timeout_s=60) == view
         finally:
             nissa.stop()
 
@@ -187,7 +187,7 @@ def test_an_alert_stands_in_the_view_and_is_told_on_the_bus_once_even_by_a_nissa
 def test_a_group_that_stands_still_is_an_alert_of_the_platform():
     nissa = NissaActor(lambda: LogBus(messages(2)))
     try:
-        assert nissa.drain(RUN, timeout_s=10) is not None
+        assert nissa.drain(RUN, timeout_s=60) is not None
         for look in range(20):
             group = GroupStats(group="slow", topics=("t",), pending=100 * look)
             nissa.looked(BusStats(num_shards=1, groups=(group,)))
@@ -216,13 +216,13 @@ def test_the_sender_of_alerts_tells_them_and_says_once_that_the_bus_is_missing(c
     nissa = NissaActor(lambda: bus)
     publish = bus.publish
     bus.publish = lambda told: (publish(told), came.set())
-    assert nissa.drain(RUN, timeout_s=10) is not None
+    assert nissa.drain(RUN, timeout_s=60) is not None
     sender = AlertSender(nissa, connect, every_s=0.01)
     try:
         for _ in range(3):
-            assert tried.acquire(timeout=10)
+            assert tried.acquire(timeout=60)
         is_up.set()
-        assert came.wait(10)
+        assert came.wait(60)
     finally:
         sender.stop()
         nissa.stop()
