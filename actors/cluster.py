@@ -10,6 +10,7 @@ import os
 import secrets
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from typing import Any
 from esper.leyline import UnavailableError
 
 NAMESPACE = "esper"
+_LOG = logging.getLogger(__name__)
 _OUTLIVING: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 _NOTING = threading.Lock()
+_LEAVING_S = 10.0
+"""So long this process waits for calls of Ray that other threads are at, before it leaves."""
 TOKEN_FILE = Path(".ray") / "auth_token"
 _SUBMISSION_ID, _JOB_RECORDS = "job_submission_id", "job"  # names of Ray's own
 
@@ -147,7 +151,9 @@ def disconnect() -> None:
     status 1, and no word but in Ray's own log (Ray 2.60). The garbage collector does that in whichever thread it
     happens to run; so what waits for it goes first, and it rests meanwhile.
 
-    Where threads still call Ray (`may_outlive_ray`), it does not start by itself before they have ended: they fail.
+    Likewise a call that another thread is at ends the process, by its exit status or a signal. So threads that still
+    call Ray (`may_outlive_ray`) fail at their next call, and are waited for, `_LEAVING_S` at most; nor does Ray start
+    by itself before they have ended.
     """
     import ray
 
@@ -155,14 +161,44 @@ def disconnect() -> None:
         outliving = [thread for thread in _OUTLIVING if thread.is_alive()]
     _start_no_ray_for(outliving)
     was_on = gc.isenabled()
-    gc.disable()
     try:
-        gc.collect()
-        ray.shutdown()
+        with _refusing(outliving):
+            gc.disable()
+            gc.collect()
+            ray.shutdown()
         _forget_serve()
     finally:
         if was_on:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _refusing(threads: list[threading.Thread]) -> Iterator[None]:
+    """Lets every call of Ray by another thread fail, and waits for these to end, `_LEAVING_S` at most (Ray 2.60).
+
+    Ray goes on saying that it is there: who hears that it is not, as Ray Serve does, starts another.
+    """
+    from ray._private.worker import global_worker
+    from ray.exceptions import RaySystemError
+
+    leaving, asks = threading.current_thread(), global_worker.check_connected
+
+    def refuse() -> None:
+        if threading.current_thread() is not leaving:
+            raise RaySystemError("this process is leaving Ray")
+        asks()
+
+    deadline = time.monotonic() + _LEAVING_S
+    vars(global_worker)["check_connected"] = refuse
+    try:
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        late = [thread.name for thread in threads if thread.is_alive()]
+        if late:
+            _LOG.warning("ray.calls.open", extra={"threads": late, "waited_s": _LEAVING_S})
+        yield
+    finally:
+        del vars(global_worker)["check_connected"]
 
 
 def _start_no_ray_for(threads: list[threading.Thread]) -> None:

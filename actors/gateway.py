@@ -84,7 +84,6 @@ def start_serve(http: HttpConfig, *, timeout_s: float = 60.0) -> None:
 
     Raises:
         ConflictError: if the port is taken.
-        ConfigError: if the token that the host needs cannot be had.
         UnavailableError: if it is not up after `timeout_s`, or this process has left Ray.
     """
 
@@ -103,22 +102,35 @@ def start_serve(http: HttpConfig, *, timeout_s: float = 60.0) -> None:
                 logging_config={"log_level": "WARNING", "enable_access_log": False},
             )
 
-    limits_of(http)  # whoever has no token must not open a port
     _within(timeout_s, bring_up, "Ray Serve")
 
 
-def deploy(storage: Storage, http: HttpConfig, *, replace: bool = True, timeout_s: float = 60.0) -> str:
+def deploy(
+    storage: Storage,
+    http: HttpConfig,
+    *,
+    limits: Limits | None = None,
+    replace: bool = True,
+    timeout_s: float = 60.0,
+) -> str:
     """Deploys the gateway of a storage address and returns where it listens.
 
     One that runs with the same limits stays as it is; one with other limits is replaced if `replace` says so. A run
     must not: its configuration knows nothing of the token that somebody asked for when the platform came up.
+
+    Args:
+        storage: whose Urza it asks.
+        http: where it listens.
+        limits: what it lets in; None: as `http` says, with the token of this machine.
+        replace: see above.
+        timeout_s: for everything together.
 
     Raises:
         ConflictError: if Serve runs without HTTP or more openly than `http` says, or another platform has the routes.
         ConfigError: if the token that the host needs cannot be had.
         UnavailableError: if it is not up after `timeout_s`, or this process has left Ray.
     """
-    limits = limits_of(http)
+    wanted = limits or limits_of(http)
     answer_s = timeout_s / 4  # one that is slow on a busy machine is not replaced for it
 
     def bring_up() -> None:
@@ -130,7 +142,7 @@ def deploy(storage: Storage, http: HttpConfig, *, replace: bool = True, timeout_
             check_place(http, _listens_at() if status.proxies else None)
             if not replace and app_name(storage) in status.applications:
                 return
-            if limits == _limits_in_force(storage, answer_s):
+            if wanted == _limits_in_force(storage, answer_s):
                 return
             _check_routes(storage, status)
             make_deployment = serve.deployment(
@@ -143,7 +155,7 @@ def deploy(storage: Storage, http: HttpConfig, *, replace: bool = True, timeout_
                 logging_config={"log_level": "WARNING", "enable_access_log": False},
             )
             app: Any = make_deployment(serve.ingress()(Gateway))  # pyright: ignore[reportArgumentType] - untyped
-            serve.run(app.bind(Storage(storage.uri, storage.options), limits), name=app_name(storage), route_prefix="/")
+            serve.run(app.bind(Storage(storage.uri, storage.options), wanted), name=app_name(storage), route_prefix="/")
 
     _within(timeout_s, bring_up, "the HTTP gateway")
     tamiyo.require_ray()

@@ -164,7 +164,8 @@ def down(address: str, options: dict[str, Any] | None = None) -> list[ActorState
 
     storage = Storage.at(address, options)
     ended = []
-    # first, while Urza can take it: work that nobody gives back counts as the death of its worker, and two are enough
+    serving.give_up(storage)
+    # then, while Urza can take it: work that nobody gives back counts as the death of its worker, and two are enough
     with contextlib.suppress(ValueError):
         _dismiss([ray.get_actor(f"compilers-{storage.key}", namespace=NAMESPACE)])
     with contextlib.suppress(UnavailableError):
@@ -249,6 +250,7 @@ def _signer(key_file: str, public_key: str) -> Any:
 
 def _take_down(platform: Platform, config: RunConfig) -> None:
     """Makes everything durable before Ray ends. A system that does not answer any more is told of, no more."""
+    serving.give_up(platform.storage)
     _stop_consumers(platform)
     has_gateway = serving.wanted_http(config, is_shared=False) is not None
     end_gateway = partial(gateway.undeploy, platform.storage, timeout_s=config.tamiyo.deadline_s)

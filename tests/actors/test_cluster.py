@@ -100,13 +100,14 @@ def test_serve_of_an_earlier_ray_does_not_count_as_running():
 DEPLOYING_AT_THE_END = """
 import threading
 
-from actors import gateway, tamiyo
+from actors import cluster, gateway, tamiyo
 from actors.cluster import connected
 from esper.config import HttpConfig
 from esper.leyline import EsperError
 from esper.storage import Storage
 
 begun, ended, told = threading.Event(), threading.Event(), []
+cluster._LEAVING_S = 0.1  # this one does not end before Ray
 
 
 def deploy():
@@ -151,3 +152,47 @@ def test_what_is_deployed_as_ray_ends_starts_no_ray_of_its_own():
     refused = "this process is not connected to Ray\n" * 3
     left = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert (left.returncode, left.stdout) == (0, f"RaySystemError False\n{refused}True\n"), left.stderr
+
+
+CALLING_AT_THE_END = """
+import threading
+import time
+
+import ray
+
+from actors import cluster
+
+told = []
+
+
+@ray.remote(num_cpus=0, max_concurrency=8)
+class Slow:
+    def answer(self):
+        time.sleep(0.05)
+
+
+def ask(slow):
+    try:
+        while True:
+            ray.get(slow.answer.remote())
+    except Exception as error:
+        told.append(str(error))
+
+
+with cluster.connected(dashboard=False):
+    slow = Slow.remote()
+    ray.get(slow.answer.remote())
+    threads = [cluster.may_outlive_ray(threading.Thread(target=ask, args=[slow])) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+print(sum(thread.is_alive() for thread in threads), len(told), *set(told))
+with cluster.connected(dashboard=False):
+    print(ray.get(ray.put("again")))
+"""
+
+
+def test_ray_is_left_when_nobody_is_at_a_call_of_it():
+    command = [sys.executable, "-c", CALLING_AT_THE_END]
+    left = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert left.returncode == 0, left.stderr
+    assert left.stdout == "0 8 System error: this process is leaving Ray\nagain\n"
