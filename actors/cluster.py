@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from esper.leyline import UnavailableError
@@ -25,6 +26,7 @@ _OUTLIVING: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 _NOTING = threading.Lock()
 _LEAVING_S = 10.0
 """So long this process waits for calls of Ray that other threads are at, before it leaves."""
+_LOOK_S = 0.01
 TOKEN_FILE = Path(".ray") / "auth_token"
 _SUBMISSION_ID, _JOB_RECORDS = "job_submission_id", "job"  # names of Ray's own
 
@@ -151,9 +153,10 @@ def disconnect() -> None:
     status 1, and no word but in Ray's own log (Ray 2.60). The garbage collector does that in whichever thread it
     happens to run; so what waits for it goes first, and it rests meanwhile.
 
-    Likewise a call that another thread is at ends the process, by its exit status or a signal. So threads that still
-    call Ray (`may_outlive_ray`) fail at their next call, and are waited for, `_LEAVING_S` at most; nor does Ray start
-    by itself before they have ended.
+    Likewise a call that another thread is at ends the process, by its exit status or a signal. So such calls are waited
+    for, `_LEAVING_S` at most, and those that come meanwhile fail.
+
+    Nor does Ray start by itself before the threads have ended that are known to call it still (`may_outlive_ray`).
     """
     import ray
 
@@ -162,7 +165,7 @@ def disconnect() -> None:
     _start_no_ray_for(outliving)
     was_on = gc.isenabled()
     try:
-        with _refusing(outliving):
+        with _refusing():
             gc.disable()
             gc.collect()
             ray.shutdown()
@@ -173,8 +176,8 @@ def disconnect() -> None:
 
 
 @contextlib.contextmanager
-def _refusing(threads: list[threading.Thread]) -> Iterator[None]:
-    """Lets every call of Ray by another thread fail, and waits for these to end, `_LEAVING_S` at most (Ray 2.60).
+def _refusing() -> Iterator[None]:
+    """Lets every call of Ray by another thread fail, once those have ended that are under way (Ray 2.60).
 
     Ray goes on saying that it is there: who hears that it is not, as Ray Serve does, starts another.
     """
@@ -191,14 +194,32 @@ def _refusing(threads: list[threading.Thread]) -> Iterator[None]:
     deadline = time.monotonic() + _LEAVING_S
     vars(global_worker)["check_connected"] = refuse
     try:
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        late = [thread.name for thread in threads if thread.is_alive()]
-        if late:
-            _LOG.warning("ray.calls.open", extra={"threads": late, "waited_s": _LEAVING_S})
+        while (calling := _calling()) and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+        if calling:
+            _LOG.warning("ray.calls.open", extra={"threads": calling, "waited_s": _LEAVING_S})
         yield
     finally:
         del vars(global_worker)["check_connected"]
+
+
+def _calling() -> list[str]:
+    """Names of the other threads that are at a call of Ray, by their stacks. Ray's own threads do not count."""
+    ours = {thread.ident: thread.name for thread in threading.enumerate() if thread is not threading.current_thread()}
+    return sorted(ours[ident] for ident, frame in sys._current_frames().items() if ident in ours and _is_call(frame))  # noqa: SLF001 - a documented function
+
+
+def _is_call(frame: FrameType | None) -> bool:
+    """Whether a stack, told by its innermost frame, goes through Ray and does not begin there, or in an event loop."""
+    inside, begins_in = False, ""
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        package = module.partition(".")[0]
+        inside = inside or package == "ray"
+        if module not in {"threading", "concurrent.futures.thread"}:
+            begins_in = package
+        frame = frame.f_back
+    return inside and begins_in not in {"ray", "asyncio"}
 
 
 def _start_no_ray_for(threads: list[threading.Thread]) -> None:
