@@ -64,6 +64,7 @@ class Shelf:
     ) -> None:
         self._store, self._config, self._tell, self._load = store, config, tell, load
         self._lock = threading.Lock()
+        self._turning = threading.Lock()  # one reads the notes, or writes them, at a time
         self._canary_lock = threading.Lock()
         self._built_in = self._live = Held(None, Steps())
         self._shadow: Held | None = None
@@ -73,6 +74,10 @@ class Shelf:
 
     def refresh(self) -> None:
         """Looks at the store's notes, and takes in what is new. What cannot be read leaves all as it is."""
+        with self._turning:  # else what was read before one in shadow passed would put the one before in its place
+            self._look()
+
+    def _look(self) -> None:
         try:
             promoted = self._note(self._store.promoted, "promoted")
             if promoted is not None and promoted != self._live.version:
@@ -142,7 +147,8 @@ class Shelf:
                 record = canary.judge(canary.compare(record, signal, answer.signal), self._config)
             self._canary = record
         if record.verdict is not CanaryVerdict.RUNNING:
-            self._end(record)
+            with self._turning:
+                self._end(record)
 
     def view(self) -> PolicyShelf:
         """As people see it; reads the store. Raises `StorageError`."""
@@ -200,9 +206,9 @@ class Shelf:
         except (EsperError, OSError) as error:
             self._refuse(record.version, f"it was in shadow, and its end cannot be noted: {error}")
             return
-        if passed and shadow is not None:
-            self._live = shadow
-        self._shadow = None
+        if shadow is not None and shadow.version == record.version:  # else another was nominated meanwhile
+            self._live = shadow if passed else self._live
+            self._shadow = None
         self._say(
             PolicyChange.PASSED if passed else PolicyChange.FAILED,
             record.version,

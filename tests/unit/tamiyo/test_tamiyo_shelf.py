@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import safetensors.numpy
@@ -137,6 +138,34 @@ def test_a_nominated_policy_is_promoted_once_it_has_passed_in_shadow(store, serv
     assert (record.verdict, record.num_decisions, record.num_agreed) == (CanaryVerdict.PASSED, 4, 4)
     assert (record.value, record.value_before, record.beside) == (0.2, 0.0 if first else 0.1, before or "built-in")
     assert server.ask()[0] == new
+
+
+def test_a_look_that_began_before_one_passed_does_not_bring_the_one_before_back(store, monkeypatch):
+    server = Server(store)
+    before, new = put(store, value=0.1), put(store, value=0.2)
+    store.promote(before)
+    store.nominate(new)
+    server.shelf.refresh()
+    for _ in range(CANARY.decisions - 1):
+        server.ask()
+    last, read = threading.Thread(target=server.ask), store.promoted
+
+    def passes_meanwhile():
+        found = read()
+        monkeypatch.setattr(store, "promoted", read)
+        last.start()
+        last.join(0.5)  # it ends by then, unless it is held back, as it should be
+        return found
+
+    monkeypatch.setattr(store, "promoted", passes_meanwhile)
+    server.shelf.refresh()
+    last.join(60)
+    assert server.changes == [
+        (PolicyChange.LOADED, before),
+        (PolicyChange.CANARY, new),
+        (PolicyChange.PASSED, new),
+    ]
+    assert (store.promoted(), server.shelf.live) == (new, new)
 
 
 @pytest.mark.parametrize(
