@@ -213,10 +213,12 @@ class OonaShard:
 
     async def read(self, start: Start, topics: Sequence[str], key: str | None, max_records: int) -> Shelf:
         """See `Journal.read`."""
+        self._check_open()
         return self._journal.read(start, topics, key, max_records)
 
     async def stats(self) -> BusStats:
         """See `Broker.stats`."""
+        self._check_open()
         return self._journal.stats(time.monotonic())
 
     async def leave(self, group: str, member: str) -> None:
@@ -249,6 +251,7 @@ class OonaShard:
 
     async def counts(self, key: str) -> BusCounts:
         """See `Broker.counts`."""
+        self._check_open()
         return self._journal.counts(key)
 
     async def close(self) -> None:
@@ -264,6 +267,11 @@ class OonaShard:
         self._tell_all()
 
     # ---- within
+
+    def _check_open(self) -> None:
+        """For those who only look: they may while the disk fails, and not once this is closed."""
+        if self._is_closed and self._fault is not None:
+            raise self._fault
 
     def _check(self) -> None:
         if self._fault is not None:

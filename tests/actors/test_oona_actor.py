@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -97,6 +98,23 @@ def kill_process(handle, index=0):
     os.kill(ray.get(handle.shards[index].describe.remote(), timeout=WAIT_S).pid, signal.SIGKILL)
 
 
+def kill_and_await_process(handle):
+    """Likewise, and waits for the next: most calls have a deadline that a busy machine needs for that alone."""
+    kill_process(handle)
+    ray.get(handle.shards[0].describe.remote(), timeout=WAIT_S)
+
+
+def assert_refused(bus, match):
+    """Flushes until it hears why nothing is taken: a slow shard may not have answered by the end of the first."""
+    until = time.monotonic() + WAIT_S
+    while True:
+        with pytest.raises(UnavailableError, match=r"not acknowledged within 2 s") as caught:
+            bus.flush(timeout_s=2)
+        if re.search(match, str(caught.value)):
+            return
+        assert time.monotonic() < until, str(caught.value)
+
+
 def test_nothing_acknowledged_is_lost_when_the_shard_is_killed_under_load(start):
     handle = start(OonaConfig(batch=16, lease_s=2.0))
     bus, reader = handle.bus(), handle.bus()
@@ -130,7 +148,7 @@ def test_positions_survive_the_shard(start):
     bus.publish([step(number) for number in range(10)])
     subscription.ack(take(subscription, 10, ack=False)[:7])
     subscription.close()
-    kill_process(handle)
+    kill_and_await_process(handle)
     assert numbers(take(bus.subscribe([Topic.STEPS], group="g"), 3)) == [7, 8, 9]
     assert bus.counts("run") == BusCounts(published=10, delivered=13, redelivered=3)
     bus.close()
@@ -182,7 +200,7 @@ def test_another_actor_reads_and_publishes(start):
             return "torch" in sys.modules
 
     echo = ray.remote(num_cpus=0.1)(Echo).remote(handle)
-    ray.get(echo.__ray_ready__.remote(), timeout=60)
+    ray.get(echo.__ray_ready__.remote(), timeout=WAIT_S)
     bus = handle.bus()
     answers = bus.subscribe([Topic.STEPS], group="driver", key="answer")
     answer = echo.echo.remote()
@@ -227,6 +245,24 @@ def test_a_shard_that_is_gone_is_unavailable(start):
         bus.flush(timeout_s=0.5)
     with pytest.raises(UnavailableError):
         bus._publisher.close(timeout_s=0.0)  # what `close` does, without its patience
+    with pytest.raises(UnavailableError):
+        bus.close()
+
+
+def test_a_shard_that_is_closed_refuses_every_call_while_it_is_there_still(start):
+    """The end of a bus comes in two steps, and a machine may be slow between them."""
+    handle = start(prefix="closed")
+    bus = handle.bus()
+    bus.subscribe([Topic.STEPS], group="g")
+    ray.get(handle.shards[0].close.remote(), timeout=WAIT_S)
+    for call in (
+        lambda: bus.counts("run"),
+        bus.stats,
+        bus.read,
+        lambda: bus.subscribe([Topic.STEPS], group="g"),
+    ):
+        with pytest.raises(UnavailableError, match="closed-0 is closed"):
+            call()
     with pytest.raises(UnavailableError):
         bus.close()
 
@@ -386,8 +422,7 @@ def test_a_full_disk_is_told_and_waited_for_and_nothing_is_lost(start, small_dis
     filled = subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=4096"], capture_output=True, check=False)
     assert b"No space left" in filled.stderr
     bus.publish([step(number) for number in range(100, 300)])
-    with pytest.raises(UnavailableError, match=r"not acknowledged within 2 s; .*No space left on device \(make room"):
-        bus.flush(timeout_s=2)
+    assert_refused(bus, r"No space left on device \(make room")
     ballast.unlink()
     bus.flush(timeout_s=WAIT_S)
     kill_process(handle)
@@ -408,12 +443,11 @@ def test_a_disk_that_fails_for_a_while_is_waited_for_and_nothing_is_lost(start, 
     limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (path.stat().st_size + 100, limits[1]))
     bus.publish([step(number) for number in range(300, 400)])
-    with pytest.raises(UnavailableError, match=r"not acknowledged within 2 s; .*File too large \(mend the disk"):
-        bus.flush(timeout_s=2)
+    assert_refused(bus, r"File too large \(mend the disk")
     resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
     bus.flush(timeout_s=WAIT_S)
     assert numbers(take(subscription, 100)) == list(range(300, 400))
-    kill_process(handle)
+    kill_and_await_process(handle)
     subscription.close()
     assert bus.counts("run") == BusCounts(published=400, delivered=400)
     (group,) = bus.stats().groups
@@ -427,7 +461,7 @@ def test_what_is_written_while_a_failed_sync_is_tried_again_is_synced_too(start)
     bus = handle.bus()
     subscription = bus.subscribe([Topic.STEPS], group="g")
     bus.publish([step(0)])
-    bus.flush()  # the first one begins a segment, which is a sync of its own
+    bus.flush(timeout_s=WAIT_S)  # the first one begins a segment, which is a sync of its own
 
     def fail(_shard):
         import errno
@@ -466,6 +500,7 @@ def test_what_is_written_while_a_failed_sync_is_tried_again_is_synced_too(start)
             assert time.monotonic() < deadline, found
             time.sleep(0.05)
 
+    until((False, 0))  # what is not synced yet would fail beside what comes
     ray.get(handle.shards[0].__ray_call__.remote(fail), timeout=WAIT_S)
     bus.publish([step(1)])
     until((True, 1))
@@ -513,8 +548,7 @@ def test_a_sync_that_fails_is_tried_until_the_disk_has_everything(start):
 
     ray.get(handle.shards[0].__ray_call__.remote(fail), timeout=WAIT_S)
     bus.publish([step(number) for number in range(100)])
-    with pytest.raises(UnavailableError, match=r"messages were not acknowledged .*Input/output error \(mend the disk"):
-        bus.flush(timeout_s=2)
+    assert_refused(bus, r"Input/output error \(mend the disk")
     ray.get(handle.shards[0].__ray_call__.remote(heal), timeout=WAIT_S)
     bus.flush(timeout_s=WAIT_S)
     assert numbers(take(subscription, 100)) == list(range(100))

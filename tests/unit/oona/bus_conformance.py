@@ -97,7 +97,7 @@ class BusConformance:
         bus, other = make_bus(OonaConfig())
         members = [bus.subscribe([Topic.STEPS], group="g"), other.subscribe([Topic.STEPS], group="g")]
         bus.publish([step(number, f"key{number}") for number in range(40)])
-        bus.flush()
+        bus.flush(timeout_s=WAIT_S)
         shares = [member.poll(max_messages=20, timeout_s=WAIT_S) for member in members]
         assert all(shares)
         for turn in range(100):
@@ -162,7 +162,7 @@ class BusConformance:
     def test_a_group_starts_at_the_end_or_from_the_start(self, make_bus):
         bus, other = make_bus(OonaConfig())
         bus.publish([step(number) for number in range(5)])
-        bus.flush()
+        bus.flush(timeout_s=WAIT_S)
         late = other.subscribe([Topic.STEPS], group="late")
         replay = other.subscribe([Topic.STEPS], group="replay", from_start=True)
         bus.publish([step(5)])
@@ -183,7 +183,7 @@ class BusConformance:
         mine = bus.subscribe([Topic.STEPS], group="mine", key="mine")
         events = bus.subscribe([Topic.RUN_STARTED], group="events")
         bus.publish([step(0, "mine"), step(1, "other"), started("other"), step(2, "mine")])
-        bus.flush()
+        bus.flush(timeout_s=WAIT_S)
         assert numbers(take(mine, 2)) == [0, 2]
         assert [delivery.message.key for delivery in take(events, 1)] == ["other"]
         assert mine.poll(timeout_s=0.0) == events.poll(timeout_s=0.0) == []
