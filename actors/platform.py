@@ -167,7 +167,7 @@ def down(address: str, options: dict[str, Any] | None = None) -> list[ActorState
     serving.give_up(storage)
     # then, while Urza can take it: work that nobody gives back counts as the death of its worker, and two are enough
     with contextlib.suppress(ValueError):
-        _dismiss([ray.get_actor(f"compilers-{storage.key}", namespace=NAMESPACE)])
+        _dismiss(ray.get_actor(f"compilers-{storage.key}", namespace=NAMESPACE))
     with contextlib.suppress(UnavailableError):
         urza.connect(address, options).close()
     with contextlib.suppress(NotFoundError, UnavailableError):
@@ -268,15 +268,20 @@ def _take_down(platform: Platform, config: RunConfig) -> None:
 
 def _stop_consumers(platform: Platform) -> None:
     """Lets those who wait for news leave, so that no question is open when Oona ends."""
-    consumers = (platform.compilers, platform.view.actor, platform.watcher)
-    _dismiss([actor for actor in consumers if actor is not None])
+    others = (platform.view.actor, platform.watcher)
+    _dismiss(platform.compilers, *(actor for actor in others if actor is not None))
 
 
-def _dismiss(consumers: list[Any]) -> None:
-    """Asks actors to leave, and to give back what they were at. One that does not is told of, no more."""
+def _dismiss(compilers: Any, *others: Any) -> None:
+    """Asks actors to leave, and to give back what they were at. One that does not is told of, no more.
+
+    The pool is given the time that it gives its workers: one that starts only now has to be there before it can leave,
+    and one that is ended instead counts as dead to its work.
+    """
     import ray
 
-    leaving = [actor.stop.remote() for actor in consumers]
-    _done, late = ray.wait(leaving, num_returns=len(leaving), timeout=10.0)
+    leaves, leaving = compilers.stop.remote(), [actor.stop.remote() for actor in others]
+    late = ray.wait(leaving, num_returns=len(leaving), timeout=10.0)[1] if leaving else []
+    late += ray.wait([leaves], timeout=pool.LEAVES_S)[1]
     if late:
         _LOG.warning("platform.end.failed", extra={"system": "consumers", "reason": f"{len(late)} did not leave"})

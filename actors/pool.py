@@ -33,6 +33,8 @@ ANSWER_S = 5.0
 """A worker that does not say within so long whether it is idle counts as busy."""
 STOP_S = 20.0
 """A worker that has not ended by then is killed; the hub gives its job to another."""
+LEAVES_S = 2 * STOP_S + 5.0
+"""The longest that `CompilePool.stop` takes: for its thread, then for its workers."""
 
 _LOG = logging.getLogger(__name__)
 
