@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -20,12 +21,14 @@ pytestmark = pytest.mark.ray
 
 ON_GPU = VECTOR.model_copy(update={"device": "cuda"})
 SHARE = 0.25
-WAIT_S = 120.0
+WAIT_S = 240.0
 
 
 @pytest.fixture
-def platform(request, tmp_path) -> Iterator[tuple[urza.UrzaHandle, object]]:
-    """A Ray with so many GPUs as the test asks for, an Urza, and a pool that has just started."""
+def platform(request, tmp_path) -> Iterator[tuple[urza.UrzaHandle, object, Path]]:
+    """A Ray with so many GPUs as the test asks for, an Urza, and a pool that has just started. Its workers
+    for a GPU begin once there is a file at the gate.
+    """
     ray.init(
         namespace=NAMESPACE, num_cpus=2, num_gpus=request.param,
         include_dashboard=False, log_to_driver=False, logging_level="ERROR",
@@ -34,12 +37,17 @@ def platform(request, tmp_path) -> Iterator[tuple[urza.UrzaHandle, object]]:
     key = Storage.at(address).key
     bus = oona.spawn(OonaConfig(), tmp_path / "oona", prefix=f"oona-{key}")
     connect = lambda: oona.connect(f"oona-{key}").bus()  # noqa: E731 -- by value: workers cannot import this file
-    hub = urza.spawn(address, make_bus=connect, num_cpus=0.01, deadline_s=60.0)
+    hub = urza.spawn(address, make_bus=connect, num_cpus=0.01, deadline_s=240.0)
+
+    folder = str(tmp_path)
 
     def builder(config, device):
-        del config, device  # what compiles for a GPU cannot start without one; this one makes no native code at all
+        # what compiles for a GPU cannot start without one; this one makes no native code at all
+        del config
         from esper.tezzeret.process import CompilerProcess
 
+        while device != "cpu" and not (Path(folder) / "gate").exists():
+            time.sleep(0.02)
         return CompilerProcess("esper.urabrask.gauntlet:examine")
 
     plan = pool.Plan(
@@ -52,8 +60,8 @@ def platform(request, tmp_path) -> Iterator[tuple[urza.UrzaHandle, object]]:
         builder=builder,
     )
     compilers = pool.spawn(f"compilers-{key}", plan, detached=False, every_s=0.2)
-    yield hub, compilers
-    ray.get(compilers.stop.remote(), timeout=90)
+    yield hub, compilers, tmp_path / "gate"
+    ray.get(compilers.stop.remote(), timeout=400)
     bus.stop()
     disconnect()
 
@@ -76,7 +84,7 @@ def free_gpus() -> float:
 
 @pytest.mark.parametrize("platform", [1], indirect=True)
 def test_work_for_a_gpu_gets_a_worker_with_a_share_of_one_and_leaves_it_again(platform):
-    hub, compilers = platform
+    hub, compilers, gate = platform
     until(lambda: workers(compilers, "cpu"), "worker")
     assert workers(compilers, "cuda") == []
     until(lambda: free_gpus() == 1.0, "report of the GPU")
@@ -84,8 +92,8 @@ def test_work_for_a_gpu_gets_a_worker_with_a_share_of_one_and_leaves_it_again(pl
     until(lambda: hub.pending([ON_GPU]) == 0, "end of the fast work")
     assert workers(compilers, "cuda") == []  # what is only rebuilt from its IR needs no GPU
     blueprint = hub.submit_blueprint(design(4), name="native", targets=[ON_GPU], pipelines=[Pipeline.OPTIMIZED])
-    # at once: it is let go of soon after its work
     until(lambda: free_gpus() == 1.0 - SHARE and len(workers(compilers, "cuda")) == 1, "worker with a share of the GPU")
+    gate.touch()  # only now: it is let go of soon after its work
     until(lambda: hub.pending([ON_GPU]) == 0, "end of the work")
     assert "does not make optimized kernels" in hub.blueprint(blueprint.blueprint_id).reason
     until(lambda: workers(compilers, "cuda") == [], "shrinking")
@@ -94,7 +102,7 @@ def test_work_for_a_gpu_gets_a_worker_with_a_share_of_one_and_leaves_it_again(pl
 
 @pytest.mark.parametrize("platform", [0], indirect=True)
 def test_without_a_gpu_work_for_one_waits_and_no_worker_is_started_for_it(platform):
-    hub, compilers = platform
+    hub, compilers, _ = platform
     hub.submit_blueprint(design(4), name="native", targets=[ON_GPU], pipelines=[Pipeline.OPTIMIZED])
     # compiled by the pool after it has seen the other work
     hub.submit_blueprint(design(3), name="fast", targets=[VECTOR], pipelines=[Pipeline.FAST])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,17 @@ def killed_by(seed, flag):
     return Killed
 
 
+def endless():
+    """A worker that does not come to an end; made here for the same reason."""
+    base = simic.RolloutWorker
+
+    class Endless(base):
+        def play(self, ask):
+            threading.Event().wait()
+
+    return Endless
+
+
 def test_episodes_come_back_from_actors(rollouts):
     asks = [Ask(0, seed, policy) for seed in (0, 1) for policy in ("none", "heuristic")]
     played = list(rollouts.play(asks))
@@ -76,7 +88,10 @@ def test_one_that_always_dies_is_given_up_and_others_are_played(rollouts, monkey
     assert played[8].episode is not None, played[8].problem
 
 
-def test_one_that_takes_too_long_is_ended(rollouts):
+def test_one_that_takes_too_long_is_ended(rollouts, monkeypatch):
+    monkeypatch.setattr(simic, "RolloutWorker", endless())  # a real one may be done before it is looked at
+    rollouts.close()
+    rollouts._idle = [rollouts._spawn()]
     rollouts._config = rollouts._config.model_copy(update={"deadline_s": 0.01})
     (played,) = rollouts.play([replace(Ask(0, 0, "none"))])
     assert played.episode is None

@@ -20,7 +20,7 @@ from esper.config import parse_config
 from esper.leyline import Fork, TrialCandidate
 from esper.tolaria.packing import pack
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.ray
 
 STEPS = 9
 
@@ -39,6 +39,7 @@ def cluster():
     found = [str(Path(__file__).parent), str(Path(tolaria_support.__file__).parent), os.environ.get("PYTHONPATH", "")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, found)))
+        patch.setattr(os, "cpu_count", lambda: 2)  # what the tests below take all of, whatever machine this is
         with connected(dashboard=False):
             yield
 
@@ -101,7 +102,7 @@ def trials(faults=None, **changes):
     return RayTrials(Origin(problem, settings(**changes), Here(), key, faults))
 
 
-def wait_for(what, seconds=90.0):
+def wait_for(what, seconds=240.0):
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, "it took too long"
@@ -166,7 +167,7 @@ def test_forks_give_way_to_whoever_waits_for_cpus():
     def training():
         return "trains"
 
-    assert ray.get(training.remote(), timeout=60.0) == "trains"
+    assert ray.get(training.remote(), timeout=240.0) == "trains"
     wait_for(lambda: len(port.results()) == 3)
     results = port.results()
     assert {r.failure for r in results.values()} == {NEEDED}
