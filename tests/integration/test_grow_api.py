@@ -158,6 +158,6 @@ with connected(dashboard=False) as cluster:
 def test_a_script_may_import_ray_before(settings):
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     done = subprocess.run(
-        [sys.executable, "-c", RAY_FIRST], env=env, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", RAY_FIRST], env=env, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.stdout == "True 7\n", done.stderr[-2000:]
