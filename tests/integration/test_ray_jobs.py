@@ -24,7 +24,7 @@ data: {type: digits, layout: image}
 host: {type: cnn, channels: [4], blocks_per_stage: 1}
 budget: {params: 20.0, flops: 20.0}
 kasmina: {sites: [stages.0.0], evidence_z: 0.0, min_training_epochs: 1, harm_tolerance: 5.0}
-tamiyo: {policy: schedule, schedule: [{epoch: 0, site: stages.0.0, blueprint: residual_conv}]}
+tamiyo: {policy: schedule, schedule: [{epoch: 0, site: stages.0.0, blueprint: residual_conv}], startup_s: 300.0}
 tezzeret: {blueprints: [residual_conv], max_workers: 1, optimize: never}
 nissa: {view: plain}
 """
@@ -94,7 +94,8 @@ def test_nobody_gets_in_without_the_token(cluster):
 @pytest.fixture(scope="module")
 def first_run(cluster, entrypoint, folder):
     """The id of the run of the first job. When all is done the platform goes, and must be gone."""
-    submitted = submit(cluster, "first", [*entrypoint, "tolaria.epochs=8"])
+    # its kernel may come late: an epoch takes a tenth of a second, and all stages of a seed take seven
+    submitted = submit(cluster, "first", [*entrypoint, "tolaria.epochs=40"])
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     yield run_of(cluster, "first")
     answer = cluster.run("esper", "platform", "down", "--storage", folder / "store")
@@ -127,18 +128,26 @@ def test_the_platform_says_that_it_lives(cluster, first_run, folder):
 
 def test_serve_shows_tamiyo(cluster, first_run):
     def running():
-        application = ask(cluster, "/api/serve/applications/")["applications"]["tamiyo"]
-        return application if application["status"] == "RUNNING" else None
+        # it may be on its way still
+        application = _try(lambda: ask(cluster, "/api/serve/applications/")["applications"]["tamiyo"])
+        return application if application is not None and application["status"] == "RUNNING" else None
 
     application = wait_for(running, "Tamiyo's application")
     assert list(application["deployments"]) == ["Tamiyo"]
 
 
 def test_a_second_job_shares_the_platform_and_shows_on_the_train_page(cluster, first_run, entrypoint):
-    before = {name: actor["pid"] for name, actor in actors(cluster).items() if not name.startswith("stop-")}
+    def pids():
+        return {name: actor["pid"] for name, actor in actors(cluster).items() if not name.startswith("stop-")}
+
+    def whole():
+        found = pids()  # Serve may be on its way still
+        return found if any(name.startswith("SERVE") for name in found) else None
+
+    before = wait_for(whole, "Ray Serve")
     submitted = submit(cluster, "second", [*entrypoint, "tolaria.epochs=2", "tolaria.num_workers=1"])
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    after = {name: actor["pid"] for name, actor in actors(cluster).items()}
+    after = pids()
     platform = [name for name in before if name.startswith(("oona", "urza", "tezzeret", "nissa", "SERVE"))]
     assert len(platform) >= 5
     assert {name: after.get(name) for name in platform} == {name: before[name] for name in platform}
