@@ -25,20 +25,21 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not fi
 
 
 class Pauses:
-    """Gives forks 42 s to end, while growth may still begin: an epoch on digits takes a tenth of a second. No more
-    is needed once a kernel is grafted.
+    """Gives forks four minutes to end, while growth may still begin: an epoch on digits takes a tenth of a second. Each
+    pause is a little longer than the one before, so that forks that are quick cost little. No more is needed once a
+    kernel is grafted.
     """
 
     def __init__(self):
-        self.left = 28
+        self.left, self.next_s = 36, 0.5
 
     def at(self, place, step):
         del step
         if place == "grafting":
             self.left = 0
         elif place == "control" and self.left:
-            self.left -= 1
-            time.sleep(1.5)
+            time.sleep(self.next_s)
+            self.left, self.next_s = self.left - 1, 1.12 * self.next_s
 
 
 @pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.soak), 1])
