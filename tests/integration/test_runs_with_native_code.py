@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tolaria_support import BLUEPRINT, KEY, SIGNATURE, SITE, config, train
+from tolaria_support import BLUEPRINT, KEY, SIGNATURE, SITE, config, load_at_once, train
 
 from esper.api import local_hub
 from esper.leyline import (
@@ -20,6 +20,11 @@ from esper.tezzeret.compile import Unsigned, build, sign
 from esper.tezzeret.fingerprint import target_fingerprint
 from esper.tolaria.native import optimizes
 from esper.urabrask.gauntlet import examine
+
+
+@pytest.fixture(autouse=True)
+def kernels_that_come_at_once(monkeypatch):
+    load_at_once(monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,18 @@ from functools import partial
 import pytest
 import safetensors.torch
 import torch
-from tolaria_support import BLUEPRINT, SITE, Crash, CrashAt, config, equal, kernel_hub, train, workload
+from tolaria_support import (
+    BLUEPRINT,
+    SITE,
+    Crash,
+    CrashAt,
+    config,
+    equal,
+    kernel_hub,
+    load_at_once,
+    train,
+    workload,
+)
 
 from esper.api import fork_local
 from esper.config import parse_config
@@ -36,6 +47,11 @@ from esper.tolaria.trials_here import TrialsHere
 
 STEPS = 9
 """Of a fork: three epochs of the problem."""
+
+
+@pytest.fixture(autouse=True)
+def kernels_that_come_at_once(monkeypatch):
+    load_at_once(monkeypatch)
 
 
 def chosen(**settings):

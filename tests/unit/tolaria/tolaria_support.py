@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -10,6 +13,7 @@ from torch import nn
 
 from esper.api import local_hub, train_local
 from esper.config import RunConfig, parse_config
+from esper.kasmina.loader import KernelLoader
 from esper.leyline import RunSummary, SiteKind, SiteSignature
 from esper.tamiyo.controller import LocalController
 from esper.tolaria.optim import SchedulerFactory
@@ -17,6 +21,9 @@ from esper.tolaria.schedules import optimizer_factory, scheduler_factory
 from esper.tolaria.task import TASKS
 from esper.tolaria.tree import clone
 from esper.tolaria.workload import Workload
+
+if TYPE_CHECKING:
+    import pytest
 
 torch.set_num_threads(1)  # several threads on tiny tensors only wait for each other
 
@@ -117,6 +124,20 @@ def train(
     }
     summary = train_local(problem, chosen, directory=str(directory), run_id=run_id, **parts)  # type: ignore[arg-type]
     return summary, clone(dict(problem.model.state_dict()))
+
+
+def load_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels come by the next step: their own thread still loads them, but is waited for. An epoch of the problem is
+    over sooner than a load, and how many pass meanwhile is a matter of luck, while a run has few.
+    """
+    submit = KernelLoader._submit
+
+    def submitted(self: KernelLoader, work: Callable[[], object]) -> Future[object]:
+        future = submit(self, work)
+        wait([future])
+        return future
+
+    monkeypatch.setattr(KernelLoader, "_submit", submitted)
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
