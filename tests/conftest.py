@@ -56,6 +56,8 @@ if os.environ.get("ESPER_TEST_WITHOUT_RAY") != "1" and find_spec("ray") is not N
 
 EXIT_S = 60.0
 """The longest that this process may take to end once all is told."""
+END_S = 30.0
+"""The longest that a thread of ours may go on after the last test: one that was left to itself at a deadline ends."""
 
 
 def pytest_collection_finish() -> None:
@@ -72,11 +74,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
     One that is inside Delta when the interpreter ends takes the process down with it, or holds it for good.
     """
-    frames = sys._current_frames()
-    left = [t for t in threading.enumerate() if t is not threading.main_thread() and _is_ours(frames.get(t.ident))]
-    for thread in left:
+    until = time.monotonic() + END_S
+    while (left := _ours()) and time.monotonic() < until:
+        time.sleep(0.1)
+    for thread, frame in left.items():
         sys.stderr.write(f"\na test has left the thread {thread.name} running:\n")
-        traceback.print_stack(frames[thread.ident], file=sys.stderr)
+        traceback.print_stack(frame, file=sys.stderr)
     if left:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -85,6 +88,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_unconfigure() -> None:
     """Shows where a process stands that does not end, and ends it."""
     faulthandler.dump_traceback_later(EXIT_S, exit=True)
+
+
+def _ours() -> dict[threading.Thread, FrameType]:
+    """Threads that run code of ours, and where each stands."""
+    frames = sys._current_frames()
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    return {thread: frame for thread in others if _is_ours(frame := frames.get(thread.ident))}
 
 
 def _is_ours(frame: FrameType | None) -> bool:
