@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 REPOSITORY = Path(__file__).parents[2]
 ESPER = Path(sys.executable).parent / "esper"
-NUM_EPOCHS = 40
+NUM_EPOCHS = 60
 PATIENCE_S = 240.0
 
 
