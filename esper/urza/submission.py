@@ -186,12 +186,16 @@ def submit(hub: Assets, body: BlueprintSubmission) -> Submitted:
 
 
 def view_of(hub: Queries, blueprint_id: str) -> BlueprintView:
-    """All that is known of a blueprint; raises `NotFoundError`."""
+    """All that is known of a blueprint; raises `NotFoundError`.
+
+    The hub goes on between the questions. What is open is asked first: where nothing is, every target has ended.
+    """
     fields = TargetView.model_fields
+    outlook = hub.outlook(blueprint_id)
     targets = hub.targets(blueprint_id)
     return BlueprintView(
         blueprint=hub.blueprint(blueprint_id),
-        outlook=hub.outlook(blueprint_id),
+        outlook=outlook,
         targets=tuple(TargetView(**{name: getattr(target, name) for name in fields}) for target in targets),
     )
 
