@@ -46,7 +46,7 @@ seed: 3
 data: {type: digits, layout: image}
 host: {type: cnn, channels: [4], blocks_per_stage: 1}
 budget: {params: 20.0, flops: 20.0}
-tolaria: {epochs: 8}
+tolaria: {epochs: 40}
 kasmina: {sites: [stages.0.0], evidence_z: 0.0, min_training_epochs: 1, harm_tolerance: 5.0}
 tamiyo: {policy: schedule, schedule: [{epoch: 0, site: stages.0.0, blueprint: golden}]}
 tezzeret: {blueprints: [golden]}
@@ -78,9 +78,20 @@ def curl(cluster, folder):
         "tamiyo.startup_s=300",
     )  # fmt: skip
     assert up.returncode == 0, up.stdout + up.stderr
-    assert f"http://127.0.0.1:{port} (bearer token required)" in up.stdout
+    said = f"http://127.0.0.1:{port} (bearer token required)"
+    status = ("esper", "platform", "status", "--storage", folder / "store")  # a gateway may be busy as it comes up
+    wait_for(lambda: said in up.stdout or said in cluster.run(*status).stdout, said)
 
     def ask(path, *options, with_token=True):
+        """The status and the body; waits while Urza is too busy to answer, which is a 503 and changes nothing."""
+
+        def answered():
+            status, body = once(path, *options, with_token=with_token)
+            return None if status == 503 and "POST" not in options else (status, body)
+
+        return wait_for(answered, f"an answer of {path}")
+
+    def once(path, *options, with_token):
         header = ["-H", f"Authorization: Bearer {token.read_text().strip()}"] if with_token else []
         command = ["curl", "-sS", "-w", "\n%{http_code}", *header, *options, f"http://127.0.0.1:{port}{path}"]
         done = subprocess.run(command, capture_output=True, timeout=60, check=True)
