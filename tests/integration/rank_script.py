@@ -337,8 +337,9 @@ def silent(rank: int, ranks, folder: Path) -> dict:
         wait_for(folder / "decided")
         return hub.fetch(kernel_id)
 
-    tells = Tells(folder / "decided", 0.5) if rank == 0 else None
-    return growing(rank, ranks, folder, fetch=late, faults=tells, tolaria__agree_s=0.5)
+    patience_s = 2.0  # by which the ranks must also agree on the command, on a machine that others use
+    tells = Tells(folder / "decided", patience_s) if rank == 0 else None
+    return growing(rank, ranks, folder, fetch=late, faults=tells, tolaria__agree_s=patience_s)
 
 
 def trying(rank: int, ranks, folder: Path) -> dict:
