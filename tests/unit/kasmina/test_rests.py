@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,8 +29,8 @@ def clock(monkeypatch):
         used = 7.0
         naps: list[float] = []  # noqa: RUF012 - of one test
 
-    monkeypatch.setattr(rests.time, "thread_time", lambda: Clock.used)
-    monkeypatch.setattr(rests.time, "sleep", Clock.naps.append)
+    # of this module alone: threads of other tests may sleep meanwhile
+    monkeypatch.setattr(rests, "time", SimpleNamespace(thread_time=lambda: Clock.used, sleep=Clock.naps.append))
     return Clock
 
 

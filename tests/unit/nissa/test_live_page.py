@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nissa_story as story
 import pytest
@@ -24,7 +25,7 @@ from esper.nissa.live import MAX_STORY, Live
 from esper.nissa.replay import dump, load, replay
 from esper.nissa.runs import RunStore
 from esper.nissa.viewmodel import NUM_POINTS, LiveView, Note, Tone
-from esper.nissa.web import FolderRuns, LiveRuns, Picture, PlatformState, build_app
+from esper.nissa.web import FolderRuns, LiveRuns, Picture, PlatformState, build_app, source
 from esper.nissa.web.feed import NUM_NOTES, RunFeed
 from esper.nissa.web.parts import SILENT_S, parts_of
 
@@ -340,8 +341,9 @@ def test_the_bus_and_the_queue_say_what_they_know():
     assert "Not known" in silent["bus"]
 
 
-def test_a_platform_that_does_not_answer_is_named_and_asked_again(folder_runs):
-    calls = []
+def test_a_platform_that_does_not_answer_is_named_and_asked_again(folder_runs, monkeypatch):
+    clock, calls = SimpleNamespace(now=NOW, time=lambda: clock.now, monotonic=lambda: clock.now), []
+    monkeypatch.setattr(source, "time", clock)
 
     def bus():
         calls.append(1)
@@ -358,6 +360,9 @@ def test_a_platform_that_does_not_answer_is_named_and_asked_again(folder_runs):
     assert picture.is_followed
     assert picture is runs.picture(story.RUN)
     assert picture.status is RunStatus.FINISHED  # the summary's word
+    clock.now += source._ASK_EVERY_S
+    assert runs.platform() is not state
+    assert len(calls) == 2
 
 
 # ---------------------------------------------------------------- the folder

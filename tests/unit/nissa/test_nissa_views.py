@@ -269,10 +269,12 @@ def test_leaving_does_not_wait_for_a_nissa_that_hangs():
         release.wait(30)
 
     view = Recorded()
-    with Follower(fetch, view, hz=1000, patience_s=0.05):
+    follower = Follower(fetch, view, hz=1000, patience_s=0.05)
+    with follower:
         assert entered.wait(10)
     assert view.closed
     release.set()
+    follower._thread.join()  # no thread of ours may be left where the session ends with this test
 
 
 @pytest.mark.parametrize("width", [80, 140])

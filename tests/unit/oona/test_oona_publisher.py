@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 from bus_conformance import WAIT_S, step
@@ -174,6 +175,9 @@ def test_messages_whose_keys_alternate_travel_key_by_key_in_their_order(make):
 
 def test_its_thread_is_woken_once_for_what_comes_within_the_linger_and_not_by_answers(make, monkeypatch):
     """Each waking takes the trainer's interpreter away from it."""
+    # the linger ends once all is published, however slowly that goes
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(publisher_module, "time", clock)
     looks = []
     is_due = Publisher._is_due
 
@@ -186,10 +190,12 @@ def test_its_thread_is_woken_once_for_what_comes_within_the_linger_and_not_by_an
     publisher = make(transport, linger_s=0.5)
     for number in range(40):
         publisher.publish([step(number)])
+    clock.now = 0.5
     ((_, batch, future),) = transport.wait_for(1)
     assert len(batch.records) == 40
     future.set_result(True)
     publisher.flush(timeout_s=WAIT_S)
     assert len(looks) <= 8  # 2 where nothing else ends a wait
     publisher.publish([step(40)])
+    clock.now = 1.0
     assert transport.wait_for(2)[1][1].seq == 1  # it is woken where it sleeps without an end
