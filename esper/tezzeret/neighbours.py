@@ -49,8 +49,8 @@ class Watch:
         now = time.monotonic()
         if now - self._at >= LOOK_EVERY_S:
             idle_s, own_s = self._counts()
-            # a process that ended took its count with it
-            used_s = idle_s - self._idle_s + max(own_s - self._own_s, 0.0)
+            # a process that ended took its count with it, and Linux's own of idle seconds may go back
+            used_s = max(idle_s - self._idle_s, 0.0) + max(own_s - self._own_s, 0.0)
             free = min(used_s / (now - self._at), float(len(self._cores))) if self._at else 0.0
             self._seen = Neighbours(sum(map(self._shares, self._busy())), free)
             self._at, self._idle_s, self._own_s = now, idle_s, own_s

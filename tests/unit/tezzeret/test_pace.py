@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from esper.leyline import Pipeline
 from esper.leyline.presence import Presence, TrainerOnMachine, trainers
+from esper.tezzeret import neighbours
 from esper.tezzeret.neighbours import LOOK_EVERY_S, Neighbours, Watch
 from esper.tezzeret.pace import PERIOD_S, Pace
 
@@ -86,6 +88,20 @@ def test_the_watch_counts_trainers_that_share_a_core_and_what_nobody_uses(tmp_pa
             seen = watch.look()
     assert seen.num_trainers == 1
     assert 0.0 <= seen.free_cores <= len(os.sched_getaffinity(0))
+
+
+def test_idle_seconds_that_linux_takes_back_are_no_debt(tmp_path, monkeypatch):
+    """Its count of those in which a core waited for a disk may fall."""
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(neighbours, "time", clock)
+    watch = Watch(list, tmp_path)
+    counts = iter([(10.0, 0.0), (9.75, 0.0), (10.25, 0.0)])
+    monkeypatch.setattr(watch, "_counts", lambda: next(counts))
+    free = []
+    for _ in range(3):
+        free.append(watch.look().free_cores)
+        clock.now += 1.0
+    assert free == [0.0, 0.0, 0.5]
 
 
 def test_what_the_compiler_uses_itself_is_free_for_it(tmp_path):
