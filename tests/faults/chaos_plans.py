@@ -19,10 +19,9 @@ from pathlib import Path
 from fault_support import (
     NUM_EPOCHS,
     STEPS_PER_EPOCH,
-    actor_names,
     first_at,
+    living_pids,
     own_rank,
-    pid_of,
     spoil_watched,
 )
 
@@ -35,8 +34,6 @@ SICK_STEP = 4 * STEPS_PER_EPOCH + 5
 PACE_S = 0.05
 """Added to a step of a run that is to swap: native code is opened beside it, and must be there before it ends."""
 OUTAGE_S = 10.0
-WAIT_S = 120.0
-"""For a victim that is not there yet."""
 
 
 @dataclass(frozen=True)
@@ -154,11 +151,7 @@ class Chaos:
             "compiler": (f"tezzeret-{self.key}", "esper"),
             "tamiyo": ("SERVE_REPLICA::tamiyo#", "serve"),
         }[victim]
-        until = time.monotonic() + WAIT_S
-        while not (names := actor_names(namespace, [beginning])):
-            assert time.monotonic() < until, f"no actor begins with {beginning}"
-            time.sleep(0.1)
-        return [pid_of(name, namespace) for name in names]
+        return living_pids(namespace, [beginning])
 
 
 @dataclass(frozen=True)

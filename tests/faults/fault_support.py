@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,10 @@ from jobs.workload import ConfiguredWorkload
 
 SITE, BLUEPRINT = "stages.0.0", "residual_conv"
 NUM_EPOCHS, STEPS_PER_EPOCH = 8, 16
+SLOW_EPOCHS = 12
+"""Outside deterministic mode: a kernel is loaded beside the steps there, and an epoch that it misses is one less."""
+WAIT_S = 120.0
+"""For an actor that is not there yet."""
 STAGES = ["GERMINATED", "TRAINING", "GRAFTING", "STABILIZING", "EVALUATING", "FINE_TUNING", "FOSSILIZED"]
 
 # the schedule germinates after epoch 0, so that each of these lies within an epoch, in another part of growth
@@ -116,8 +122,7 @@ class KillActors:
     def at(self, place: str, step: int) -> None:
         if (place, step) != (self.place, self.step) or not first_at(self.marker):
             return
-        pids = [pid_of(name, self.namespace) for name in actor_names(self.namespace, self.names)]
-        assert pids, f"no actor begins with any of {self.names}"
+        pids = living_pids(self.namespace, self.names)
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         self.marker.write_text(" ".join(map(str, pids)))
@@ -204,6 +209,23 @@ def actor_names(namespace: str, beginnings: Sequence[str]) -> list[str]:
     entries: list[Any] = ray.util.list_named_actors(all_namespaces=True)
     names = [entry["name"] for entry in entries if entry["namespace"] == namespace]
     return sorted(name for name in names if name.startswith(tuple(beginnings)))
+
+
+def living_pids(namespace: str, beginnings: Sequence[str]) -> list[int]:
+    """The processes of the actors whose names begin so, once there is one of each that answers.
+
+    Serve may not be up yet, and what was killed before is listed until Ray knows.
+    """
+    from ray.exceptions import RayActorError
+
+    until = time.monotonic() + WAIT_S
+    while True:
+        found = [actor_names(namespace, [beginning]) for beginning in beginnings]
+        with contextlib.suppress(ValueError, RayActorError):  # it has just died: another one comes
+            if all(found):
+                return [pid_of(name, namespace) for names in found for name in names]
+        assert time.monotonic() < until, f"not of each of {beginnings} an actor: {found}"
+        time.sleep(0.1)
 
 
 def pid_of(name: str, namespace: str) -> int:

@@ -30,7 +30,8 @@ REPLICA, CONTROLLER = "SERVE_REPLICA::tamiyo#", "SERVE_CONTROLLER_ACTOR"
 def test_a_run_whose_serve_is_killed_grows_as_ever(train, shared, tmp_path, names):
     faults = KillActors("step", support.IN_TRAINING, tmp_path / "fired", names, "serve")
     run_id = f"without-{len(names)}-{names[0][6:10].lower()}"
-    result = train(shared, run_id, faults, deterministic=False, tamiyo__deadline_s=2.0)
+    settings = {"deterministic": False, "tamiyo__deadline_s": 2.0, "tolaria__epochs": support.SLOW_EPOCHS}
+    result = train(shared, run_id, faults, **settings)
     assert len(faults.marker.read_text().split()) == len(names)
     summary = result.summary
     assert summary.status is RunStatus.FINISHED
@@ -48,7 +49,12 @@ def test_a_run_whose_policy_is_corrupt_goes_on_by_the_heuristic_and_says_so(trai
     weights = PolicyNet(shape).to_bytes()
     card = PolicyCard.of(weights, name="net", shape=shape.model_dump(), observation_version=OBSERVATION_VERSION)
     version = StoredPolicies(storage).put(card, weights)
-    settings = {"deterministic": False, "tamiyo__policy": "gnn", "tamiyo__gnn__version": version}
+    settings = {
+        "deterministic": False,
+        "tamiyo__policy": "gnn",
+        "tamiyo__gnn__version": version,
+        "tamiyo__deadline_s": 60.0,  # a slow answer is not what is looked for
+    }
     name = f"policies/{version}/weights.safetensors"
     storage.write(name, weights[:-1])
     summary = train(shared, "corrupt", **settings).summary
