@@ -12,6 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import ray
+
+from actors import urza
 from actors.urza import UrzaHandle
 from esper.leyline import (
     Blueprint,
@@ -87,6 +90,29 @@ class Ledger:
         return {(kind, id_) for kind, ids in parts.items() for id_ in ids}
 
 
+class Handle(UrzaHandle):
+    """Remembers the requests that it gave up: Urza may be at them still."""
+
+    def __init__(self, actor: Any, *, deadline_s: float) -> None:
+        super().__init__(actor, deadline_s=deadline_s)
+        self._given_up: list[ray.ObjectRef] = []
+
+    def settle(self, timeout_s: float) -> None:
+        """Returns once Urza is at none of them any more."""
+        refs, self._given_up = self._given_up, []
+        if refs:
+            _, left = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+            assert not left, f"Urza is still at {len(left)} requests"
+
+    def _ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        ref = getattr(self._actor, method).remote(*args, **kwargs)
+        try:
+            return urza._get(ref, self._deadline_s)
+        except UnavailableError:
+            self._given_up.append(ref)
+            raise
+
+
 class Client:
     """One client, with a worker's name of its own. What it does next is drawn from its seed.
 
@@ -97,7 +123,7 @@ class Client:
         segment: a name that no other soak on this storage has.
     """
 
-    def __init__(self, number: int, handle: UrzaHandle, private_key: Ed25519PrivateKey, segment: str) -> None:
+    def __init__(self, number: int, handle: Handle, private_key: Ed25519PrivateKey, segment: str) -> None:
         self.ledger = Ledger()
         self.problem: BaseException | None = None
         self.acknowledged_at: list[float] = []
@@ -115,6 +141,10 @@ class Client:
                 self._turn()
         except BaseException as error:  # noqa: BLE001 - the thread's edge: the test raises it
             self.problem = error
+
+    def settle(self, timeout_s: float) -> None:
+        """Returns once none of its requests is under way any more."""
+        self._hub.settle(timeout_s)
 
     def _turn(self) -> None:
         deeds: dict[Callable[[], None], int] = {

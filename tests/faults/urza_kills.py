@@ -25,7 +25,7 @@ from typing import Any
 
 import ray
 import table_reader
-from urza_clients import PATIENCE_S, SIGNATURES, Client
+from urza_clients import PATIENCE_S, SIGNATURES, Client, Handle
 
 from actors import urza
 from esper.leyline import EsperError, FencedError, KernelStatus, UnavailableError, keys
@@ -146,9 +146,7 @@ class Soak:
         self.hub = urza.spawn(storage.uri, storage.options, num_cpus=0.01, deadline_s=PATIENCE_S, faults=self._faults)
         key = keys.load_or_create(folder / "key.pem")
         self.clients = [
-            Client(
-                number, urza.UrzaHandle(self.hub._actor, deadline_s=IMPATIENT_S.get(number, PATIENCE_S)), key, segment
-            )
+            Client(number, Handle(self.hub._actor, deadline_s=IMPATIENT_S.get(number, PATIENCE_S)), key, segment)
             for number in range(NUM_CLIENTS)
         ]
         self._log = table_reader.Log()
@@ -219,6 +217,9 @@ class Soak:
             stop.set()
             for thread in threads:
                 thread.join()
+            # what is written from here on would be in one look at the storage, and not in the one before
+            for client in self.clients:
+                client.settle(WAIT_S)
             self._raise_problems()
 
     @contextmanager
