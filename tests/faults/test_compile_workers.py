@@ -50,7 +50,11 @@ def examine(module, ir, signature):
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    ray.init(namespace=NAMESPACE, num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    # of its own: without an address it would join one that somebody else has started on this machine
+    ray.init(
+        address="local", namespace=NAMESPACE, num_cpus=2, include_dashboard=False, log_to_driver=False,
+        logging_level="ERROR",
+    )  # fmt: skip
     yield
     disconnect()
 
