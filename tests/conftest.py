@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
+import hypothesis
 import pytest
 
 from actors.cluster import prepare_environment
@@ -53,6 +54,18 @@ if os.environ.get("ESPER_TEST_WITHOUT_RAY") != "1" and find_spec("ray") is not N
     from ray._private import services
 
     services.get_node = _patient(services.get_node)
+
+# No example has a deadline: what a slow machine makes of it says nothing about the code.
+# `CI` set: the same examples on every run. Elsewhere each run draws its own, and a failure prints how to repeat it.
+hypothesis.settings.register_profile(
+    "esper",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    max_examples=25,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("esper")
 
 EXIT_S = 60.0
 """The longest that this process may take to end once all is told."""

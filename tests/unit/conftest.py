@@ -9,7 +9,7 @@ import sys
 import tempfile
 from importlib.abc import MetaPathFinder
 
-import hypothesis
+import pytest
 import torch
 
 
@@ -39,13 +39,14 @@ gc.set_threshold(20_000, 20, 20)
 # The models here are tiny: a second thread costs more than it brings, and makes times depend on the machine's load.
 torch.set_num_threads(1)
 
-# `CI` set: the same examples on every run. Elsewhere each run draws its own, and a failure prints how to repeat it.
-hypothesis.settings.register_profile(
-    "esper",
-    deadline=None,
-    derandomize=bool(os.environ.get("CI")),
-    max_examples=25,
-    print_blob=True,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("esper")
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws from torch's own generator must not hang on who drew before it: the order of tests is random."""
+    torch.default_generator.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Nor on whether a fixture that it shares was made for it or for another."""
+    torch.default_generator.manual_seed(1)
