@@ -7,20 +7,16 @@ Ray also gives its own raylet 30 s to come up, which no setting changes (2.60), 
 takes longer. Here it is waited for.
 """
 
-import contextlib
 import faulthandler
 import gc
 import logging
 import os
-import random
-import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from types import FrameType
 
 import hypothesis
@@ -116,26 +112,6 @@ def _is_ours(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-@pytest.fixture(scope="session")
-def free_port() -> Callable[[], int]:
-    """Gives a port of loopback that nobody listens on, for a server that starts later.
-
-    It is none of those that the system gives to who asks for any: a Ray that starts meanwhile takes dozens of them.
-    """
-    lowest, highest = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    ports = [port for port in range(20_000, 65_000) if not lowest <= port <= highest] or range(20_000, 65_000)
-    chance = random.SystemRandom()  # another session on this machine must not come to the same
-
-    def find() -> int:
-        while True:
-            port = chance.choice(ports)
-            with socket.socket() as probe, contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return port
-
-    return find
 
 
 @pytest.fixture(scope="session")

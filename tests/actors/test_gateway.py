@@ -14,6 +14,7 @@ from http.client import HTTPConnection
 import pytest
 import ray
 import safetensors.numpy
+from ports import free_ports
 from test_tamiyo_serve import CONFIG, packet
 from urza_samples import BUILD, VECTOR, artifact_of, design
 
@@ -31,8 +32,8 @@ EMPTY = safetensors.numpy.save({})
 
 
 @pytest.fixture(scope="module")
-def http(free_port):
-    return HttpConfig(port=free_port())
+def http():
+    return HttpConfig(port=free_ports(1)[0])
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import ray
 from nissa_story import artifact
+from ports import free_ports
 from test_nissa_metrics import DASHBOARD, queries
 from urza_samples import design
 
@@ -181,11 +182,11 @@ def test_every_metric_reaches_the_endpoint(endpoint):
 
 
 @pytest.fixture
-def prometheus(endpoint, tmp_path, free_port):
+def prometheus(endpoint, tmp_path):
     """The address of a Prometheus that scrapes the node."""
     if shutil.which("prometheus") is None:
         pytest.skip("prometheus is not installed (Debian: prometheus)")
-    port = free_port()
+    port = free_ports(1)[0]
     rules = Path(DASHBOARD).parents[1] / "prometheus" / "alerts.yml"
     (tmp_path / "prometheus.yml").write_text(
         json.dumps(

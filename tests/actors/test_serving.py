@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ports import free_ports
 from ray import serve
 
 from actors import serving
@@ -89,10 +90,10 @@ def wait(storage: Storage) -> None:
         time.sleep(0.1)
 
 
-def test_what_a_driver_began_is_finished_without_it(cluster, tmp_path, free_port):
+def test_what_a_driver_began_is_finished_without_it(cluster, tmp_path):
     storage = Storage.at(tmp_path)
     with held_up():
-        drive(cluster, storage, free_port())
+        drive(cluster, storage, free_ports(1)[0])
         assert is_at_it(storage)
     wait(storage)
     assert states(storage) == ["running", "running"]
@@ -108,10 +109,10 @@ def test_tamiyo_comes_up_where_the_gateway_cannot(cluster, tmp_path):
     assert states(storage) == ["running", "absent"]
 
 
-def test_a_gateway_without_a_token_is_told_of_and_left_out(cluster, tmp_path, caplog, free_port):
+def test_a_gateway_without_a_token_is_told_of_and_left_out(cluster, tmp_path, caplog):
     storage = Storage.at(tmp_path)
     (tmp_path / "token").mkdir()
-    http = HttpConfig(port=free_port(), always_token=True, token_file=str(tmp_path / "token"))
+    http = HttpConfig(port=free_ports(1)[0], always_token=True, token_file=str(tmp_path / "token"))
     serving.deploy_beside(storage, http, TamiyoConfig(startup_s=240.0))
     assert "gateway.deploy.failed" in caplog.messages
     wait(storage)

@@ -6,9 +6,7 @@ From Debian: `apt-get install --no-install-recommends radosgw ceph-mon ceph-osd`
 from __future__ import annotations
 
 import contextlib
-import random
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -16,6 +14,8 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from ports import free_ports
 
 PROGRAMS = ("setpriv", "radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "monmaptool")
 KEY, SECRET = "testkey", "testsecret"
@@ -90,7 +90,7 @@ def serve(root: Path) -> Iterator[dict[str, str]]:
         folder.mkdir(parents=True)
     (root / "keyring").write_text(_KEYRING)
     config = root / "ceph.conf"
-    port, mon = _free_ports(2)
+    port, mon = free_ports(2)
     fsid = str(uuid.uuid4())
     config.write_text(_CONFIG.format(fsid=fsid, port=port, mon=mon, root=root, run=folders["run"]))
     until = time.monotonic() + START_S
@@ -144,19 +144,3 @@ def _wait(until: float, root: Path) -> None:
     if time.monotonic() > until:
         raise TimeoutError(f"the S3 server did not start; see {root}")
     time.sleep(0.1)
-
-
-def _free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on now, and that the system gives to nobody.
-
-    The gateway takes its own seconds later, and whoever asks for any port meanwhile, as Ray does, must not get it.
-    """
-    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    found: list[int] = []
-    for port in random.SystemRandom().sample(range(max(1024, first_given - 10_000), first_given), 200):
-        with socket.socket() as one, contextlib.suppress(OSError):
-            one.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == number:
-            return found
-    raise OSError(f"no {number} free ports below {first_given}")

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from ports import free_ports
+
 T = TypeVar("T")
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -118,27 +120,6 @@ def _marked(mark: str) -> list[int]:
                 if f"{_MARK}={mark}".encode() in (entry / "environ").read_bytes():
                     found.append(int(entry.name))
     return found
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody has at this moment, of those that the system gives to nobody who asks for any: there is time
-    until they are listened on, and meanwhile Ray's processes take ports by the hundred.
-    """
-    ports: list[int] = []
-    with contextlib.ExitStack() as stack:
-        while len(ports) < number:
-            port = secrets.choice(_unassigned())  # not of `random`, which begins alike in every test
-            with contextlib.suppress(OSError):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-                ports.append(port)
-    return ports
-
-
-def _unassigned() -> range:
-    """Ports between those of Ray's workers, 10002 to 19999, and those for outgoing connections."""
-    file = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    first = int(file.read_text().split()[0]) if file.exists() else 32_768
-    return range(20_000, first) if first > 21_000 else range(5_000, 10_000)
 
 
 def _listens(port: int) -> bool:

@@ -13,7 +13,8 @@ import time
 import urllib.parse
 
 import pytest
-from ray_head import free_ports, head, wait_for
+from ports import free_ports
+from ray_head import head, wait_for
 
 from esper.leyline import RunStatus, RunSummary
 from esper.leyline.container import unpack

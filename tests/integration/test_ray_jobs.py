@@ -11,7 +11,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from ray_head import REPOSITORY, Head, free_ports, head, wait_for
+from ports import free_ports
+from ray_head import REPOSITORY, Head, head, wait_for
 
 from esper.leyline import RunStatus, RunSummary
 

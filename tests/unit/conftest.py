@@ -42,7 +42,7 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """What a test draws from torch's own generator must not hang on who drew before it: the order of tests is random."""
+    """What a test draws from torch's own generator must not hang on who drew before: their order is random."""
     torch.default_generator.manual_seed(0)
 
 
