@@ -304,17 +304,18 @@ class Nissa(NissaActor):
         return tuple(words for words in (self._no_page, lost) if words)
 
     def stop(self) -> None:
-        """Leaves the bus, ends the consumer, the alerts, the traces, the metrics and the page."""
+        """Leaves the bus, ends the consumer, the alerts, the page, the traces and the metrics."""
         super().stop()
         self._sender.stop()
-        if self._traces is not None:
-            self._traces.stop()
-        if self._reporter is not None:
-            self._reporter.stop()
+        # what stays and what people look at before what another server may hold up: the end of a run waits 10 s for all
         if self._keeper is not None:
             self._keeper.stop()
         if self._page is not None:
             self._page.close()
+        if self._traces is not None:
+            self._traces.stop()
+        if self._reporter is not None:
+            self._reporter.stop()
 
 
 class NissaHandle:
