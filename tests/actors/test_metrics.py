@@ -93,7 +93,7 @@ def trouble(bus):
 def endpoint(tmp_path_factory):
     """The address of Ray's metrics on this node, where a Nissa exports what is on a bus."""
     context = ray.init(
-        num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False, namespace="esper"
+        "local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False, namespace="esper"
     )
     try:
         handle = oona.spawn(OonaConfig(backlog=BACKLOG), tmp_path_factory.mktemp("oona"), prefix="oona-metrics")

@@ -236,7 +236,9 @@ def test_the_sender_of_alerts_tells_them_and_says_once_that_the_bus_is_missing(c
 def cluster():
     ray = pytest.importorskip("ray")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
-    ray.init(num_cpus=1, include_dashboard=False, namespace="nissa-test", log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        "local", num_cpus=1, include_dashboard=False, namespace="nissa-test", log_to_driver=False, logging_level="ERROR"
+    )
     yield ray
     disconnect()
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", namespace="test-oona")
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", namespace="test-oona")
     yield
     disconnect()
 

@@ -30,7 +30,7 @@ def platform(request, tmp_path) -> Iterator[tuple[urza.UrzaHandle, object, Path]
     for a GPU begin once there is a file at the gate.
     """
     ray.init(
-        namespace=NAMESPACE, num_cpus=2, num_gpus=request.param,
+        "local", namespace=NAMESPACE, num_cpus=2, num_gpus=request.param,
         include_dashboard=False, log_to_driver=False, logging_level="ERROR",
     )  # fmt: skip
     address = str(tmp_path / "store")
