@@ -88,9 +88,7 @@ def start_serve(http: HttpConfig, *, timeout_s: float = 60.0) -> None:
     """
 
     def bring_up() -> None:
-        from ray import serve
-
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        serve = tamiyo.quiet_serve()
         with tamiyo.DEPLOYING:
             tamiyo.require_ray()
             if serve_runs():
@@ -134,8 +132,7 @@ def deploy(
     answer_s = timeout_s / 4  # one that is slow on a busy machine is not replaced for it
 
     def bring_up() -> None:
-        from ray import serve
-
+        serve = tamiyo.quiet_serve()
         with tamiyo.DEPLOYING:
             tamiyo.require_ray()
             status = serve.status()
@@ -167,8 +164,7 @@ def undeploy(storage: Storage, *, timeout_s: float = 30.0) -> None:
     import ray
 
     def take_down() -> None:
-        from ray import serve
-
+        serve = tamiyo.quiet_serve()
         if serve_runs() and app_name(storage) in serve.status().applications:
             serve.delete(app_name(storage))
 
@@ -178,8 +174,7 @@ def undeploy(storage: Storage, *, timeout_s: float = 30.0) -> None:
 
 def address(storage: Storage, *, answer_s: float = HEALTH_S) -> str:
     """Where the gateway of a storage address listens, or why it does not; it is given `answer_s` to answer."""
-    from ray import serve
-
+    serve = tamiyo.quiet_serve()
     status = serve.status()
     if app_name(storage) not in status.applications:
         return "Ray Serve has no such application"
@@ -193,10 +188,10 @@ def address(storage: Storage, *, answer_s: float = HEALTH_S) -> str:
 
 def _limits_in_force(storage: Storage, answer_s: float) -> Limits | None:
     """What the gateway that runs lets in; None if none runs and answers within `answer_s`."""
-    from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
+    serve = tamiyo.quiet_serve()
     application = serve.status().applications.get(app_name(storage))
     if application is None or application.status != "RUNNING":
         return None

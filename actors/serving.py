@@ -131,9 +131,9 @@ def _name_of(storage: Storage) -> str:
 
 def applications(storage: Storage) -> list[Application]:
     """Both, absent ones too."""
-    from ray import serve
     from ray.serve.exceptions import RayServeException
 
+    serve = tamiyo.quiet_serve()
     try:
         found = serve.status().applications
     except RayServeException:

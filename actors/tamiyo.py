@@ -69,10 +69,7 @@ def deploy(
     """
 
     def bring_up() -> None:
-        from ray import serve
-
-        # it logs every step of a deployment to the terminal, where the live view is
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        serve = quiet_serve()
         with DEPLOYING:
             require_ray()
             put_in_place(serve)
@@ -120,9 +117,9 @@ def undeploy(*, name: str = APP, timeout_s: float = 30.0, stop_serve: bool = Fal
     """
 
     def take_down() -> None:
-        from ray import serve
         from ray.serve.exceptions import RayServeException
 
+        serve = quiet_serve()
         try:
             serve.delete(name)
         except RayServeException:
@@ -295,20 +292,20 @@ class Asking:
         )
 
     def _connect(self, timeout_s: float) -> DeploymentHandle:
-        from ray import serve
-
+        serve = quiet_serve()
         require_ray()
         # it asks Serve's controller without a deadline of its own
-        self._handle = within(timeout_s, lambda: serve.get_app_handle(self._name))
-        return self._handle
+        handle: DeploymentHandle = within(timeout_s, lambda: serve.get_app_handle(self._name))
+        self._handle = handle
+        return handle
 
 
 def _runs_already(name: str, answer_s: float) -> bool:
     """Whether the code of this checkout runs as `name` and answers within `answer_s`."""
-    from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
+    serve = quiet_serve()
     application = serve.status().applications.get(name)
     if application is None or application.status != "RUNNING":
         return False
@@ -347,6 +344,14 @@ def require_ray() -> None:
     """Raises `UnavailableError` without Ray: Serve would start one of its own, with nothing of Esper's settings."""
     if not _ray_is_up():
         raise UnavailableError("this process is not connected to Ray", remedy="enter actors.cluster.connected() first")
+
+
+def quiet_serve() -> Any:
+    """Ray Serve. It logs every step of a deployment, and of its end, to the terminal, where the live view is."""
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    return serve
 
 
 @contextmanager

@@ -102,6 +102,7 @@ def curl(cluster, folder):
     yield ask
     down = cluster.run("esper", "platform", "down", "--storage", folder / "store")
     assert down.returncode == 0, down.stderr
+    assert " serve " not in down.stdout + down.stderr  # a line of Ray Serve's log
 
 
 @pytest.fixture(scope="module")

@@ -95,6 +95,7 @@ def test_it_ends_with_a_table_and_the_path_of_the_report(job):
     assert f"report  {job.folder}/report.html" in " ".join(job.stdout.split("\n")[-6:])
     assert "fossilized" in job.stdout
     assert "Traceback" not in job.stdout + job.stderr
+    assert " serve " not in job.stdout + job.stderr  # a line of Ray Serve's log
 
 
 def test_the_summary_is_what_it_is_documented_to_be(job):
